@@ -1,0 +1,245 @@
+"""What can be configured, and every check that needs more than one field.
+
+Two things live here: `ModelArgs`, the architecture as Meta's params.json names it, and `EngineConfig`, how one
+engine runs it. What a model-config.yaml may say is in `serve_config.py`. Nothing here touches a device or a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+
+# params.json keys that say nothing about the weights of a text model.
+_HARMLESS_PARAMS = frozenset(
+    {"model_parallel_size", "vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers"}
+)
+
+
+class ConfigError(ValueError):
+    """One or more settings are wrong. Each problem is one line that names key, value, constraint and remedy."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary wavelengths (https://arxiv.org/abs/2407.21783, section 3.4)."""
+
+    factor: float = 8.0
+    """How much longer the context became."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+    """The context that the model was first trained with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArgs:
+    """The architecture of a Llama model, in Meta's names (params.json), plus the two limits the converter records."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    """Rows of the embedding. -1 (Llama 2's params.json) means: ask the embedding, see `with_vocab_size`."""
+    multiple_of: int = 256
+    """The FFN hidden size is rounded up to a multiple of this."""
+    ffn_dim_multiplier: float | None = None
+    ffn_hidden_dim: int | None = None
+    """The FFN hidden size where Meta's rule does not give it (models that did not come from Meta)."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    """The output projection is the embedding matrix."""
+    max_seq_len: int = 2048
+    """Default limit of prompt plus generated tokens of one sequence."""
+    max_batch_size: int = 32
+    """Default limit of sequences in flight."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)!r} must be a positive integer"
+            for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "max_batch_size")
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if not _is_int(self.vocab_size) or (self.vocab_size < 1 and self.vocab_size != -1):
+            problems.append(
+                f"vocab_size={self.vocab_size!r} must be a positive integer, or -1 for 'as the embedding has it'"
+            )
+        if not problems:
+            if self.dim % self.n_heads:
+                problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
+            elif self.head_dim % 2:
+                problems.append(f"dim / n_heads = {self.head_dim} must be even: rotary embedding turns pairs")
+            if self.n_heads % self.n_kv_heads:
+                problems.append(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """FFN hidden size by Meta's rule: two thirds of 4*dim, times the multiplier, rounded up to multiple_of."""
+        if self.ffn_hidden_dim is not None:
+            return self.ffn_hidden_dim
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+
+    def with_vocab_size(self, rows: int) -> ModelArgs:
+        """The same model with the vocabulary that its embedding has. ValueError if params.json says otherwise."""
+        if self.vocab_size not in (-1, rows):
+            raise ValueError(
+                f"params.json says vocab_size={self.vocab_size} but the embedding has {rows} rows: "
+                "these files are not of one model"
+            )
+        return dataclasses.replace(self, vocab_size=rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write model_args.json."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelArgs:
+        """Read model_args.json, or Meta's params.json. ConfigError names what is wrong with the file."""
+        path = Path(path)
+        try:
+            params = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError([f"{path} does not exist"]) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError([f"{path} is not a JSON file: {error}"]) from None
+        if not isinstance(params, dict):
+            raise ConfigError([f"{path} must hold a JSON object, not {type(params).__name__}"])
+        try:
+            return cls.from_params(params)
+        except ConfigError as error:
+            raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
+        """From the keys of model_args.json or params.json. Unknown keys are an error that names them."""
+        values = {key: value for key, value in params.items() if key not in _HARMLESS_PARAMS}
+        values = {key: value for key, value in values.items() if value is not None}
+        scaling = values.pop("rope_scaling", None)
+        scaled = values.pop("use_scaled_rope", scaling is not None)
+        factors = {
+            field: values.pop(key)
+            for key, field in (
+                ("rope_scaling_factor", "factor"),
+                ("rope_low_freq_factor", "low_freq_factor"),
+                ("rope_high_freq_factor", "high_freq_factor"),
+            )
+            if key in values
+        }
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        problems = [
+            f"unknown key {key!r}: this is not a text-only Llama 2 or 3 model" for key in values if key not in known
+        ]
+        required = ("dim", "n_layers", "n_heads", "vocab_size")
+        problems += [f"key {key!r} is missing" for key in required if key not in values]
+        if scaling is not None and not isinstance(scaling, Mapping):
+            problems.append(f"rope_scaling={scaling!r} must be an object")
+        for key, value in values.items():
+            if key in known and not _has_type(value, known[key].type):
+                problems.append(f"{key}={value!r} must be of type {known[key].type}")
+        if problems:
+            raise ConfigError(problems)
+        values.setdefault("n_kv_heads", values["n_heads"])
+        if scaled:
+            values["rope_scaling"] = _rope_scaling({**(scaling or {}), **factors})
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs a model: its limits, precision and device. The same on every rank."""
+
+    max_seq_len: int = 2048
+    """Prompt plus generated tokens of one sequence, at most."""
+    max_batch_size: int = 8
+    """Sequences that hold KV cache at the same time, at most."""
+    max_batched_tokens: int = 512
+    """Tokens computed in one step, at most: longer prompts are prefilled in chunks of this size."""
+    page_size: int = 16
+    """Tokens of one page of KV cache."""
+    dtype: str = "auto"
+    """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
+    device: str = "auto"
+    """cpu | cuda | auto: cuda where there is one."""
+    collective_timeout_s: float = 20.0
+    """A peer that is silent for longer ends the group."""
+    heartbeat_s: float = 2.0
+    """An idle leader lets its followers know that it lives this often."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)!r} must be a positive integer"
+            for name in ("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size")
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if self.device not in DEVICES:
+            problems.append(f"device={self.device!r} must be one of {', '.join(DEVICES)}")
+        if not problems and self.max_batched_tokens < self.max_batch_size:
+            problems.append(
+                f"max_batched_tokens={self.max_batched_tokens} must be at least max_batch_size={self.max_batch_size}: "
+                "every running sequence computes one token a step"
+            )
+        if not 0 < self.heartbeat_s < self.collective_timeout_s:
+            problems.append(
+                f"heartbeat_s={self.heartbeat_s!r} must be more than 0 and less than "
+                f"collective_timeout_s={self.collective_timeout_s!r}"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages that a sequence of max_seq_len tokens needs."""
+        return -(-self.max_seq_len // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the whole cache: every sequence may grow to max_seq_len."""
+        return self.max_batch_size * self.pages_per_sequence
+
+
+def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
+    known = {field.name for field in dataclasses.fields(RopeScaling)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError([f"unknown key {key!r} in rope_scaling" for key in unknown])
+    return RopeScaling(**values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _has_type(value: object, annotation: object) -> bool:
+    """Whether a JSON value fits a field annotated int, float, bool, optionally None."""
+    kind = str(annotation).split(" | ")[0]
+    if kind == "int":
+        return _is_int(value)
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, bool) if kind == "bool" else True

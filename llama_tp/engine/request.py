@@ -1,0 +1,127 @@
+"""The types that travel between the edges, the scheduler and the ranks. Ids only: no text, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """It sampled one of its stop ids, or the text layer found a stop string."""
+    LENGTH = "length"
+    """It has max_new_tokens tokens."""
+    CANCELLED = "cancelled"
+    """Nobody waits for it any more."""
+    ERROR = "error"
+    """Its own logits were not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. The defaults are plain sampling from the model's distribution."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    """0 is greedy: the most probable token, no random number is drawn. So is anything below 1e-5."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probability reaches this (nucleus, arXiv:1904.09751)."""
+    top_k: int = 0
+    """Sample from the k most probable tokens. 0: all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this times the most probable one (arXiv:2407.01082)."""
+    seed: int | None = None
+    """Makes the request's own generator reproducible. None: a fresh one."""
+    stop_ids: frozenset[int] = frozenset()
+    """Token ids that end the sequence; the id itself is not part of the output."""
+
+    def __post_init__(self) -> None:
+        for name, ok, constraint in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {constraint}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step meant for one request: a new token, or its end, or both."""
+
+    request_id: str
+    token_id: int | None = None
+    """None when the step ended the request without adding a token to its output (stop id, cancel, error)."""
+    finish_reason: FinishReason | None = None
+    """None while the request goes on."""
+    error: str | None = None
+    """With finish_reason "error": a short code such as nan_logits."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way: the one mutable thing. Only the scheduler changes it."""
+
+    request: Request
+    tokens: list[int]
+    """Prompt, then everything sampled."""
+    row: int = -1
+    """Its row in every rank's page table; -1 while it holds no cache."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to feed before the next one can be sampled: the prompt's rest in prefill, 1 in decode."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of a step: compute `tokens` at positions start, start + 1, ..."""
+
+    row: int
+    start: int
+    tokens: tuple[int, ...]
+    sample: bool
+    """Whether logits of the last token are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that a rank needs to execute one step. Decided by the leader, the same on every rank."""
+
+    step: int
+    """Number of the step, counted from 1; 0 in plans that compute nothing."""
+    chunks: tuple[Chunk, ...] = ()
+    page_updates: tuple[tuple[int, int, int], ...] = ()
+    """(row, index, page): entries of the page table that changed since the last plan."""
+    stop: bool = False
+    """The leader releases its followers."""

@@ -1,0 +1,112 @@
+"""Llama as Meta defines it (https://github.com/meta-llama/llama, llama/model.py), parameter names included.
+
+The model does not know that it is parallel: the number of local heads comes from the tensors, and the two places
+of a layer where ranks must meet (`wo`, `w2`) are modules that a sharding plan may replace. State is passed in.
+
+Legend: T tokens, D model dim, H heads, K kv heads, d head dim, F hidden dim of the feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_tp.config import ModelArgs
+from llama_tp.model.attention import Batch, attention
+from llama_tp.model.kv_cache import KVCache, LayerCache
+from llama_tp.model.rope import apply_rope
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits of the sampled rows out."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.tie_embeddings()
+
+    def tie_embeddings(self) -> None:
+        """Where the model ties them, make the output projection the embedding matrix. Idempotent."""
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor | None:
+        """Float32 logits (rows, V), None if no row is sampled; the batch's keys and values go into the cache."""
+        x = self.tok_embeddings(batch.tokens)  # (T, D)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, batch, layer_cache)
+        if batch.sampled.numel() == 0:
+            return None
+        return self.output(self.norm(x[batch.sampled])).float()
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), batch, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (arXiv:2305.13245, arXiv:2104.09864)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        qk, v = self.project(x)  # (T, H + K, d), (T, K, d)
+        qk = apply_rope(qk, batch.rope)
+        q, k = qk.split((qk.size(1) - v.size(1), v.size(1)), dim=1)
+        cache.write(batch.slots, k, v)
+        return self.wo(attention(q, cache, batch.spans).flatten(1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys side by side, for one rotation: (T, H + K, d); values (T, K, d)."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return torch.cat((q, k), dim=1), v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x)
+        return self.w2(F.silu(gate) * up)
+
+    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (T, F)."""
+        return self.w1(x), self.w3(x)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalisation (arXiv:1910.07467), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,130 @@
+"""From a plain model to one rank of N, in two steps.
+
+`parallelize` declares the plan with DTensor placements, on the meta device: the form that checkpoints are loaded
+into. `lower` turns that form into plain local tensors with explicit reductions: the form that computes. Both forms
+are the same `Transformer`, and a test holds them to the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from llama_tp.config import ModelArgs
+from llama_tp.model.transformer import Attention, FeedForward, Transformer, TransformerBlock
+from llama_tp.parallel.comm import Comm
+from llama_tp.parallel.lowered import FusedAttention, FusedFeedForward, Linear, RowLinear, VocabEmbedding, VocabLinear
+from llama_tp.parallel.plan import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size
+
+
+class ReplicatedHeads(ParallelStyle):
+    """Column-parallel over fewer heads than ranks: each kv head lives on `replicas` neighbouring ranks."""
+
+    def __init__(self, num_kv_heads: int) -> None:
+        super().__init__()
+        self.num_kv_heads = num_kv_heads
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        replicas = device_mesh.size() // self.num_kv_heads
+        mesh = init_device_mesh(
+            device_mesh.device_type, (self.num_kv_heads, replicas), mesh_dim_names=("kv_head", "replica")
+        )
+
+        def shard(_name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
+            weight = distribute_tensor(cast(Tensor, linear.weight), mesh, [Shard(0), Replicate()])
+            linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+        def to_mesh(_module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+            return DTensor.from_local(inputs[0], mesh, [Replicate(), Replicate()], run_check=False)
+
+        def to_local(_module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> Tensor:
+            return output.to_local()
+
+        # distribute_module's annotation has its hooks return None; their results are what counts.
+        return distribute_module(module, mesh, shard, cast(Any, to_mesh), cast(Any, to_local))
+
+
+def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """Make every weight that the plan names a DTensor over a one-dimensional mesh. ValueError for an illegal size.
+
+    The vocabulary is split as torch.chunk splits: the last ranks may hold fewer rows.
+    """
+    args = model.args
+    check_tp_size(args, mesh.size())
+    styles: dict[str, ParallelStyle] = {}
+    for pattern, sharding in LLAMA_TP_PLAN.items():
+        if sharding == COLUMN and pattern.endswith(("wk", "wv")) and mesh.size() > args.n_kv_heads:
+            styles[pattern] = ReplicatedHeads(args.n_kv_heads)
+        else:
+            styles[pattern] = _STYLES[sharding]()
+    parallelize_module(model, mesh, styles)
+    model.tie_embeddings()
+    return model
+
+
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    COLUMN: ColwiseParallel,
+    ROW: RowwiseParallel,
+    VOCAB_IN: lambda: RowwiseParallel(input_layouts=Replicate()),
+    VOCAB_OUT: lambda: ColwiseParallel(output_layouts=Replicate()),
+}
+
+
+@torch.no_grad()
+def lower(model: Transformer, comm: Comm) -> Transformer:
+    """Replace, in place, every sharded module by one on plain local tensors. The logits then reach the leader only.
+
+    wq|wk|wv and w1|w3 are fused along their local output dim. The originals are freed layer by layer.
+    """
+    for block in model.layers:
+        assert isinstance(block, TransformerBlock)
+        attention, feed_forward = block.attention, block.feed_forward
+        assert isinstance(attention, Attention)
+        assert isinstance(feed_forward, FeedForward)
+        block.attention = FusedAttention(
+            wqkv=Linear(torch.cat([_take(w) for w in (attention.wq, attention.wk, attention.wv)])),
+            wo=RowLinear(_take(attention.wo), comm),
+            num_kv_heads=local_kv_heads(model.args, comm.size),
+            head_dim=model.args.head_dim,
+        )
+        block.feed_forward = FusedFeedForward(
+            w13=Linear(torch.cat([_take(w) for w in (feed_forward.w1, feed_forward.w3)])),
+            w2=RowLinear(_take(feed_forward.w2), comm),
+        )
+    vocab_size = model.args.vocab_size
+    embedding = _padded(_local(model.tok_embeddings.weight), -(-vocab_size // comm.size))
+    output = (
+        embedding if model.args.tied_embeddings else _padded(_local(model.output.weight), -(-vocab_size // comm.size))
+    )
+    model.tok_embeddings = VocabEmbedding(embedding, comm)  # type: ignore[assignment]
+    model.output = VocabLinear(output, comm, vocab_size)  # type: ignore[assignment]
+    return model
+
+
+def local_kv_heads(args: ModelArgs, size: int) -> int:
+    """The kv heads that live on one rank of `size`."""
+    return max(1, args.n_kv_heads // size)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+
+
+def _take(linear: nn.Module) -> Tensor:
+    """A module's local weight; the module lets go of it."""
+    weight = _local(cast(Tensor, linear.weight))
+    del linear.weight
+    return weight
+
+
+def _padded(weight: Tensor, rows: int) -> Tensor:
+    """The same rows, then zeros, so that every rank's share of the vocabulary has the same size."""
+    if weight.size(0) == rows:
+        return weight
+    return torch.cat([weight, weight.new_zeros(rows - weight.size(0), weight.size(1))])

@@ -1,0 +1,109 @@
+"""How ranks talk: three collectives of the step, behind one interface.
+
+* `all_reduce` completes a row-parallel layer, twice per layer and step.
+* `gather` brings the vocabulary shards of the logits to the leader.
+* `publish` carries the leader's plan, as bytes, to everybody.
+
+`SingleComm` is the identity. `GroupComm` uses torch.distributed: gloo on CPU, NCCL on CUDA. `SharedMemoryComm`
+(shared_memory.py) replaces all three where every rank is on one host's CPU.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm(Protocol):
+    """What the model and the engine ask of the group."""
+
+    rank: int
+    """This rank in the tensor-parallel group: which shard it holds."""
+    size: int
+    is_leader: bool
+    """Whether this rank decides. Not always rank 0 (several hosts)."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, equal to the bit on each. May overwrite x."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        """All ranks' x side by side along the last dim, in rank order, on the leader; None elsewhere."""
+        ...
+
+    def publish(self, message: bytes | None) -> bytes:
+        """The leader's message, on every rank. Followers pass None and wait; PeerLost after the timeout."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the group holds. Call once, on every rank."""
+        ...
+
+
+class PeerLost(RuntimeError):
+    """A peer was silent for longer than the collective timeout, or its connection broke: the group is over."""
+
+
+class SingleComm:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+    is_leader = True
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return x
+
+    def publish(self, message: bytes | None) -> bytes:
+        assert message is not None, "a group of one has no follower"
+        return message
+
+    def close(self) -> None:
+        pass
+
+
+class GroupComm:
+    """torch.distributed: one group for tensors, a gloo group for plans, both with the timeout of a step."""
+
+    def __init__(self, *, leader: int, timeout_s: float) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.leader = leader
+        self.is_leader = self.rank == leader
+        # Groups of their own: the default group's timeout must outlast loading a model, a step's must not.
+        self._data = dist.new_group(timeout=timedelta(seconds=timeout_s))
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self._data)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        if not self.is_leader:
+            dist.gather(x, dst=self.leader, group=self._data)
+            return None
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.gather(x, parts, dst=self.leader, group=self._data)
+        return torch.cat(parts, dim=-1)
+
+    def publish(self, message: bytes | None) -> bytes:
+        try:
+            length = torch.tensor([len(message or b"")])
+            dist.broadcast(length, src=self.leader, group=self._control)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            if message is not None:
+                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            dist.broadcast(data, src=self.leader, group=self._control)
+        except RuntimeError as error:
+            raise PeerLost(f"publishing a plan failed: {str(error).splitlines()[0]}") from error
+        return message if message is not None else data.numpy().tobytes()
+
+    def close(self) -> None:
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""One rank of the equivalence tests: runs every model in all forms and lets the leader save what came out.
+
+Usage: torchrun ... -m tests.distributed.parallel_worker OUT_FILE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
+from llama_tp.engine.runner import ModelRunner
+from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
+from llama_tp.parallel.comm import GroupComm
+from llama_tp.parallel.launch import join
+from llama_tp.parallel.plan import legal_tp_sizes
+from llama_tp.parallel.shared_memory import SharedMemoryComm
+from tests.tiny_model import MODELS, random_model
+
+TOKENS = tuple(range(3, 43))
+PROMPTS = [[5, 6, 7], list(range(40)), [1], [9, 8] * 11]
+PLAN = StepPlan(1, (Chunk(0, 0, TOKENS, True),), tuple((0, index, index) for index in range(3)))
+
+
+def main() -> None:
+    group = join("cpu")
+    assert group.mesh is not None
+    assert isinstance(group.comm, SharedMemoryComm)
+    config = EngineConfig(max_seq_len=128, max_batch_size=4)
+    results = {}
+    for name, args in MODELS.items():
+        if group.comm.size not in legal_tp_sizes(args):
+            continue
+        for comm in (group.comm, GroupComm(leader=0, timeout_s=20)):
+            model = parallelize(random_model(args), group.mesh)
+            options = {
+                "num_kv_heads": local_kv_heads(args, comm.size),
+                "dtype": torch.float32,
+                "device": torch.device("cpu"),
+            }
+            runner = ModelRunner(model, config, **options)
+            for update in PLAN.page_updates:
+                runner._set_page(*update)
+            with torch.no_grad():
+                dtensor = model(runner.prepare(PLAN.chunks), runner.cache).clone()  # waits for the gather
+            engine = Engine(ModelRunner(lower(model, comm), config, **options), comm, config)
+            if comm.is_leader:
+                lowered = engine.runner.execute(PLAN)
+            else:
+                engine.runner.execute(PLAN)
+            greedy = engine.generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
+            if comm.is_leader:
+                results[name, type(comm).__name__] = {
+                    "dtensor": dtensor,
+                    "lowered": lowered,
+                    "greedy": [completion.token_ids for completion in greedy],
+                }
+    if group.comm.is_leader:
+        torch.save(results, sys.argv[1])
+    dist.barrier()
+    group.comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A model on N ranks computes what it computes on one: as DTensors, lowered, over shared memory and over gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_tp.engine.request import SamplingParams
+from llama_tp.parallel.plan import legal_tp_sizes
+from tests.distributed.parallel_worker import PLAN, PROMPTS
+from tests.distributed.torchrun import check, torchrun
+from tests.tiny_model import MODELS, engine_of, random_model
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """(number of ranks, what its leader saved)."""
+    out = tmp_path_factory.mktemp("parallel") / "results.pt"
+    check(torchrun(request.param, "tests.distributed.parallel_worker", str(out)))
+    return request.param, torch.load(out)
+
+
+def test_every_model_whose_heads_allow_it_ran(ranks):
+    size, results = ranks
+    expected = {name for name, args in MODELS.items() if size in legal_tp_sizes(args)}
+    assert {name for name, _ in results} == expected
+    assert len(expected) >= 4
+
+
+def test_dtensor_form_lowered_form_and_single_process_have_the_same_logits(ranks):
+    _, results = ranks
+    for (name, comm), result in results.items():
+        single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
+        torch.testing.assert_close(result["dtensor"], single, atol=1e-4, rtol=0, msg=f"dtensor form of {name}")
+        torch.testing.assert_close(result["lowered"], single, atol=1e-4, rtol=0, msg=f"lowered {name} over {comm}")
+
+
+def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):
+    _, results = ranks
+    for (name, comm), result in results.items():
+        single = engine_of(random_model(MODELS[name])).generate(
+            PROMPTS, SamplingParams(max_new_tokens=16, temperature=0)
+        )
+        assert result["greedy"] == [completion.token_ids for completion in single], f"{name} over {comm}"

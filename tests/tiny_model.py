@@ -1,0 +1,116 @@
+"""Small random Llamas, and the same weights as a transformers model: the oracle for logits and greedy tokens."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.runner import ModelRunner
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.apply import lower
+from llama_tp.parallel.comm import SingleComm
+
+SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
+
+MODELS = {
+    "mha": ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=131, multiple_of=16),
+    "gqa": ModelArgs(dim=96, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=128, multiple_of=32),
+    "rope scaling": ModelArgs(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=96,
+        multiple_of=8,
+        rope_theta=5000.0,
+        rope_scaling=SCALING,
+    ),
+    "tied": ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=99, multiple_of=64, tied_embeddings=True),
+    "multiplier": ModelArgs(
+        dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, ffn_dim_multiplier=1.3
+    ),
+}
+
+
+def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
+    """Weights large enough that attention and logits are far from uniform."""
+    torch.manual_seed(seed)
+    model = Transformer(args)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.uniform_(0.5, 1.5)
+            elif not (args.tied_embeddings and name == "output.weight"):
+                weight.normal_(std=0.12 if "embeddings" not in name else 1.0)
+    return model.requires_grad_(False).eval()
+
+
+def engine_of(model: Transformer, **config: object) -> Engine:
+    """A lowered, single-rank engine around a copy of the model's weights."""
+    twin = Transformer(model.args).requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    engine_config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **config})  # type: ignore[arg-type]
+    runner = ModelRunner(
+        lower(twin, SingleComm()),
+        engine_config,
+        num_kv_heads=model.args.n_kv_heads,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return Engine(runner, SingleComm(), engine_config)
+
+
+def transformers_twin(model: Transformer) -> LlamaForCausalLM:
+    """The same model in Hugging Face's layout: halves instead of neighbouring pairs in every rotated head."""
+    args = model.args
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.rope_scaling is not None:
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": args.rope_theta,
+            "factor": args.rope_scaling.factor,
+            "low_freq_factor": args.rope_scaling.low_freq_factor,
+            "high_freq_factor": args.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
+        }
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=512,
+        tie_word_embeddings=args.tied_embeddings,
+        attn_implementation="eager",
+    )
+    twin = LlamaForCausalLM(config).eval().float()
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    weights = {}
+    for name, weight in model.state_dict().items():
+        key = name.replace("tok_embeddings", "model.embed_tokens").replace("output.", "lm_head.")
+        if name.startswith("layers."):
+            key = "model." + name
+            for ours, theirs in names.items():
+                key = key.replace(ours, theirs)
+        elif name == "norm.weight":
+            key = "model.norm.weight"
+        if key.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        weights[key] = weight
+    twin.load_state_dict(weights)
+    return twin

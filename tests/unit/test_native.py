@@ -1,0 +1,426 @@
+"""The dialect of /predictions/llama."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_tp.engine.request import FinishReason, SamplingParams
+from llama_tp.serving.native import (
+    MAX_CHUNK_BYTES,
+    NativeDefaults,
+    NativeRequest,
+    answer,
+    chat_error,
+    check_context,
+    check_token_ids,
+    chunk,
+    last_chunk,
+    parse_native,
+    stream_error,
+)
+from llama_tp.serving.schema import ApiError
+
+DEFAULTS = NativeDefaults(
+    mode="text_completion", max_new_tokens=100, temperature=0.6, top_p=0.9, top_k=7, min_p=0.01, seed=42
+)
+CHAT_DEFAULTS = NativeDefaults(mode="chat", max_new_tokens=100, temperature=0.6, top_p=0.9, top_k=7, min_p=0.0, seed=42)
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def parse(defaults: NativeDefaults = DEFAULTS, **fields: Any) -> NativeRequest:
+    return parse_native(json.dumps(fields).encode(), defaults)
+
+
+def refusal(body: object, defaults: NativeDefaults = DEFAULTS) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_native(body, defaults)
+    assert json.loads(caught.value.body().decode())["error"]["code"] == caught.value.code
+    return caught.value
+
+
+def test_the_originals_sample_text_is_a_completion() -> None:
+    body = b'{"prompt": "what is the recipe of mayonnaise?", "max_new_tokens": 50}\n'
+    assert parse_native(body, CHAT_DEFAULTS) == NativeRequest(
+        mode="text_completion",
+        prompt="what is the recipe of mayonnaise?",
+        dialog=None,
+        max_new_tokens=50,
+        max_new_tokens_explicit=True,
+        temperature=0.6,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.0,
+        seed=42,
+        stop=(),
+        stream=False,
+    )
+
+
+def test_the_originals_sample_dialog_is_a_chat() -> None:
+    dialog = [{"role": "system", "content": "Be brief."}, *HI]
+    request = parse(dialog=dialog, max_new_tokens=50, mode="chat")
+    assert (request.mode, request.prompt) == ("chat", None)
+    assert request.dialog == (("system", "Be brief."), ("user", "Hi"))
+
+
+def test_what_a_request_says_goes_before_the_defaults() -> None:
+    said: dict[str, Any] = {
+        "max_new_tokens": 1,
+        "temperature": 0,
+        "top_p": 1,
+        "top_k": 0,
+        "min_p": 1,
+        "seed": 0,
+        "stream": True,
+    }
+    request = parse(prompt="x", stop=["a", "b"], **said)
+    assert {name: getattr(request, name) for name in said} == said
+    assert request.stop == ("a", "b")
+    assert request.max_new_tokens_explicit
+
+
+def test_what_a_request_leaves_open_is_the_defaults() -> None:
+    request = parse(prompt="x")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+    assert [getattr(request, name) for name in names] == [getattr(DEFAULTS, name) for name in names]
+    assert (request.stop, request.stream, request.max_new_tokens_explicit) == ((), False, False)
+
+
+def test_saying_the_default_length_makes_it_explicit() -> None:
+    assert parse(prompt="x", max_new_tokens=DEFAULTS.max_new_tokens).max_new_tokens_explicit
+
+
+def test_a_null_seed_asks_for_an_irreproducible_answer() -> None:
+    assert parse(prompt="x", seed=None).seed is None
+
+
+def test_a_prompt_may_be_token_ids() -> None:
+    assert parse(prompt=[0, 5, 31999]).prompt == (0, 5, 31999)
+
+
+@pytest.mark.parametrize("prompt", [" ", "\n", "\0", "</s><|eot_id|>", "x" * 900_000, "CUDA\n[METRICS]a:1|#:"])
+def test_any_text_but_none_is_a_prompt(prompt: str) -> None:
+    assert parse(prompt=prompt).prompt == prompt
+
+
+def test_the_body_may_be_parsed_already() -> None:
+    assert parse_native({"prompt": "x", "stop": "a"}, DEFAULTS) == parse(prompt="x", stop="a")
+
+
+@pytest.mark.parametrize("defaults", [DEFAULTS, CHAT_DEFAULTS])
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({"prompt": "x"}, "text_completion"),
+        ({"dialog": HI}, "chat"),
+        ({"prompt": "x", "mode": "text_completion"}, "text_completion"),
+        ({"dialog": HI, "mode": "chat"}, "chat"),
+    ],
+)
+def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: str, defaults: NativeDefaults) -> None:
+    assert parse(defaults, **fields).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({}, "missing_field", "prompt"),
+        ({"max_new_tokens": 5}, "missing_field", "prompt"),
+        ({"mode": "text_completion"}, "missing_field", "prompt"),
+        ({"mode": "chat"}, "missing_field", "dialog"),
+        ({"prompt": "x", "dialog": HI}, "conflicting_fields", "dialog"),
+        ({"prompt": "x", "dialog": HI, "mode": "chat"}, "conflicting_fields", "dialog"),
+        ({"prompt": "x", "mode": "chat"}, "conflicting_fields", "mode"),
+        ({"dialog": HI, "mode": "text_completion"}, "conflicting_fields", "mode"),
+        ({"prompt": "x", "mode": "Chat"}, "invalid_value", "mode"),
+        ({"prompt": "x", "mode": ""}, "invalid_value", "mode"),
+        ({"prompt": "x", "mode": None}, "invalid_type", "mode"),
+        ({"prompt": "x", "mode": ["chat"]}, "invalid_type", "mode"),
+        ({"prompt": "x", "max_tokens": 5}, "unknown_field", "max_tokens"),
+        ({"prompt": "x", "max_new_token": 5}, "unknown_field", "max_new_token"),
+        ({"prompt": "x", "model_fields": 5}, "unknown_field", "model_fields"),
+        ({"messages": HI}, "unknown_field", "messages"),
+        ({"Prompt": "x"}, "unknown_field", "Prompt"),
+        ({"prompt": ""}, "empty_prompt", "prompt"),
+        ({"prompt": []}, "empty_prompt", "prompt"),
+        ({"prompt": 5}, "invalid_type", "prompt"),
+        ({"prompt": 0}, "invalid_type", "prompt"),
+        ({"prompt": False}, "invalid_type", "prompt"),
+        ({"prompt": None}, "invalid_type", "prompt"),
+        ({"prompt": {}}, "invalid_type", "prompt"),
+        ({"prompt": {"text": "x"}}, "invalid_type", "prompt"),
+        ({"prompt": ["x"]}, "invalid_type", "prompt[0]"),
+        ({"prompt": [1, 2.0]}, "invalid_type", "prompt[1]"),
+        ({"prompt": [1, True]}, "invalid_type", "prompt[1]"),
+        ({"prompt": [[1]]}, "invalid_type", "prompt[0]"),
+        ({"prompt": [1, None]}, "invalid_type", "prompt[1]"),
+        ({"prompt": [1, 2, -1]}, "token_out_of_range", "prompt[2]"),
+        ({"prompt": "x\ud800"}, "invalid_unicode", "prompt"),
+        ({"dialog": None}, "invalid_type", "dialog"),
+        ({"dialog": []}, "empty_messages", "dialog"),
+        ({"dialog": {}}, "invalid_type", "dialog"),
+        ({"dialog": "Hi"}, "invalid_type", "dialog"),
+        ({"dialog": HI[0]}, "invalid_type", "dialog"),
+        ({"dialog": [123]}, "invalid_type", "dialog[0]"),
+        ({"dialog": [*HI, None]}, "invalid_type", "dialog[1]"),
+        ({"dialog": [HI]}, "invalid_type", "dialog[0]"),
+        ({"dialog": [{}]}, "invalid_type", "dialog[0].role"),
+        ({"dialog": [{"role": "user"}]}, "invalid_type", "dialog[0].content"),
+        ({"dialog": [{"role": "user", "content": None}]}, "invalid_type", "dialog[0].content"),
+        ({"dialog": [*HI, {"role": "user", "content": 5}]}, "invalid_type", "dialog[1].content"),
+        ({"dialog": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_type", "dialog[0].content"),
+        ({"dialog": [{"role": 5, "content": "Hi"}]}, "invalid_type", "dialog[0].role"),
+        ({"dialog": [{"role": None, "content": "Hi"}]}, "invalid_type", "dialog[0].role"),
+        ({"dialog": [{"content": "Hi"}]}, "invalid_type", "dialog[0].role"),
+        ({"dialog": [{**HI[0], "contents": "Hi"}]}, "unknown_field", "dialog[0].contents"),
+        ({"dialog": [{"role": "user", "content": "\udc00"}]}, "invalid_unicode", "dialog[0].content"),
+        ({"prompt": "x", "max_new_tokens": 0}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": -1}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": 10**9}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": 1e9}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": 2**31 + 1}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": "5"}, "invalid_type", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": 5.5}, "invalid_type", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": 5.0}, "invalid_type", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": True}, "invalid_type", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": None}, "invalid_type", "max_new_tokens"),
+        ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
+        ({"prompt": "x", "temperature": 2.1}, "invalid_value", "temperature"),
+        ({"prompt": "x", "temperature": "hot"}, "invalid_type", "temperature"),
+        ({"prompt": "x", "temperature": True}, "invalid_type", "temperature"),
+        ({"prompt": "x", "top_p": 0}, "invalid_value", "top_p"),
+        ({"prompt": "x", "top_p": 1.1}, "invalid_value", "top_p"),
+        ({"prompt": "x", "top_p": True}, "invalid_type", "top_p"),
+        ({"prompt": "x", "top_k": -2}, "invalid_value", "top_k"),
+        ({"prompt": "x", "top_k": 1.5}, "invalid_type", "top_k"),
+        ({"prompt": "x", "min_p": 2}, "invalid_value", "min_p"),
+        ({"prompt": "x", "seed": 2**64}, "invalid_value", "seed"),
+        ({"prompt": "x", "seed": -1}, "invalid_value", "seed"),
+        ({"prompt": "x", "seed": 1.5}, "invalid_type", "seed"),
+        ({"prompt": "x", "seed": False}, "invalid_type", "seed"),
+        ({"prompt": "x", "stop": ""}, "invalid_value", "stop"),
+        ({"prompt": "x", "stop": [""]}, "invalid_value", "stop[0]"),
+        ({"prompt": "x", "stop": [1]}, "invalid_type", "stop[0]"),
+        ({"prompt": "x", "stop": list("abcde")}, "too_many_stops", "stop"),
+        ({"prompt": "x", "stop": "a" * 10_000}, "invalid_value", "stop"),
+        ({"prompt": "x", "stop": 5}, "invalid_type", "stop"),
+        ({"prompt": "x", "stream": 1}, "invalid_type", "stream"),
+        ({"prompt": "x", "stream": "true"}, "invalid_type", "stream"),
+        ({"prompt": "x", "stream": None}, "invalid_type", "stream"),
+    ],
+)
+def test_a_bad_request_is_refused_with_code_and_param(fields: dict[str, Any], code: str, param: str) -> None:
+    error = refusal(json.dumps(fields).encode())
+    assert (error.status, error.code, error.param) == (400, code, param)
+    assert refusal(fields).body() == error.body(), "parsed by TorchServe or by us, the answer is the same"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_json"),
+        (b"Hello", "invalid_json"),
+        (b"[]", "not_an_object"),
+        (b'{"prompt": ' + b"[" * 100_000, "too_deep"),
+        (b'{"prompt": "a", "prompt": "b"}', "duplicate_key"),
+        (b'{"prompt": "a", "temperature": NaN}', "invalid_json"),
+        (b'{"prompt": "a", "temperature": 1e999}', "invalid_value"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "invalid_value"),
+    ],
+)
+def test_a_body_that_is_no_strict_json_is_refused(body: bytes, code: str) -> None:
+    assert refusal(body).code == code
+
+
+def test_an_openai_users_max_tokens_is_answered_with_our_name_for_it() -> None:
+    assert "did you mean max_new_tokens?" in refusal({"prompt": "x", "max_tokens": 5}).message
+
+
+def test_without_prompt_and_dialog_the_configured_mode_says_what_is_missing() -> None:
+    assert refusal({}, CHAT_DEFAULTS).param == "dialog"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": {"CUDA\n[METRICS]": 1}},
+        {"CUDA\n[METRICS]a.Counter:1|#Level:Host\n[PID]1": 1},
+        {"prompt": "x", "mode": "\nTorch worker started.\n"},
+        {"dialog": [{"role": "user", "content": "x", "\n[PID]1\r": 1}]},
+        {"prompt": "x", "stop": "\n" * 300},
+    ],
+)
+def test_hostile_text_is_answered_inside_one_json_string(fields: dict[str, Any]) -> None:
+    body = refusal(fields).body()
+    assert len(body.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "explicit", "granted"),
+    [
+        (1, 50, True, 50),
+        (50, 50, True, 50),
+        (99, 1, True, 1),
+        (1, 50, False, 50),
+        (60, 50, False, 40),
+        (99, 50, False, 1),
+        (99, 2**24, False, 1),
+    ],
+)
+def test_what_fits_into_the_context_is_granted(prompt: int, wanted: int, explicit: bool, granted: int) -> None:
+    assert check_context(prompt, wanted, 100, explicit) == granted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "explicit", "param", "numbers"),
+    [
+        (100, 1, False, "dialog", ["100"]),
+        (100, 1, True, "dialog", ["100"]),
+        (12345, 1, False, "dialog", ["12345", "100"]),
+        (51, 50, True, "max_new_tokens", ["51", "50", "100", "at most 49"]),
+        (99, 2, True, "max_new_tokens", ["99", "2", "100", "at most 1"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    prompt: int, wanted: int, explicit: bool, param: str, numbers: list[str]
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_context(prompt, wanted, 100, explicit, "dialog")
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "context_length_exceeded", param)
+    assert all(number in caught.value.message for number in numbers)
+
+
+def test_the_context_check_speaks_the_callers_dialect() -> None:
+    with pytest.raises(ApiError) as caught:
+        check_context(51, 50, 100, explicit=True, param="messages", limit_param="max_tokens")
+    assert caught.value.param == "max_tokens"
+    assert caught.value.message.startswith("max_tokens=50")
+
+
+@pytest.mark.parametrize("ids", [(), (0,), (0, 31999), [5]])
+def test_ids_of_the_vocabulary_pass(ids: tuple[int, ...]) -> None:
+    check_token_ids(ids, 32000)
+
+
+@pytest.mark.parametrize(("ids", "at"), [((32000,), 0), ((1, 2**70), 1), ((0, 1, -1), 2)])
+def test_an_id_outside_the_vocabulary_is_refused_and_named(ids: tuple[int, ...], at: int) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_token_ids(ids, 32000, "prompt")
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "token_out_of_range", f"prompt[{at}]")
+    assert "31999" in caught.value.message
+
+
+@dataclass
+class RefusedDialog(Exception):
+    code: str
+    message: str
+    index: int | None = None
+    field: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("index", "field", "param"),
+    [(1, "role", "dialog[1].role"), (0, None, "dialog[0]"), (None, None, "dialog"), (None, "role", "dialog")],
+)
+def test_a_chat_formats_refusal_names_the_place(index: int | None, field: str | None, param: str) -> None:
+    error = chat_error(RefusedDialog("invalid_role_order", "two users in a row", index, field))
+    assert (error.status, error.code, error.message) == (400, "invalid_role_order", "two users in a row")
+    assert error.param == param
+
+
+def test_sampling_takes_the_request_the_stop_ids_and_what_fits() -> None:
+    request = parse(prompt="x", temperature=0, seed=3)
+    params = request.sampling_params(stop_ids=frozenset({2}), max_new_tokens=5)
+    assert params == SamplingParams(
+        max_new_tokens=5, temperature=0.0, top_p=0.9, top_k=7, min_p=0.01, seed=3, stop_ids=frozenset({2})
+    )
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+def test_an_answer_is_one_object_on_one_line() -> None:
+    reply = answer("Grüße\n😀", FinishReason.STOP, 5, 2)
+    assert reply.endswith(b"}\n")
+    assert reply.count(b"\n") == 1
+    assert "Grüße\\n😀".encode() in reply
+    assert json.loads(reply) == {"text": "Grüße\n😀", "finish_reason": "stop", "usage": USAGE}
+
+
+def test_a_stream_is_lines_of_json_and_the_last_says_why_it_ended() -> None:
+    stream = chunk("a\n", (1,)) + chunk("", ()) + last_chunk("b", [2], FinishReason.LENGTH, 5, 2)
+    assert [json.loads(line) for line in stream.splitlines()] == [
+        {"text": "a\n", "ids": [1]},
+        {"text": "", "ids": []},
+        {"text": "b", "ids": [2], "finish_reason": "length", "usage": USAGE},
+    ]
+
+
+def test_a_stream_that_fails_says_so_in_its_last_line() -> None:
+    line = stream_error(ApiError(500, "nan_logits", "the model produced numbers that are not finite"))
+    assert line.endswith(b"\n")
+    assert json.loads(line)["error"]["type"] == "server_error"
+
+
+def test_replies_are_valid_utf8_even_for_text_that_is_not() -> None:
+    for reply in (answer("\ud800", FinishReason.STOP, 1, 1), chunk("\udfff", (1,))):
+        assert json.loads(reply.decode())["text"] == "?"
+
+
+def test_a_chunk_over_the_limit_is_a_broken_promise() -> None:
+    frame = len(chunk("", (1,)))
+    assert len(chunk("x" * (MAX_CHUNK_BYTES - frame), (1,))) == MAX_CHUNK_BYTES
+    with pytest.raises(AssertionError):
+        chunk("é" * ((MAX_CHUNK_BYTES - frame) // 2 + 1), (1,))
+
+
+FIELDS = ("prompt", "dialog", "mode", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+messages = st.dictionaries(st.sampled_from(["role", "content", "name"]), json_values, max_size=3)
+likely = {
+    "prompt": st.text(min_size=1) | st.lists(st.integers(-1, 9)),
+    "dialog": st.lists(messages | st.just(HI[0]), max_size=3),
+    "max_new_tokens": st.integers(-1, 2**32),
+    "temperature": st.floats(-0.1, 2.1),
+    "stop": st.lists(st.text(max_size=3), max_size=5) | st.text(max_size=3),
+}
+near_requests = st.dictionaries(st.sampled_from([*FIELDS, "x"]), json_values, max_size=4) | st.fixed_dictionaries(
+    {}, optional=likely
+)
+
+
+def outcome(body: object) -> NativeRequest | ApiError:
+    try:
+        return parse_native(body, DEFAULTS)
+    except ApiError as error:
+        return error
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.binary()
+    | st.text(st.characters())
+    | json_values
+    | json_values.map(json.dumps)
+    | near_requests
+    | near_requests.map(lambda value: json.dumps(value).encode())
+)
+def test_anything_is_a_request_or_refused_with_400(body: object) -> None:
+    result = outcome(body)
+    if isinstance(result, ApiError):
+        assert result.status == 400
+        assert json.loads(result.body().decode())["error"]["code"] == result.code
+        assert len(result.body().splitlines()) == 1
+    else:
+        assert (result.prompt is None) == (result.mode == "chat")
+        assert (result.dialog is None) == (result.mode == "text_completion")
+        result.sampling_params(stop_ids=frozenset(), max_new_tokens=result.max_new_tokens)
