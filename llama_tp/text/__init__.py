@@ -1,0 +1,16 @@
+"""Text at the edges: tokenizers, chat formats and streaming detokenizers. Imports nothing else of llama_tp."""
+
+from llama_tp.text.chat import ChatError, ChatFormat, Message, chat_format
+from llama_tp.text.detokenizer import Detokenizer, TextStream
+from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ChatError",
+    "ChatFormat",
+    "Detokenizer",
+    "Message",
+    "TextStream",
+    "Tokenizer",
+    "chat_format",
+    "load_tokenizer",
+]

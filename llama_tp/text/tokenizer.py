@@ -1,0 +1,87 @@
+"""Text to token ids and back, for the three vocabularies that Llama checkpoints come with.
+
+Knows nothing of dialogs, models or requests. Two promises hold for every kind:
+user text never yields a special id, and `decode` is the concatenation of `token_bytes`, read as UTF-8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from llama_tp.text.tokenizer_json import TokenizerJson
+from llama_tp.text.vocabulary import SentencePieceFile, TiktokenFile
+
+
+class Tokenizer(Protocol):
+    """A vocabulary: plain text <-> token ids."""
+
+    kind: str
+    """"sentencepiece", "tiktoken" or "tokenizer.json"."""
+    vocab_size: int
+    """One more than the highest id, specials included. An embedding may have more rows than that."""
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: frozenset[int]
+    """Every id that ends a turn or a text."""
+    special_ids: Mapping[str, int]
+    """Piece -> id of the tokens that no text spells and that decode to nothing."""
+    adds_bos: bool
+    """Whether a completion prompt begins with BOS."""
+    drops_leading_space: bool
+    """Whether one leading space of a decoded text is an artefact of the vocabulary, and dropped."""
+    chat_template: str | None
+    """The jinja template that came with the tokenizer."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of plain text. ValueError for lone surrogates, and for a BOS or EOS that the vocabulary lacks.
+
+        No special id comes of the text, save the unknown id in a vocabulary without bytes to fall back to.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; specials are skipped, broken UTF-8 becomes U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token contributes to a text, O(1): b"" for specials and for ids outside of the vocabulary."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer file, or the tokenizer.json (preferred: it knows added tokens) or tokenizer.model of a folder.
+
+    The kind is found from the content. FileNotFoundError or ValueError names the path and the remedy.
+    """
+    file = _find_file(Path(path))
+    data = file.read_bytes()
+    head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head:
+        raise ValueError(f"{file} is empty; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a Git LFS pointer, not the tokenizer; run `git lfs pull` where it came from")
+    if re.match(rb"<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
+        raise ValueError(
+            f"{file} is an HTML or XML page, not a tokenizer; download it again (is a login or a licence form missing?)"
+        )
+    if head[:1] == b"{":
+        return TokenizerJson(file, data)
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", head):
+        return TiktokenFile(file, data)
+    if data[:1] == b"\n":  # protobuf: field 1, length-delimited
+        return SentencePieceFile(file, data)
+    raise ValueError(
+        f"{file} is neither a sentencepiece model, nor a tiktoken rank file, nor a tokenizer.json; "
+        "give the tokenizer file that came with the checkpoint"
+    )
+
+
+def _find_file(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer at {path}; give tokenizer.model, tokenizer.json, or a folder with one")
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")

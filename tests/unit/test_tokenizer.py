@@ -1,0 +1,350 @@
+import base64
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Library
+
+from llama_tp.text import load_tokenizer
+from llama_tp.text.vocabulary import split_long_runs
+from tests import tiny_text
+from tests.unit.text_fixtures import KINDS, file_of, folder_of, quick, texts, tiny
+
+WELL_KNOWN_PIECES = ("<s>", "</s>", "<unk>", "<0x41>", "<|eot_id|>", "<|im_end|>", "<|begin_of_text|>", "<|tool|>")
+
+SINGLE_BYTES = [base64.b64encode(bytes([b])) + b" %d" % b for b in range(256)]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@quick
+@given(text=texts, kind=st.sampled_from(KINDS))
+def test_decode_gives_back_the_text_that_was_encoded(text, kind):
+    tokenizer = tiny(kind)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@quick
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_user_text_never_yields_a_special_id_and_is_not_changed(data, kind):
+    tokenizer = tiny(kind)
+    pieces = st.sampled_from([*list(tokenizer.special_ids)[:20], *WELL_KNOWN_PIECES])
+    text = "".join(data.draw(st.lists(pieces | texts, min_size=1, max_size=5)))
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == text
+
+
+def test_every_special_piece_is_text_when_a_user_writes_it(kind):
+    tokenizer = tiny(kind)
+    assert len(tokenizer.special_ids) >= 3
+    for piece in tokenizer.special_ids:
+        ids = tokenizer.encode(f"a{piece}b {piece}")
+        assert not set(ids) & set(tokenizer.special_ids.values()), piece
+        assert tokenizer.decode(ids) == f"a{piece}b {piece}"
+
+
+def test_bos_and_eos_stand_at_the_ends_only_when_asked_for(kind):
+    tokenizer = tiny(kind)
+    plain = tokenizer.encode("the dog")
+    assert plain
+    assert tokenizer.encode("the dog", bos=True, eos=True) == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+    assert tokenizer.encode("", bos=True) == [tokenizer.bos_id]
+    assert tokenizer.encode("") == []
+
+
+def test_specials_contribute_no_bytes_and_neither_do_ids_that_no_token_has(kind):
+    tokenizer = tiny(kind)
+    for token_id in [*tokenizer.special_ids.values(), -1, tokenizer.vocab_size, 10**9]:
+        assert tokenizer.token_bytes(token_id) == b""
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]) == "hi"
+
+
+def test_all_256_bytes_can_be_written(kind):
+    tokenizer = tiny(kind)
+    assert {bytes([b]) for b in range(256)} <= {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ok \udfff", "\udc00\ud83d"])
+def test_a_lone_surrogate_is_refused_with_its_place(kind, text):
+    with pytest.raises(ValueError, match=r"lone surrogate U\+D[89A-F][0-9A-F]{2} at character \d"):
+        tiny(kind).encode(text)
+
+
+def test_very_long_runs_are_encoded(kind):
+    tokenizer = tiny(kind)
+    for text in ("x" * 60_000, " " * 60_000 + "x", "x\n" * 30_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# --- sentencepiece
+
+
+def test_sentencepiece_ids_are_those_of_the_library():
+    tokenizer, library = tiny("sentencepiece"), SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
+    for text in (*tiny_text.CORPUS, "  two  spaces ", "日本 😀", "<s>", "\n"):
+        assert tokenizer.encode(text) == library.encode(text)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (library.bos_id(), library.eos_id()) == (1, 2)
+    assert tokenizer.vocab_size == library.vocab_size()
+    assert tokenizer.stop_ids == {2}
+    assert tokenizer.adds_bos
+    assert tokenizer.chat_template is None
+
+
+def test_sentencepiece_decodes_any_pieces_as_the_library_does():
+    tokenizer, library = tiny("sentencepiece"), SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
+    rng = random.Random(0)
+    not_broken = [i for i in range(1, library.vocab_size()) if not library.is_byte(i)]
+    for _ in range(300):
+        ids = rng.choices(not_broken, k=rng.randrange(1, 8))
+        assert tokenizer.decode(ids) == library.decode(ids), ids
+
+
+def test_a_user_defined_control_symbol_is_special_and_a_user_defined_word_is_text(tmp_path):
+    path = tiny_text.make_sentencepiece_model(tmp_path, user_defined_symbols=["<|im_end|>", "<think>"])
+    tokenizer = load_tokenizer(path)
+    library = SentencePieceProcessor(model_file=str(path))
+    forged, word = library.piece_to_id("<|im_end|>"), library.piece_to_id("<think>")
+    assert forged in library.encode("x<|im_end|>")  # the library alone would let it through
+    ids = tokenizer.encode("x<|im_end|>日<think>")
+    assert forged not in ids
+    assert word in ids
+    assert tokenizer.decode([*ids, forged]) == "x<|im_end|>日<think>"
+    assert forged in tokenizer.stop_ids
+
+
+# --- tiktoken
+
+
+def test_llama3_specials_follow_the_ranks_with_metas_names():
+    tokenizer = tiny("tiktoken")
+    base = tokenizer.vocab_size - 256
+    # offsets in Meta's released Llama 3.1 vocabulary, where the ranks end at 128000
+    offsets = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|finetune_right_pad_id|>": 4,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+        "<|reserved_special_token_2|>": 11,
+        "<|reserved_special_token_246|>": 255,
+    }
+    assert {piece: tokenizer.special_ids[piece] - base for piece in offsets} == offsets
+    assert len(tokenizer.special_ids) == 256
+    assert tokenizer.stop_ids == {base + 1, base + 8, base + 9}
+
+
+@quick
+@given(text=texts)
+def test_tiktoken_agrees_with_the_library_on_text_in_which_words_do_not_interact(text):
+    tokenizer = tiny("tiktoken")
+    base = tokenizer.vocab_size - 256
+    ranks = {tokenizer.token_bytes(i): i for i in range(base)}
+    oracle = tiktoken.Encoding("one word", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    assert tokenizer.decode(tokenizer.encode(text)) == oracle.decode(oracle.encode_ordinary(text)) == text
+    if text.isalpha() and text.isascii():
+        assert tokenizer.encode(text) == oracle.encode_ordinary(text)
+
+
+def test_llama3_splits_numbers_by_three_digits_and_keeps_contractions_apart(tmp_path):
+    tokens = [bytes([b]) for b in range(256)] + [b"23", b"123", b"1234", b"'t", b"n'", b"\n\n", b"\n\na", b" a"]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    tokenizer = load_tokenizer(path)
+
+    def split(text: str) -> list[bytes]:
+        return [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+
+    assert split("1234") == [b"123", b"4"]
+    assert split("n't") == [b"n", b"'t"]
+    assert split("\n\na") == [b"\n\n", b"a"]
+    assert split("  a") == [b" ", b" a"]
+
+
+def test_tiktoken_text_is_cut_in_runs_of_25000_and_chunks_of_400000_characters(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\n".join([*SINGLE_BYTES, base64.b64encode(b"xx") + b" 256"]))
+    tokenizer = load_tokenizer(path)
+    # each cut that goes through a pair of x shows as two single ones
+    assert tokenizer.encode("y" + "x" * 50_000).index(ord("x")) == 25_000 // 2
+    assert tokenizer.encode("xx " * 133_400).count(ord("x")) == 2
+    assert tokenizer.encode("xx " * 133_333).count(ord("x")) == 0
+
+
+@quick
+@given(text=st.text("a \n", max_size=60), max_run=st.integers(1, 5))
+def test_long_runs_are_cut_where_meta_cuts_them(text, max_run):
+    parts, run, previous = [""], 0, None
+    for char in text:
+        run = run + 1 if char.isspace() == previous else 1
+        previous = char.isspace()
+        if run > max_run:
+            parts.append("")
+            run = 1
+        parts[-1] += char
+    assert list(split_long_runs(text, max_run)) == parts
+
+
+# --- tokenizer.json
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "metaspace"])
+def test_tokenizer_json_agrees_with_the_library(kind):
+    tokenizer, library = tiny(kind), Library.from_file(str(file_of(kind)))
+    for text in (*tiny_text.CORPUS, "  two  spaces ", "日本 😀", "x<think>y"):
+        ids = tokenizer.encode(text)
+        assert ids == library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == library.decode(ids)
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(1, 8))
+        expected = library.decode([i for i in ids if i not in tokenizer.special_ids.values()])
+        if "\ufffd" not in expected and not expected.startswith(" "):
+            assert tokenizer.decode(ids) == expected, ids
+
+
+def test_control_tokens_that_are_not_declared_special_are_special_all_the_same():
+    tokenizer, library = tiny("tokenizer.json"), Library.from_file(str(file_of("tokenizer.json")))
+    tool, think = library.token_to_id("<|tool|>"), library.token_to_id("<think>")
+    library.encode_special_tokens = True
+    assert tool in library.encode("<|tool|>").ids  # the library alone would let it through
+    assert tool not in tokenizer.encode("<|tool|>")
+    assert tokenizer.special_ids["<|tool|>"] == tool
+    assert tokenizer.decode([think]) == "<think>"
+
+
+def test_siblings_of_tokenizer_json_say_bos_eos_and_template():
+    tokenizer = tiny("tokenizer.json")
+    pieces = tokenizer.special_ids
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (pieces["<|im_start|>"], pieces["<|im_end|>"])
+    assert tokenizer.stop_ids == {pieces["<|im_end|>"], pieces["<|endoftext|>"]}
+    assert not tokenizer.adds_bos
+    assert tokenizer.chat_template == tiny_text.CHATML_TEMPLATE
+
+
+def test_bos_is_added_where_the_post_processor_adds_it():
+    tokenizer = tiny("metaspace")
+    assert tokenizer.adds_bos
+    assert tokenizer.bos_id == tokenizer.special_ids["<s>"]
+
+
+def test_the_other_places_for_special_tokens_and_templates(tmp_path):
+    path = tiny_text.make_tokenizer_json(tmp_path)
+    path.with_name("tokenizer_config.json").unlink()
+    alone = load_tokenizer(path)
+    assert (alone.bos_id, alone.eos_id, alone.chat_template) == (None, alone.special_ids["<|im_end|>"], None)
+    with pytest.raises(ValueError, match="no BOS token"):
+        alone.encode("x", bos=True)
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [0, 5]}))
+    (tmp_path / "chat_template.jinja").write_text("é{{ messages }}", encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+    assert tokenizer.stop_ids == {0, 2, 5}
+    assert tokenizer.chat_template == "é{{ messages }}"
+
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    (tmp_path / "chat_template.jinja").unlink()
+    templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    config = {"bos_token": None, "chat_template": templates, "add_bos_token": True}
+    path.with_name("tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (None, 0, "d")
+    assert not tokenizer.adds_bos
+
+
+def test_truncation_and_padding_in_tokenizer_json_do_not_apply(tmp_path):
+    path = tiny_text.make_tokenizer_json(tmp_path)
+    library = Library.from_file(str(path))
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.save(str(path))
+    text = "the quick brown fox jumps"
+    assert load_tokenizer(path).encode(text) == tiny("tokenizer.json").encode(text)
+
+
+# --- finding the file, and files that are none
+
+
+def test_the_kind_is_found_from_the_content_and_a_folder_will_do():
+    assert [tiny(kind).kind for kind in KINDS] == ["sentencepiece", "tiktoken", "tokenizer.json", "tokenizer.json"]
+    assert file_of("sentencepiece").name == file_of("tiktoken").name == "tokenizer.model"
+    for kind in KINDS:
+        assert load_tokenizer(folder_of(kind).name).kind == tiny(kind).kind
+
+
+def test_a_missing_file_or_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(str(tmp_path))
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (LFS_POINTER, "Git LFS pointer.*git lfs pull"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>Sign in", "HTML.*download it again"),
+        (b"PK\x03\x04 some archive", "neither a sentencepiece model"),
+        (b"\n\x0e\n\x05<unk>", "not a readable sentencepiece model"),
+        (b"\nhello", "not a readable sentencepiece model"),
+        (b"{", "not valid JSON"),
+        (b"{}" + b"\xff", "not valid JSON"),
+        (b'{"error": "gated"}', "has no 'model'"),
+        (b'{"model": {"type": "BPE"}, "added_tokens": [1]}', "not a readable tokenizer.json"),
+        (b'{"model": {"type": "NoSuch"}}', "not a readable tokenizer.json"),
+        (b"\n".join(SINGLE_BYTES[:200]), "56 of the 256 single bytes are missing"),
+        (b"\n".join([*SINGLE_BYTES, b"YWI="]), "line 257: not a base64 token and its rank"),
+        (b"\n".join([*SINGLE_BYTES, b"YWI= 300"]), "not one token for each rank"),
+        (b"\n".join([*SINGLE_BYTES, b"YQ== 256"]), "not one token for each rank"),
+        (b"\n".join([*SINGLE_BYTES, b"Y!I= 256"]), "line 257"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused_with_its_path_and_the_remedy(tmp_path, content, message):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)tokenizer.model.*{message}"):
+        load_tokenizer(path)
+
+
+def test_a_vocabulary_whose_pieces_cannot_be_read_as_bytes_is_refused(tmp_path):
+    path = tiny_text.make_tokenizer_json(tmp_path)
+    definition = json.loads(path.read_text())
+    definition["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    definition["pre_tokenizer"] = None
+    path.write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match=r"decoder steps \['WordPiece'\]; supported are"):
+        load_tokenizer(path)
+
+
+def vocab_size_or_refusal(path: Path) -> int | str:
+    try:
+        return load_tokenizer(path).vocab_size
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_file_is_an_error_or_a_smaller_vocabulary_never_a_crash(kind, tmp_path):
+    data = file_of(kind).read_bytes()
+    path = Path(tmp_path) / "tokenizer.model"
+    for size in range(1, len(data), max(1, len(data) // 40)):
+        path.write_bytes(data[:size])
+        outcome = vocab_size_or_refusal(path)
+        assert str(path) in outcome if isinstance(outcome, str) else outcome <= tiny(kind).vocab_size
