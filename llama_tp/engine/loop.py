@@ -91,7 +91,8 @@ class EngineLoop:
         try:
             self.engine.add(request)
         except ValueError as error:
-            self._tell([TokenEvent(request.id, None, FinishReason.ERROR, str(error))])
+            log.error("request %s cannot run: %s", request.id, error)
+            self._tell([TokenEvent(request.id, None, FinishReason.ERROR, "cannot_run")])
 
     def _cancel(self, request_id: str) -> None:
         if self.engine.cancel(request_id):
@@ -103,6 +104,7 @@ class EngineLoop:
             log.info("nobody has polled for %g s: cancelling all requests", self._abandon_after_s)
             for request_id in self.engine.scheduler.request_ids():
                 self.engine.cancel(request_id)
+                self._tell([TokenEvent(request_id, None, FinishReason.CANCELLED)])
 
     def _tell(self, events: list[TokenEvent]) -> None:
         if events:

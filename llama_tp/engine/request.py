@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 
 class FinishReason(str, Enum):
@@ -48,6 +49,10 @@ class SamplingParams:
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {constraint}")
+
+    def but(self, **changes: Any) -> SamplingParams:
+        """The same parameters with some changed."""
+        return replace(self, **changes)
 
     @property
     def is_greedy(self) -> bool:

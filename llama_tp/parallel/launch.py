@@ -64,11 +64,12 @@ def join(device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = N
     `lead`: whether this rank is the leader; exactly one must be. None: rank 0 is. A group of one leads itself and
     starts no process group. `timeout_s` is how long a step waits for a silent peer.
 
-    From here on, this process dies with its parent.
+    From here on, a process that torchrun started dies with it.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Group(comm=SingleComm(), device=resolve_device(device), mesh=None)
-    die_with_parent()
     here = resolve_device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)

@@ -47,3 +47,12 @@ def check_tp_size(args: ModelArgs, size: int) -> None:
     if reason := why_illegal(args, size):
         legal = ", ".join(map(str, legal_tp_sizes(args)))
         raise ValueError(f"tensor_parallel_size={size} {reason}; legal sizes for this model: {legal}")
+
+
+def num_parameters_of_rank(args: ModelArgs, size: int) -> int:
+    """Weights that one rank of `size` holds: its shares, the replicated norms and kv heads, the padded vocabulary."""
+    kv_heads = max(1, args.n_kv_heads // size)
+    attention = args.dim * args.head_dim * (2 * args.n_heads // size + 2 * kv_heads)
+    block = attention + 3 * args.dim * args.hidden_dim // size + 2 * args.dim
+    vocabularies = 1 if args.tied_embeddings else 2
+    return args.n_layers * block + args.dim + vocabularies * -(-args.vocab_size // size) * args.dim

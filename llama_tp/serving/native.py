@@ -4,7 +4,7 @@
     {"dialog": [{"role": "user", "content": "Hi"}], "max_new_tokens": 50, "mode": "chat"}
 
 What can be judged without a tokenizer and without the model's limits is judged by `parse_native`; the rest by
-`check_context`, `check_token_ids` and the chat format, whose errors `chat_error` translates. The prompt may be text or
+`check_context`, `check_token_ids` and the chat format. The prompt may be text or
 token ids. null is a wrong type like any other, except for `seed`, where it means: not reproducible.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast
 from pydantic_core import PydanticCustomError
@@ -202,24 +202,6 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str = "prompt") 
         at = next(index for index, token in enumerate(ids) if not 0 <= token < vocab_size)
         message = f"{param}[{at}]={ids[at]} is not a token id; the vocabulary is 0 to {vocab_size - 1}"
         raise ApiError(400, "token_out_of_range", message, f"{param}[{at}]")
-
-
-class ChatErrorLike(Protocol):
-    """What a chat format says about a dialog that it refuses."""
-
-    code: str
-    index: int | None
-    """The message's index; None where it is about the dialog as a whole."""
-    field: str | None
-    """role or content; None where it is about the message as a whole."""
-    message: str
-
-
-def chat_error(err: ChatErrorLike, param: str = "dialog") -> ApiError:
-    """The same for the user, with a param such as dialog[1].role."""
-    if err.index is not None:
-        param += f"[{err.index}]" + (f".{err.field}" if err.field else "")
-    return ApiError(400, err.code, err.message, param)
 
 
 def answer(text: str, finish_reason: FinishReason, prompt_tokens: int, completion_tokens: int) -> bytes:

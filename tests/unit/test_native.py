@@ -1,7 +1,6 @@
 """The dialect of /predictions/llama."""
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from llama_tp.serving.native import (
     NativeDefaults,
     NativeRequest,
     answer,
-    chat_error,
     check_context,
     check_token_ids,
     chunk,
@@ -312,24 +310,6 @@ def test_an_id_outside_the_vocabulary_is_refused_and_named(ids: tuple[int, ...],
         check_token_ids(ids, 32000, "prompt")
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "token_out_of_range", f"prompt[{at}]")
     assert "31999" in caught.value.message
-
-
-@dataclass
-class RefusedDialog(Exception):
-    code: str
-    message: str
-    index: int | None = None
-    field: str | None = None
-
-
-@pytest.mark.parametrize(
-    ("index", "field", "param"),
-    [(1, "role", "dialog[1].role"), (0, None, "dialog[0]"), (None, None, "dialog"), (None, "role", "dialog")],
-)
-def test_a_chat_formats_refusal_names_the_place(index: int | None, field: str | None, param: str) -> None:
-    error = chat_error(RefusedDialog("invalid_role_order", "two users in a row", index, field))
-    assert (error.status, error.code, error.message) == (400, "invalid_role_order", "two users in a row")
-    assert error.param == param
 
 
 def test_sampling_takes_the_request_the_stop_ids_and_what_fits() -> None:

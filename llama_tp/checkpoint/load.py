@@ -1,0 +1,48 @@
+"""A checkpoint folder and a group of ranks -> this rank's lowered model."""
+
+from __future__ import annotations
+
+import torch
+
+from llama_tp.checkpoint import dcp
+from llama_tp.config import ModelArgs
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.apply import lower, parallelize
+from llama_tp.parallel.launch import Group
+from llama_tp.parallel.plan import check_tp_size
+
+
+def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -> Transformer:
+    """Read this rank's share of a checkpoint, in `dtype`, onto its device, ready to compute.
+
+    ValueError, on every rank, if the folder is not what its manifest says or does not hold this model, or the model
+    cannot be split over this many ranks. No rank ever holds the whole model.
+    """
+    check_tp_size(args, group.comm.size)
+    with torch.device("meta"):
+        model = Transformer(args).to(dtype).requires_grad_(False).eval()
+    if group.mesh is not None:
+        parallelize(model, group.mesh)
+    model.to_empty(device=group.device)
+    model.tie_embeddings()  # to_empty gave each of the two names a tensor of its own
+    weights = model.state_dict()
+    if args.tied_embeddings:
+        del weights["output.weight"]  # the checkpoint has it once
+    dcp.load(weights, folder)
+    return lower(model, group.comm)
+
+
+def resolve_dtype(name: str, folder: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. auto: the checkpoint's, or float32 where the device would only emulate bfloat16."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    stored = dcp.checkpoint_dtype(folder)
+    is_fast = stored == torch.float32 or _computes_natively(stored, device)
+    return stored if is_fast else torch.float32
+
+
+def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch.cpu has no public name for this before 2.13.
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()

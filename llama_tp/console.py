@@ -1,0 +1,118 @@
+"""A model in the terminal: one completion, or a conversation. The server's own engine loop, on any number of ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+
+from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.engine.load import load_engine
+from llama_tp.engine.loop import EngineLoop
+from llama_tp.engine.request import FinishReason, Request, SamplingParams
+from llama_tp.parallel.launch import join
+from llama_tp.text.chat import ChatError, Message, chat_format
+from llama_tp.text.detokenizer import TextStream
+from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def run_console(
+    checkpoint: str,
+    act: Callable[[Console], object],
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Load a checkpoint on all ranks, let the leader `act`, and end on all ranks together."""
+    args = ModelArgs.load(Path(checkpoint, "model_args.json"))
+    words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)))
+    config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device)
+    group = join(config.device, timeout_s=config.collective_timeout_s)
+    engine = load_engine(checkpoint, args, config, group)
+    if not engine.is_leader:
+        engine.follow()
+    else:
+        loop = EngineLoop(engine, abandon_after_s=float("inf"))
+        loop.start()
+        try:
+            act(Console(loop, words))
+        finally:
+            loop.stop()
+    group.comm.close()
+
+
+class Console:
+    """The leader's conversation with whoever sits at the terminal."""
+
+    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer) -> None:
+        self._loop = loop
+        self._tokenizer = tokenizer
+        self._max_seq_len = loop.engine.config.max_seq_len
+        self._num_requests = 0
+
+    def complete(self, prompt: str, params: SamplingParams) -> str:
+        """Print the continuation of a prompt as it is generated, then a line of statistics on stderr."""
+        ids = self._tokenizer.encode(prompt, bos=self._tokenizer.adds_bos)
+        return self._answer(ids, params, self._tokenizer.stop_ids)
+
+    def chat(self, format_name: str, params: SamplingParams, system: str | None = None) -> None:
+        """Read a line, print the answer, until the end of input or an empty line."""
+        chat = chat_format(format_name, self._tokenizer)
+        dialog = [Message("system", system)] if system else []
+        print("Ctrl-D or an empty line ends the conversation.", file=sys.stderr)
+        while line := _ask():
+            try:
+                ids = chat.encode([*dialog, Message("user", line)])
+                answer = self._answer(ids, params, chat.stop_ids)
+            except (ChatError, ValueError) as error:
+                print(error, file=sys.stderr)
+                continue
+            dialog += [Message("user", line), Message("assistant", answer)]
+
+    def _answer(self, prompt: Sequence[int], params: SamplingParams, stop_ids: frozenset[int]) -> str:
+        room = self._max_seq_len - len(prompt)
+        if room < 1:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; this model is set to at most {self._max_seq_len}")
+        self._num_requests += 1
+        params = params.but(stop_ids=stop_ids, max_new_tokens=min(params.max_new_tokens, room))
+        start = first = perf_counter()
+        self._loop.submit(Request(str(self._num_requests), tuple(prompt), params))
+        stream, text, count, reason = TextStream(self._tokenizer), "", 0, None
+        while reason is None:
+            for event in self._loop.poll(1.0):
+                if event.token_id is not None:
+                    first = perf_counter() if count == 0 else first
+                    count += 1
+                    text += _show(stream.push(event.token_id))
+                reason = event.finish_reason
+        text += _show(stream.flush() + "\n").removesuffix("\n")
+        if reason is FinishReason.ERROR:
+            raise ValueError("the model's output was not finite")
+        rate = f", {(count - 1) / (perf_counter() - first):.1f} tokens/s after it" if count > 1 else ""
+        print(
+            f"[{len(prompt)} + {count} tokens, first after {first - start:.2f} s{rate}; {reason.value}]",
+            file=sys.stderr,
+        )
+        return text
+
+
+def _show(text: str) -> str:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return text
+
+
+def _ask() -> str:
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _find_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer in the checkpoint's folder, or beside it."""
+    for folder in (checkpoint, checkpoint.resolve().parent):
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(f"there is no tokenizer in {checkpoint} or beside it; pass --tokenizer")

@@ -1,0 +1,216 @@
+"""model-config.yaml: what TorchServe's frontend reads of it, what our handler reads of it, and whether they agree.
+
+All of it is checked before any weight is read, and everything that is wrong is said at once, a line each.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.parallel.plan import legal_tp_sizes, why_illegal
+from llama_tp.serving.native import NativeDefaults
+from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class HandlerSection(_Section):
+    """`handler:` of model-config.yaml. Relative paths are relative to the model's folder in the model store."""
+
+    converted_ckpt_dir: str
+    """What scripts/convert_checkpoints.py wrote."""
+    tokenizer_path: str
+    """tokenizer.model (Llama 2 or 3), tokenizer.json, or a folder that holds one."""
+    model_args_path: str | None = None
+    """model_args.json; by default the one in converted_ckpt_dir."""
+    mode: Literal["text_completion", "chat"] = "text_completion"
+    """What a request without a prompt or dialog is told to send."""
+    chat_format: Literal["auto", "llama2", "llama3", "chatml", "jinja"] = "auto"
+    """auto: the template that came with the tokenizer, else what the tokenizer's special tokens imply."""
+    max_seq_len: PositiveInt | None = None
+    """Prompt plus generated tokens of one request; by default what model_args.json says."""
+    max_batch_size: PositiveInt | None = None
+    """Requests that generate at the same time; by default what model_args.json says."""
+    max_batched_tokens: PositiveInt = 512
+    """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
+    page_size: PositiveInt = 16
+    """Tokens of one page of KV cache."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
+    max_new_tokens: MaxNewTokens = 128
+    """This and the following: used where a request does not say. Clipped to what fits into max_seq_len."""
+    temperature: Temperature = 0.6
+    top_p: TopP = 0.9
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    manual_seed: Seed | None = None
+    """Seed of requests without one of their own; null: every such request is drawn afresh."""
+    collective_timeout_s: PositiveSeconds = 20.0
+    """A rank that is silent for longer ends the group, which TorchServe then restarts."""
+    heartbeat_s: PositiveSeconds = 2.0
+    """An idle leader lets its followers know that it lives this often."""
+    abandon_after_s: PositiveSeconds = 10.0
+    """When nobody has asked for results for this long, the last client is gone and its request is cancelled."""
+
+
+class TorchrunSection(_Section):
+    """`torchrun:` of model-config.yaml, as the frontend reads it."""
+
+    nnodes: PositiveInt = 1
+    nproc_per_node: Annotated[int, Field(ge=1, alias="nproc-per-node")]
+    rdzv_backend: str = Field(default="c10d", alias="rdzv-backend")
+    rdzv_endpoint: str = Field(default="", alias="rdzv-endpoint")
+    OMP_NUMBER_THREADS: PositiveInt = 1
+
+
+class ModelConfig(_Section):
+    """The whole model-config.yaml."""
+
+    minWorkers: Literal[1] = 1
+    """One worker is one group of ranks."""
+    maxWorkers: Literal[1] = 1
+    batchSize: PositiveInt = 1
+    """Requests in flight. TorchServe's default is 1, which would serve them one after the other."""
+    maxBatchDelay: PositiveInt = 100
+    """Milliseconds that the first of several requests waits for company: added to its time to first token."""
+    responseTimeout: PositiveInt = 120
+    """Seconds that one handle() call may take, not one request."""
+    startupTimeout: PositiveInt = 120
+    """Seconds that loading the model may take."""
+    maxRetryTimeoutInSec: Annotated[int, Field(ge=0)] = 300
+    jobQueueSize: PositiveInt = 100
+    """Requests that may wait for one of the batchSize places; more are refused with 503."""
+    deviceType: Literal["cpu", "gpu"]
+    deviceIds: list[int] | None = None
+    parallelType: Literal["tp"]
+    continuousBatching: Literal[True]
+    torchrun: TorchrunSection
+    handler: HandlerSection
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelConfig:
+        """Read a YAML file. ConfigError says all that is wrong with it."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError([f"{path} does not exist"]) from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError([f"{path} is not a YAML file: {' '.join(str(error).split())}"]) from None
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: object) -> ModelConfig:
+        """From parsed YAML, such as TorchServe's context.model_yaml_config. ConfigError says all that is wrong."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(["model-config.yaml must be a mapping of keys to values"])
+        problems = _refused(values)
+        known = {key: value for key, value in values.items() if key not in _REFUSED}
+        try:
+            config = cls.model_validate(known)
+        except ValidationError as error:
+            raise ConfigError(problems + [_line(detail) for detail in error.errors(include_url=False)]) from None
+        problems += config._disagreements()
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def engine_config(self, args: ModelArgs) -> EngineConfig:
+        """What the engine is told, for the model at hand. ConfigError if the two do not fit."""
+        handler = self.handler
+        problems = []
+        size = self.torchrun.nnodes * self.torchrun.nproc_per_node
+        if reason := why_illegal(args, size):
+            legal = ", ".join(map(str, legal_tp_sizes(args)))
+            problems.append(f"torchrun.nproc-per-node: {size} ranks: {reason}; legal sizes for this model: {legal}")
+        max_batch_size = handler.max_batch_size or args.max_batch_size
+        if self.batchSize > max_batch_size:
+            problems.append(
+                f"batchSize={self.batchSize} exceeds handler.max_batch_size={max_batch_size}: "
+                "requests would wait inside the engine; lower the one or raise the other"
+            )
+        if problems:
+            raise ConfigError(problems)
+        return EngineConfig(
+            max_seq_len=handler.max_seq_len or args.max_seq_len,
+            max_batch_size=max_batch_size,
+            max_batched_tokens=max(handler.max_batched_tokens, max_batch_size),
+            page_size=handler.page_size,
+            dtype=handler.dtype,
+            device="cuda" if self.deviceType == "gpu" else "cpu",
+            collective_timeout_s=handler.collective_timeout_s,
+            heartbeat_s=handler.heartbeat_s,
+        )
+
+    def native_defaults(self) -> NativeDefaults:
+        handler = self.handler
+        return NativeDefaults(
+            mode=handler.mode,
+            max_new_tokens=handler.max_new_tokens,
+            temperature=handler.temperature,
+            top_p=handler.top_p,
+            top_k=handler.top_k,
+            min_p=handler.min_p,
+            seed=handler.manual_seed,
+        )
+
+    def _disagreements(self) -> list[str]:
+        problems = []
+        handler = self.handler
+        if self.responseTimeout <= handler.collective_timeout_s:
+            problems.append(
+                f"responseTimeout={self.responseTimeout} must be more than handler.collective_timeout_s="
+                f"{handler.collective_timeout_s:g}: the ranks must notice a lost peer before TorchServe gives up"
+            )
+        if handler.heartbeat_s >= handler.collective_timeout_s:
+            problems.append(
+                f"handler.heartbeat_s={handler.heartbeat_s:g} must be less than handler.collective_timeout_s="
+                f"{handler.collective_timeout_s:g}"
+            )
+        if self.torchrun.nnodes == 1 and not self.torchrun.rdzv_endpoint:
+            problems.append(
+                'torchrun.rdzv-endpoint is missing: all models of this host would meet at one port; set "localhost:0"'
+            )
+        return problems
+
+
+# Keys that TorchServe knows and that break this handler.
+_REFUSED = {
+    "asyncCommunication": "it serves rank 0 only, and the other ranks exit after 30 s",
+    "useJobTicket": "it has no effect with continuous batching",
+    "clientTimeoutInMills": "TorchServe drops the reply and leaves the client hanging",
+    "sequenceBatching": "this handler uses continuousBatching",
+    "parallelLevel": "the number of ranks is torchrun.nproc-per-node",
+    "useVenv": "torchrun workers run in the Python that runs torchserve",
+}
+
+
+def _refused(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key} must not be set: {_REFUSED[key]}; remove it" for key in values if key in _REFUSED]
+
+
+def _line(detail: Any) -> str:
+    """One pydantic error as one line that names key, value, constraint and remedy."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] == "extra_forbidden":
+        *parents, name = (str(part) for part in detail["loc"])
+        sections: dict[str, type[_Section]] = {"handler": HandlerSection, "torchrun": TorchrunSection}
+        section = sections.get(".".join(parents), ModelConfig)
+        names = [field.alias or name for name, field in section.model_fields.items()]
+        close = difflib.get_close_matches(name, names, n=1)
+        return f"{key} is not a known key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}")
+    message = detail["msg"]
+    return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,85 @@
+"""From a model-config.yaml to a running service: on every rank of the group, or on none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.engine.load import load_engine
+from llama_tp.engine.loop import EngineLoop, follow_in_thread
+from llama_tp.parallel.launch import Group, join
+from llama_tp.serve_config import ModelConfig
+from llama_tp.serving.service import LlamaService
+from llama_tp.text.chat import ChatFormat, chat_format
+from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaService | None:
+    """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
+
+    RuntimeError with the same text on every rank if any of them failed.
+    """
+    problem: str | None = None
+    try:
+        config, args, engine_config, tokenizer, chat = _read(yaml_config, Path(model_dir))
+    except (ValueError, OSError) as error:
+        problem = str(error)
+        engine_config = EngineConfig(device="cpu")  # enough to meet the others and say so
+    group = join(engine_config.device, timeout_s=engine_config.collective_timeout_s, lead=lead)
+    _fail_together(group, problem)
+    try:
+        folder = str(Path(model_dir, config.handler.converted_ckpt_dir))
+        engine = load_engine(folder, args, engine_config, group)
+    except (ValueError, OSError, MemoryError) as error:
+        problem = str(error) or type(error).__name__
+    _fail_together(group, problem)
+    if not lead:
+        follow_in_thread(engine)
+        return None
+    loop = EngineLoop(engine, abandon_after_s=config.handler.abandon_after_s)
+    loop.start()
+    return LlamaService(loop, tokenizer, chat, config.native_defaults())
+
+
+def _read(
+    yaml_config: object, model_dir: Path
+) -> tuple[ModelConfig, ModelArgs, EngineConfig, Tokenizer, ChatFormat | str]:
+    """Everything that can be checked before a device is touched. ValueError says all that is wrong."""
+    config = ModelConfig.of(yaml_config)
+    handler = config.handler
+    folder = model_dir / handler.converted_ckpt_dir
+    problems = []
+    if not folder.is_dir():
+        problems.append(f"handler.converted_ckpt_dir: there is no folder {folder}")
+    if not (model_dir / handler.tokenizer_path).exists():
+        problems.append(f"handler.tokenizer_path: there is no file {model_dir / handler.tokenizer_path}")
+    if problems:
+        raise ConfigError(problems)
+    args = ModelArgs.load(
+        model_dir / handler.model_args_path if handler.model_args_path else folder / "model_args.json"
+    )
+    engine_config = config.engine_config(args)
+    tokenizer = load_tokenizer(model_dir / handler.tokenizer_path)
+    if tokenizer.vocab_size > args.vocab_size:
+        mismatch = f"{tokenizer.vocab_size} ids, but the model's embedding has {args.vocab_size} rows"
+        raise ConfigError([f"handler.tokenizer_path: this tokenizer has {mismatch}: they are not of one model"])
+    return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
+
+
+def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | str:
+    """A model without a chat format still completes text; a format that was asked for by name must fit."""
+    try:
+        return chat_format(config.handler.chat_format, tokenizer)
+    except ValueError as error:
+        if config.handler.chat_format == "auto" and config.handler.mode != "chat":
+            return str(error)
+        raise
+
+
+def _fail_together(group: Group, problem: str | None) -> None:
+    if first := group.agree(problem):
+        log.error("the model was not loaded: %s", first)
+        raise RuntimeError(first)

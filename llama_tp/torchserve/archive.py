@@ -1,0 +1,81 @@
+"""A model folder that TorchServe can serve, made with torch-model-archiver as the README does it by hand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llama_tp.config import ConfigError
+from llama_tp.serve_config import ModelConfig
+
+
+def build_archive(
+    *,
+    model_name: str,
+    config_file: str | Path,
+    checkpoint: str | Path,
+    tokenizer: str | Path,
+    handler: str | Path,
+    model_store: str | Path,
+    version: str = "1.0",
+) -> Path:
+    """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer file.
+
+    The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that
+    name is replaced once the new one is complete. ValueError or FileNotFoundError says what is wrong, before anything is written.
+    """
+    config = ModelConfig.load(config_file)
+    checkpoint, tokenizer = Path(checkpoint), Path(tokenizer)
+    for path in (checkpoint / "model_args.json", tokenizer, Path(handler)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+    wanted = Path(config.handler.tokenizer_path).name
+    if wanted != tokenizer.name:
+        raise ConfigError(
+            [f"handler.tokenizer_path={wanted!r} but the tokenizer is {tokenizer.name!r}; make them agree"]
+        )
+    store = Path(model_store)
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
+        _run_archiver(model_name, version, handler, config_file, building)
+        folder = Path(building, model_name)
+        shutil.copytree(checkpoint, folder / config.handler.converted_ckpt_dir, copy_function=_link_or_copy)
+        shutil.copy(checkpoint / "model_args.json", folder / "model_args.json")
+        for path in _tokenizer_files(tokenizer):
+            shutil.copy(path, folder / path.name)
+        target = store / model_name
+        if target.exists():
+            target.rename(Path(building, ".old"))
+        folder.rename(target)
+    return target
+
+
+def _run_archiver(model_name: str, version: str, handler: str | Path, config_file: str | Path, export: str) -> None:
+    archiver = Path(sys.executable).with_name("torch-model-archiver")
+    command = [str(archiver), "--model-name", model_name, "--version", version, "--handler", str(handler)]
+    command += ["--config-file", str(config_file), "--archive-format", "no-archive", "--export-path", export]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{archiver} does not exist; install it: pip install 'llama-tp[serve]'") from None
+    if done.returncode:
+        raise ValueError(f"torch-model-archiver failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+
+
+def _tokenizer_files(tokenizer: Path) -> list[Path]:
+    """The file, and what a tokenizer.json needs beside it: the chat template and the special tokens."""
+    siblings = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    beside = [tokenizer.with_name(name) for name in siblings] if tokenizer.suffix == ".json" else []
+    return [tokenizer, *(path for path in beside if path.is_file())]
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
