@@ -44,6 +44,10 @@ class Comm(Protocol):
         ...
 
 
+_FRAME = 4096
+"""Bytes of a plan that travel in the first message; those of a decode step fit."""
+
+
 class PeerLost(RuntimeError):
     """A peer was silent for longer than the collective timeout, or its connection broke: the group is over."""
 
@@ -94,16 +98,20 @@ class GroupComm:
         return torch.cat(parts, dim=-1)
 
     def publish(self, message: bytes | None) -> bytes:
+        framed = b"" if message is None else len(message).to_bytes(8, "little") + message
         try:
-            length = torch.tensor([len(message or b"")])
-            dist.broadcast(length, src=self.leader, group=self._control)
-            data = torch.empty(int(length), dtype=torch.uint8)
-            if message is not None:
-                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-            dist.broadcast(data, src=self.leader, group=self._control)
+            head = self._broadcast(framed[:_FRAME], _FRAME)
+            length = 8 + int.from_bytes(head[:8], "little")
+            rest = self._broadcast(framed[_FRAME:], length - _FRAME) if length > _FRAME else b""
         except RuntimeError as error:
             raise PeerLost(f"publishing a plan failed: {str(error).splitlines()[0]}") from error
-        return message if message is not None else data.numpy().tobytes()
+        return (head + rest)[8:length]
+
+    def _broadcast(self, data: bytes, size: int) -> bytes:
+        """The leader's data, filled up with zeros to `size` bytes."""
+        buffer = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+        dist.broadcast(buffer, src=self.leader, group=self._control)
+        return buffer.numpy().tobytes()
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -4,12 +4,16 @@ Every rank owns an epoch counter and two data slots in one mapped file. Operatio
 announced by storing s into the counter. A rank enters operation s only when all counters have reached s - 1; arrival
 at s - 1 means being done with s - 2, so nobody can overwrite what another still reads.
 
+A rank that waits looks at the counter for a few microseconds, then sleeps on it with a futex: where there are fewer
+cores than ranks the core goes at once to a rank that has work, and an idle follower costs nothing.
+
 All ranks sum in rank order, so the result is equal to the bit everywhere. Stores become visible in program order
 on x86-64, which is what makes a plain counter enough; other processors use gloo.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
@@ -26,9 +30,12 @@ from llama_tp.parallel.comm import PeerLost
 _LINE = 64  # bytes of a cache line: one counter each
 _SLOT = 1 << 20  # bytes of a data slot; larger tensors travel in pieces
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-_SPINS = 300  # looks at a counter before the core is offered to others
-_YIELD_S = 0.002  # of offering before the rank sleeps between looks: an idle follower must not burn a core
-_NAP_S = 0.0005
+_SPINS = 300  # looks at a counter, about 20 us, before a rank sleeps on it; none where ranks share cores
+_NAP_S = 0.002  # of one sleep: should a wake-up be missed (see _announce), this is what it costs
+_IDLE_NAP_S = 0.05  # of one sleep after _IDLE_S of waiting
+_IDLE_S = 0.1
+_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # on x86-64
+_EVERYBODY = 2**31 - 1
 
 
 def is_supported() -> bool:
@@ -47,7 +54,12 @@ class SharedMemoryComm:
         self._timeout_s = timeout_s
         self._epoch = 0
         mapping = _map_together(_LINE * self.size + 2 * self.size * _SLOT, leader)
+        # Of each rank's cache line, word 0 is the counter and word 1 says whether the rank sleeps.
         self._counters = memoryview(mapping).cast("q")
+        base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self._addresses = [ctypes.c_void_p(base + _LINE * rank) for rank in range(self.size)]
+        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size * torch.get_num_threads() else 0
+        self._syscall = ctypes.CDLL(None).syscall
         slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=_LINE * self.size).view(2, self.size, _SLOT)
         self._slots = {dtype: slots.view(dtype) for dtype in _DTYPES}
 
@@ -101,23 +113,32 @@ class SharedMemoryComm:
         self._epoch += 1
 
     def _announce(self) -> None:
-        self._counters[self.rank * _LINE // 8] = self._epoch
+        counters, words = self._counters, _LINE // 8
+        counters[self.rank * words] = self._epoch
+        # The processor may do these reads before that write is seen; a rank that falls asleep in between naps once.
+        if any(counters[rank * words + 1] for rank in range(self.size)):
+            self._syscall(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
     def _wait(self, rank: int, epoch: int) -> None:
         counters, index = self._counters, rank * _LINE // 8
-        for _ in range(_SPINS):
+        for _ in range(self._spins + 1):
             if counters[index] >= epoch:
                 return
+        asleep = self.rank * _LINE // 8 + 1
+        counters[asleep] = 1
         start = time.monotonic()
-        while counters[index] < epoch:
+        while (seen := counters[index]) < epoch:
             waited = time.monotonic() - start
-            if waited < _YIELD_S:
-                os.sched_yield()
-                time.sleep(0)  # unlike sched_yield on older Pythons, this lets other threads have the GIL
-            elif waited < self._timeout_s:
-                time.sleep(_NAP_S)
-            else:
+            if waited > self._timeout_s:
                 raise PeerLost(f"rank {rank} was silent for {self._timeout_s:g} s")
+            nap = _TimeSpec(0, int(1e9 * (_NAP_S if waited < _IDLE_S else _IDLE_NAP_S)))
+            low_word = ctypes.c_uint32(seen & 0xFFFFFFFF)
+            self._syscall(_SYS_FUTEX, self._addresses[rank], _FUTEX_WAIT, low_word, ctypes.byref(nap), None, 0)
+        counters[asleep] = 0
+
+
+class _TimeSpec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 def _pieces(rows: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:

@@ -26,7 +26,8 @@ def build_archive(
     """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer file.
 
     The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that
-    name is replaced once the new one is complete. ValueError or FileNotFoundError says what is wrong, before anything is written.
+    name is replaced once the new one is complete. ValueError or FileNotFoundError says what is wrong, before anything
+    is written.
     """
     config = ModelConfig.load(config_file)
     checkpoint, tokenizer = Path(checkpoint), Path(tokenizer)

@@ -1,0 +1,41 @@
+# Sourced by quickstart.sh and test.sh: makes .venv and installs the package into it. Needs Python 3.10 or newer and a
+# package index, nothing else.
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+    printf '\nFAILED: %s\n' "$*" >&2
+    exit 1
+}
+
+# make_environment EXTRAS LOG_FILE: an up-to-date .venv takes no time.
+make_environment() {
+    local extras=$1 log=$2 python=${PYTHON:-python3} stamp
+    if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        command -v "$python" >/dev/null || fail "there is no $python; install Python 3.10 or newer, or set PYTHON"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            fail "$("$python" --version) is too old; Python 3.10 or newer is needed (set PYTHON to choose another)"
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$python has no venv module; on Debian and Ubuntu: apt install python3-venv"
+        "$python" -m venv --clear .venv >"$log" 2>&1 || fail "could not make .venv: $(tail -n 1 "$log")"
+    fi
+    stamp="$(cksum <pyproject.toml) $extras"
+    if grep -qsxF "$stamp" .venv/llama_tp.installed; then
+        return
+    fi
+    say "  installing torch and the package into .venv (several minutes on a slow line; log: $log)"
+    # torch first and pinned: whatever else asks for it then takes this one.
+    install "$log" torch==2.13.0
+    install "$log" -e ".[$extras]"
+    printf '%s\n' "$stamp" >>.venv/llama_tp.installed
+}
+
+install() {
+    local log=$1
+    shift
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
+    if grep -qiE 'name resolution|connection (refused|error)|network is unreachable|max retries|timed out|newconnectionerror' "$log"; then
+        fail "the package index cannot be reached, so pip could not install $*; see $log"
+    fi
+    fail "pip could not install $*: $(grep -E '^ERROR' "$log" | tail -n 1); see $log"
+}

@@ -1,0 +1,50 @@
+"""One rank of the collectives' test. Usage: torchrun ... -m tests.distributed.comm_worker {shared|gloo}"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from llama_tp.parallel import shared_memory
+from llama_tp.parallel.comm import GroupComm, PeerLost
+from llama_tp.parallel.launch import join
+
+
+def main() -> None:
+    comm = join("cpu", timeout_s=2).comm
+    if sys.argv[1] == "gloo":
+        comm = GroupComm(leader=0, timeout_s=2)
+    else:
+        assert isinstance(comm, shared_memory.SharedMemoryComm)
+    ranks = range(comm.size)
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (1, 577, 3_000_000):  # the last one is larger than a slot
+            mine = [torch.arange(count).remainder(97).add(rank).to(dtype) for rank in ranks]
+            total = comm.all_reduce(mine[comm.rank].clone())
+            torch.testing.assert_close(total, sum(x.float() for x in mine).to(dtype), atol=0, rtol=0.01)
+        for shape in ((1, 5), (3, 70_000), (9, 200_000)):
+            mine = [torch.full(shape, rank + 1).to(dtype) for rank in ranks]
+            gathered = comm.gather(mine[comm.rank])
+            assert (gathered is None) != comm.is_leader
+            if gathered is not None:
+                assert torch.equal(gathered, torch.cat(mine, dim=-1))
+    for number in range(300):  # plans of changing length, faster than followers may read them
+        message = bytes([number % 251]) * (1 + number * 37 % 9000)
+        assert comm.publish(message if comm.is_leader else None) == message
+    start = time.monotonic()
+    if comm.is_leader:
+        time.sleep(4)  # silent for longer than the timeout
+        return
+    try:
+        comm.publish(None)
+    except PeerLost as error:
+        assert 1.9 < time.monotonic() - start < 3.5, time.monotonic() - start
+        print(f"noticed: {error}")
+        return
+    raise AssertionError("nobody noticed that the leader is silent")
+
+
+if __name__ == "__main__":
+    main()
