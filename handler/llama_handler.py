@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import signal
+import threading
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 try:
@@ -30,6 +34,7 @@ class LlamaHandler:
     def initialize(self, context: Any) -> None:
         """Load the model on all ranks, or on none. RuntimeError is the one error that TorchServe reports."""
         quieten_torchserve()
+        threading.Thread(target=end_with_frontend, args=(os.getppid(),), name="frontend watch", daemon=True).start()
         self.service = start_service(
             context.model_yaml_config,
             model_dir=context.system_properties["model_dir"],
@@ -61,6 +66,18 @@ class LlamaHandler:
             del context.request_ids[index]  # left out of this reply, it comes again
         context.stopping_criteria = [lambda _reply, stop=stop: stop for stop in stops]
         return replies
+
+
+def end_with_frontend(agent: int) -> None:
+    """When the Java frontend dies, kill the torchrun agent, and with it all ranks.
+
+    Left alone the agent would start new ranks, which would wait half a minute for a frontend that is gone.
+    """
+    if not hasattr(os, "pidfd_open"):  # Linux only
+        return
+    frontend = int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1])
+    select.select([os.pidfd_open(frontend)], [], [])
+    os.kill(agent, signal.SIGKILL)
 
 
 def quieten_torchserve() -> None:

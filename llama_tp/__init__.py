@@ -1,0 +1,38 @@
+"""Tensor-parallel Llama in plain PyTorch.
+
+    import llama_tp
+
+    group = llama_tp.join()
+    args = llama_tp.ModelArgs.load("converted_checkpoints/model_args.json")
+    engine = llama_tp.load_engine("converted_checkpoints", args, llama_tp.EngineConfig(), group)
+    engine.generate([[1, 15043]], llama_tp.SamplingParams(max_new_tokens=8, temperature=0))
+
+The same lines run alone and, on every rank, under torchrun.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "ConfigError": "llama_tp.config",
+    "EngineConfig": "llama_tp.config",
+    "ModelArgs": "llama_tp.config",
+    "Completion": "llama_tp.engine.engine",
+    "Engine": "llama_tp.engine.engine",
+    "EngineLoop": "llama_tp.engine.loop",
+    "SamplingParams": "llama_tp.engine.request",
+    "chat_format": "llama_tp.text.chat",
+    "convert": "llama_tp.checkpoint.convert",
+    "join": "llama_tp.parallel.launch",
+    "load_engine": "llama_tp.engine.load",
+    "load_tokenizer": "llama_tp.text.tokenizer",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `llama-tp --help` should not wait for torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'llama_tp' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

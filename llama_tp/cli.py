@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import Any
 
 from llama_tp.checkpoint.command import run_command
 
@@ -214,7 +214,46 @@ def stop(port: int = 8080) -> None:
     print("stopped" if server.stop() else f"no server of ours is running on port {port}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+def bench_engine(
+    checkpoint: str,
+    batch: int | tuple[int, ...] = (1, 4, 8, 16),
+    prompt: int = 128,
+    new: int = 64,
+    runs: int = 3,
+    against: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_batched_tokens: int = 512,
+) -> None:
+    """Measure prefill and decode rates of the engine. Under torchrun, on all its ranks. Ends with a line of JSON.
+
+    Args:
+        checkpoint: a converted checkpoint
+        batch: batch sizes, comma-separated
+        prompt: tokens of each prompt
+        new: tokens generated for each prompt
+        runs: measured runs of each, after one that warms up
+        against: "transformers" runs it interleaved, on the same weights, prompts, dtype and threads
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        max_batched_tokens: tokens of one step
+    """
+    from llama_tp.bench.engine import bench_engine as bench
+
+    bench(
+        checkpoint,
+        batches=[batch] if isinstance(batch, int) else list(batch),
+        prompt=prompt,
+        new=new,
+        runs=runs,
+        against=against,
+        dtype=dtype,
+        device=device,
+        max_batched_tokens=max_batched_tokens,
+    )
+
+
+COMMANDS: dict[str, Any] = {
     "download": download,
     "verify": verify,
     "plan": plan,
@@ -223,6 +262,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "package": package,
     "serve": serve,
     "stop": stop,
+    "bench": {"engine": bench_engine},
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from llama_tp.bench.peers import transformers_model
 from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
@@ -63,54 +64,5 @@ def engine_of(model: Transformer, **config: object) -> Engine:
 
 
 def transformers_twin(model: Transformer) -> LlamaForCausalLM:
-    """The same model in Hugging Face's layout: halves instead of neighbouring pairs in every rotated head."""
-    args = model.args
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": args.rope_theta,
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
-        }
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=512,
-        tie_word_embeddings=args.tied_embeddings,
-        attn_implementation="eager",
-    )
-    twin = LlamaForCausalLM(config).eval().float()
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    weights = {}
-    for name, weight in model.state_dict().items():
-        key = name.replace("tok_embeddings", "model.embed_tokens").replace("output.", "lm_head.")
-        if name.startswith("layers."):
-            key = "model." + name
-            for ours, theirs in names.items():
-                key = key.replace(ours, theirs)
-        elif name == "norm.weight":
-            key = "model.norm.weight"
-        if key.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        weights[key] = weight
-    twin.load_state_dict(weights)
-    return twin
+    """The same model as transformers computes it."""
+    return transformers_model(model.args, model.state_dict(), torch.float32)

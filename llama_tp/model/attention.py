@@ -3,7 +3,7 @@
 Legend: T tokens of the step, B sequences, H heads, K kv heads, G = H / K, d head dim, S keys.
 
 A `Batch` is laid out once per step; each layer then does no more than one SDPA call per `Span`. The cost follows
-the used length: keys are a slice of the cache where a sequence's slots are consecutive, a gather where not.
+the used length: keys are a view of the cache where a sequence's slots are neighbours, a gather where not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,23 @@ from llama_tp.model.kv_cache import LayerCache
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring slots: of one sequence, or of `count` sequences that lie `stride` slots apart."""
+
+    first: int
+    length: int
+    count: int = 1
+    stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """One SDPA call: the queries of one sequence, or one query each of several sequences."""
 
     rows: slice
     """The step's tokens that these queries belong to."""
-    keys: slice | Tensor
-    """Slots of the keys: a run, or indices (S,), or (B, S) for B sequences of one query each."""
+    keys: Run | Tensor
+    """Slots of the keys: in place, or to be gathered: (B, S) for B sequences."""
     mask: Tensor | None = None
     """Additive, broadcastable to the scores; None: every query sees every key."""
     causal: bool = False
@@ -58,29 +68,24 @@ def attention(q: Tensor, cache: LayerCache, spans: tuple[Span, ...]) -> Tensor:
 
 
 def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
-    if isinstance(span.keys, slice):
-        k, v = cache.k[span.keys], cache.v[span.keys]  # (S, K, d)
-    elif span.keys.dim() == 1:
-        k, v = cache.k.index_select(0, span.keys), cache.v.index_select(0, span.keys)
-    else:
-        return _attend_one_query_each(q, cache, span.keys, span.mask)
-    num_kv_heads = k.size(1)
-    k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)  # (1, K, S, d)
-    if q.size(0) == 1:
-        # One query: the G heads that share a kv head become G queries of it, so no key is read twice.
-        groups = q.view(1, num_kv_heads, -1, q.size(-1))  # (1, K, G, d)
-        return F.scaled_dot_product_attention(groups, k, v).reshape(q.shape)
+    k, v = _read(cache.k, span.keys), _read(cache.v, span.keys)  # (B, K, S, d)
+    b, num_kv_heads, _, d = k.shape
+    if q.size(0) == b:
+        # One query each: the G heads that share a kv head become G queries of it, so no key is read twice.
+        groups = q.view(b, num_kv_heads, -1, d)  # (B, K, G, d)
+        return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
     )
     return out.squeeze(0).transpose(0, 1)
 
 
-def _attend_one_query_each(q: Tensor, cache: LayerCache, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """B sequences with one query each, q (B, H, d), keys (B, S) padded with any slot that the mask hides."""
+def _read(cache: Tensor, keys: Run | Tensor) -> Tensor:
+    """The keys' part of a cache (slots, K, d) as (B, K, S, d): a view of a run, a copy of scattered slots."""
+    _, num_kv_heads, d = cache.shape
+    if isinstance(keys, Run):
+        token, head, element = cache.stride()
+        shape, strides = (keys.count, num_kv_heads, keys.length, d), (keys.stride * token, head, token, element)
+        return cache.as_strided(shape, strides, cache.storage_offset() + keys.first * token)
     b, s = keys.shape
-    flat = keys.flatten()
-    k = cache.k.index_select(0, flat).view(b, s, -1, q.size(-1)).transpose(1, 2)  # (B, K, S, d)
-    v = cache.v.index_select(0, flat).view(b, s, -1, q.size(-1)).transpose(1, 2)
-    groups = q.view(b, k.size(1), -1, q.size(-1))  # (B, K, G, d)
-    return F.scaled_dot_product_attention(groups, k, v, attn_mask=mask).reshape(q.shape)
+    return cache.index_select(0, keys.flatten()).view(b, s, num_kv_heads, d).transpose(1, 2)

@@ -20,6 +20,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 MAX_DEPTH = 32
 """Levels of objects and lists in a body; the body itself is the first."""
+MAX_VALUES = 1 << 18
+"""Values in a body: twice the token ids of the longest context, and few enough that other streams notice nothing."""
 MAX_ECHO = 64
 """Characters of the user's text that an error repeats."""
 MAX_MESSAGE = 1000
@@ -101,8 +103,11 @@ def _loads(body: str | bytes | bytearray | memoryview) -> Any:
     text, raw = _decode(body)
     if not text.strip():
         raise ApiError(400, "invalid_json", 'the body is empty; send a JSON object such as {"prompt": "Hi"}')
-    if _depth(raw) > MAX_DEPTH:
+    outside = _outside_strings(raw)
+    if _depth(outside) > MAX_DEPTH:
         raise _too_deep()
+    if (commas := outside.count(b",")) >= MAX_VALUES:
+        raise ApiError(400, "too_many_values", f"the body holds over {commas} values; send at most {MAX_VALUES}")
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -134,10 +139,14 @@ _STEPS = bytes.maketrans(_BRACKETS, b"\x01\xff\x01\xff")
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 
 
-def _depth(raw: bytes) -> int:
-    """Deepest nesting outside strings, in linear time. Right up to the first error of a text that is not JSON."""
+def _outside_strings(raw: bytes) -> bytes:
+    """The body without its strings, in linear time. Right up to the first error of a text that is not JSON."""
     unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
-    outside = b"".join(unescaped.split(b'"')[::2])
+    return b"".join(unescaped.split(b'"')[::2])
+
+
+def _depth(outside: bytes) -> int:
+    """Deepest nesting."""
     steps = outside.translate(_STEPS, delete=_NOT_BRACKETS)
     return max(accumulate(memoryview(steps).cast("b")), default=0)
 

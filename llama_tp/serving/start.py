@@ -48,16 +48,15 @@ def _read(
     yaml_config: object, model_dir: Path
 ) -> tuple[ModelConfig, ModelArgs, EngineConfig, Tokenizer, ChatFormat | str]:
     """Everything that can be checked before a device is touched. ValueError says all that is wrong."""
-    config = ModelConfig.of(yaml_config)
-    handler = config.handler
-    folder = model_dir / handler.converted_ckpt_dir
-    problems = []
-    if not folder.is_dir():
-        problems.append(f"handler.converted_ckpt_dir: there is no folder {folder}")
-    if not (model_dir / handler.tokenizer_path).exists():
-        problems.append(f"handler.tokenizer_path: there is no file {model_dir / handler.tokenizer_path}")
+    problems = _missing_files(yaml_config, model_dir)
+    try:
+        config = ModelConfig.of(yaml_config)
+    except ConfigError as error:
+        raise ConfigError(error.problems + problems) from None
     if problems:
         raise ConfigError(problems)
+    handler = config.handler
+    folder = model_dir / handler.converted_ckpt_dir
     args = ModelArgs.load(
         model_dir / handler.model_args_path if handler.model_args_path else folder / "model_args.json"
     )
@@ -67,6 +66,20 @@ def _read(
         mismatch = f"{tokenizer.vocab_size} ids, but the model's embedding has {args.vocab_size} rows"
         raise ConfigError([f"handler.tokenizer_path: this tokenizer has {mismatch}: they are not of one model"])
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
+
+
+def _missing_files(yaml_config: object, model_dir: Path) -> list[str]:
+    """Said together with whatever else is wrong, so this looks at a configuration that may be malformed."""
+    handler = yaml_config.get("handler") if isinstance(yaml_config, dict) else None
+    paths = {key: handler.get(key) for key in _PATHS} if isinstance(handler, dict) else {}
+    return [
+        f"handler.{key}: there is no {model_dir / path}"
+        for key, path in paths.items()
+        if isinstance(path, str) and not (model_dir / path).exists()
+    ]
+
+
+_PATHS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
 
 
 def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | str:

@@ -44,7 +44,7 @@ def main() -> None:
             }
             runner = ModelRunner(model, config, **options)
             for update in PLAN.page_updates:
-                runner._set_page(*update)
+                runner.page_table.set(*update)
             with torch.no_grad():
                 dtensor = model(runner.prepare(PLAN.chunks), runner.cache).clone()  # waits for the gather
             engine = Engine(ModelRunner(lower(model, comm), config, **options), comm, config)

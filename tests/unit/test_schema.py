@@ -420,3 +420,11 @@ def test_anything_is_parsed_or_refused(body: object) -> None:
         assert json.loads(result.body())["error"]["code"] == result.code
     else:
         assert parse_json(json.dumps(result, allow_nan=False).encode()) == result
+
+
+def test_a_body_of_countless_values_is_refused_before_it_is_parsed() -> None:
+    for body in (b'{"prompt": [' + b"1," * 300_000 + b"1]}", b"[" + b"{}," * 300_000 + b"{}]"):
+        with pytest.raises(ApiError) as caught:
+            parse_json(body)
+        assert (caught.value.status, caught.value.code) == (400, "too_many_values")
+    assert len(parse_json(json.dumps({"prompt": ", " * 300_000}))["prompt"]) == 600_000

@@ -1,0 +1,183 @@
+"""`llama-tp bench engine`: prefill and decode rates of the engine, and of transformers beside it, in one run.
+
+Prompts are random token ids, all of one length; decoding is greedy and stops at nothing. The contenders take turns, so
+that a machine whose speed drifts drifts for all of them; medians are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from llama_tp.bench.peers import transformers_model
+from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.layout import full_shapes
+from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.load import load_engine
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.parallel.launch import join
+
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender at one batch size. Rates are over the whole batch."""
+
+    contender: str
+    batch: int
+    prompt: int
+    new: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    runs: int
+
+
+class Contender(Protocol):
+    name: str
+
+    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
+        """Seconds of the prefill, the first token included, and of the remaining new - 1 steps."""
+        ...
+
+
+class OurEngine:
+    name = "llama_tp"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._ids = count()
+
+    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
+        params = SamplingParams(max_new_tokens=new, temperature=0)
+        waiting = set()
+        for prompt in prompts:
+            request = Request(f"bench {next(self._ids)}", tuple(prompt), params)
+            waiting.add(request.id)
+            self.engine.add(request)
+        start = perf_counter()
+        while waiting:
+            waiting -= {event.request_id for event in self.engine.step()}
+        first = perf_counter()
+        while self.engine.num_requests:
+            self.engine.step()
+        return first - start, perf_counter() - first
+
+
+class Transformers:
+    """`generate` of transformers, with SDPA attention and its dynamic cache, as its users call it."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
+        first = self._generate(prompts, 1)
+        return first, self._generate(prompts, new) - first
+
+    def _generate(self, prompts: Prompts, new: int) -> float:
+        ids = torch.tensor(prompts)
+        start = perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
+            )
+        assert out.size(1) == ids.size(1) + new
+        return perf_counter() - start
+
+
+def bench_engine(
+    checkpoint: str,
+    *,
+    batches: list[int],
+    prompt: int,
+    new: int,
+    runs: int,
+    against: str | None,
+    dtype: str,
+    device: str,
+    max_batched_tokens: int,
+) -> None:
+    """What `llama-tp bench engine` does. Call it on every rank."""
+    if against not in (None, "transformers"):
+        raise ValueError(f"against={against!r} must be transformers")
+    if new < 2:
+        raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
+    args = ModelArgs.load(Path(checkpoint, "model_args.json"))
+    config = EngineConfig(
+        max_seq_len=prompt + new,
+        max_batch_size=max(batches),
+        max_batched_tokens=max(max_batched_tokens, *batches),
+        dtype=dtype,
+        device=device,
+    )
+    group = join(device, timeout_s=config.collective_timeout_s)
+    engine = load_engine(checkpoint, args, config, group)
+    if not engine.is_leader:
+        engine.follow()
+        group.comm.close()
+        return
+    contenders: list[Contender] = [OurEngine(engine)]
+    if against:
+        contenders.append(Transformers(transformers_model(args, _read_all(checkpoint, args), engine.runner.dtype)))
+    runner = engine.runner
+    print(
+        f"{checkpoint}: {group.comm.size} rank(s) of {torch.get_num_threads()} thread(s), {runner.device.type}, "
+        f"{runner.dtype}; prompts of {prompt}, {new} new; median of {runs} runs; load average {os.getloadavg()[0]:.1f}"
+    )
+    print(f"{'':<14}{'batch':>6}{'prefill tok/s':>15}{'decode tok/s':>14}")
+    rows: list[Row] = []
+    for row in _measure(contenders, batches, args.vocab_size, prompt, new, runs):
+        rows.append(row)
+        print(_line(row.contender, row.batch, row.prefill_tokens_per_s, row.decode_tokens_per_s), flush=True)
+        if row.contender != OurEngine.name:
+            prefill = rows[-2].prefill_tokens_per_s / row.prefill_tokens_per_s
+            print(
+                _line("  ratio", row.batch, prefill, rows[-2].decode_tokens_per_s / row.decode_tokens_per_s), flush=True
+            )
+    engine.release()
+    group.comm.close()
+    print(json.dumps([asdict(row) for row in rows]))
+
+
+def _line(name: str, batch: int, prefill: float, decode: float) -> str:
+    return f"{name:<14}{batch:>6}{prefill:>15.2f}{decode:>14.2f}"
+
+
+def _measure(
+    contenders: list[Contender], batches: list[int], vocab_size: int, prompt: int, new: int, runs: int
+) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+    for size in batches:
+        seconds: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
+        for run in range(runs + 1):
+            prompts = torch.randint(vocab_size, (size, prompt), generator=generator).tolist()
+            for contender in contenders:
+                taken = contender.run(prompts, new)
+                if run:  # the first one warms up
+                    seconds[contender.name].append(taken)
+        for contender in contenders:
+            prefill = statistics.median(first for first, _ in seconds[contender.name])
+            decode = statistics.median(rest for _, rest in seconds[contender.name])
+            yield Row(contender.name, size, prompt, new, size * prompt / prefill, size * (new - 1) / decode, runs)
+
+
+def _read_all(checkpoint: str, args: ModelArgs) -> dict[str, torch.Tensor]:
+    """The whole model as plain tensors, in the checkpoint's dtype."""
+    dtype = dcp.checkpoint_dtype(checkpoint)
+    weights = {name: torch.empty(shape, dtype=dtype) for name, shape in full_shapes(args).items()}
+    if args.tied_embeddings:
+        weights.pop("output.weight", None)
+    dcp.load(weights, checkpoint)
+    return weights

@@ -1,0 +1,158 @@
+"""Meta's shards -> the sharded checkpoint that is served. On CPUs, with any number of ranks, or as a plain process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.agree import agree, gather
+from llama_tp.checkpoint.fairscale import FairscaleReader
+from llama_tp.checkpoint.manifest import write_manifest
+from llama_tp.checkpoint.progress import byte_progress
+from llama_tp.checkpoint.reader import CheckpointReader
+from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.config import ModelArgs
+
+MODEL_ARGS = "model_args.json"
+_PEER_TIMEOUT = timedelta(hours=12)
+"""A rank that has written its share waits for the slowest one. A rank that dies is noticed at once."""
+
+
+def convert(
+    original_ckpt_dir: str,
+    tokenizer_path: str,
+    model_parallel_size: int,
+    save_checkpoint_dir: str = "converted_checkpoints",
+    max_seq_len: int = 2048,
+    max_batch_size: int = 32,
+    model_args_path: str = "./model_args.json",
+    overwrite: bool = False,
+) -> None:
+    """Convert Meta's original weights, and write model_args.json into the checkpoint and to `model_args_path`.
+
+    Under torchrun each rank writes its share. `model_parallel_size` is that of the originals (7B: 1, 13B: 2, 70B: 8);
+    the result loads at any legal tensor-parallel size. `max_seq_len` and `max_batch_size` become the defaults of the
+    model. An existing checkpoint is replaced only with `overwrite`. If any rank fails: ValueError (or OSError) on all,
+    and nothing is left behind.
+    """
+    with _process_group():
+        staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
+        try:
+            reader = agree(lambda: _open(str(original_ckpt_dir), str(tokenizer_path), model_parallel_size))
+            args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
+            agree(lambda: _begin(staged, reader, str(model_args_path)))
+            _write(reader, args, staged, model_parallel_size)
+            agree(lambda: _finish(staged, args, str(model_args_path)))
+        finally:
+            if _is_leader():
+                staged.discard()
+            _wait_for_all()
+
+
+def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int) -> FairscaleReader:
+    from llama_tp.text.tokenizer import load_tokenizer  # heavy, and needed by nothing else here
+
+    if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int):
+        raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
+    reader = FairscaleReader(original_ckpt_dir, model_parallel_size)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size > reader.args.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path} has {tokenizer.vocab_size} tokens but the embedding in {original_ckpt_dir} has "
+            f"{reader.args.vocab_size} rows: the tokenizer is not this model's"
+        )
+    return reader
+
+
+def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str) -> None:
+    if not _is_leader():
+        return
+    parent = Path(model_args_path).resolve().parent
+    if parent != staged.destination and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(
+            f"model_args_path={model_args_path}: the folder {parent} does not exist or cannot be written to"
+        )
+    staged.begin()
+    needed, free = _num_bytes(reader), shutil.disk_usage(staged.path).free
+    if free < needed:
+        raise ValueError(
+            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB"
+        )
+
+
+def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, model_parallel_size: int) -> None:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=_is_leader()) as advance:
+        files = dcp.save(reader, staged.path, advance=advance)
+    about = {
+        "source": "fairscale",
+        "model_parallel_size": model_parallel_size,
+        "dtype": str(reader.dtype).removeprefix("torch."),
+    }
+
+    def describe() -> None:
+        if _is_leader():
+            args.save(staged.path / MODEL_ARGS)
+            write_manifest(staged.path, known=files, about=about)
+
+    agree(describe)
+
+
+def _finish(staged: StagedFolder, args: ModelArgs, model_args_path: str) -> None:
+    if not _is_leader():
+        return
+    staged.commit()
+    if Path(model_args_path).resolve() != staged.destination / MODEL_ARGS:
+        _replace_file(Path(model_args_path), json.dumps(args.to_dict(), indent=2) + "\n")
+    print(f"Wrote {staged.destination} and {model_args_path}", flush=True)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old one or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _wait_for_all() -> None:
+    """torchrun ends all ranks as soon as one has ended: none may go before the leader has cleaned up."""
+    with suppress(ValueError):
+        gather(None)
+
+
+def _num_bytes(reader: CheckpointReader) -> int:
+    return sum(math.prod(source.shape) * source.dtype.itemsize for source in reader.tensors.values())
+
+
+def _is_leader() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """gloo over the ranks that torchrun started; none in a plain process."""
+    if dist.is_initialized() or not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=_PEER_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

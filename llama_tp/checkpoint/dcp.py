@@ -1,0 +1,300 @@
+"""The sharded form that is served: a PyTorch Distributed Checkpoint, which a plain `dcp.load` reads too.
+
+Every tensor is stored in chunks along its own tensor-parallel dim (`layout.chunk_bounds`), so that each rank, at any
+legal TP size, reads its own bytes and no others. Writing streams: memory is bounded by one chunk. Reading refuses what
+manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+
+# The one private name: a FileSystemReader finds each chunk by an object of this class, which nothing public makes.
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageMeta, WriteResult
+from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from llama_tp.checkpoint.agree import agree, gather
+from llama_tp.checkpoint.dcp_metadata import load_metadata
+from llama_tp.checkpoint.hashing_file import HashingFile
+from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
+from llama_tp.checkpoint.manifest import FileEntry
+from llama_tp.checkpoint.progress import Advance, no_progress
+from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.verify import verify
+
+FILE_BYTES = 1 << 30
+"""A .distcp file is closed once it has this size."""
+LOAD_THREADS = 4
+"""Concurrent reads, over all ranks of a host: DCP's own reader has one thread."""
+
+T = TypeVar("T")
+
+
+def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_progress) -> dict[str, FileEntry]:
+    """Write all tensors of `reader` into a folder as one checkpoint; every rank of the process group writes its share.
+
+    Returns size and hash of the files that were written, those of all ranks. `advance` hears of this rank's bytes.
+    ValueError on all ranks if any failed: what is then in the folder is no checkpoint.
+    """
+    writer = _StreamingWriter(folder)
+    with _one_line_errors(f"cannot write to {folder}"), _lean_writing():
+        torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader, advance))
+    return {name: entry for entries in gather(writer.written) for name, entry in entries.items()}
+
+
+def load(state_dict: dict[str, Any], folder: str | Path) -> None:
+    """Fill a state dict of tensors and DTensors, on any device, in place; each rank reads its own slices only.
+
+    Values are converted to the dtype of the target. ValueError on all ranks, before anything is read, if the folder is
+    not what its manifest says or the names and shapes are not those of `state_dict`.
+    """
+    metadata = agree(lambda: _check_target(state_dict, folder))
+    with _one_line_errors(f"cannot load {folder}"):
+        torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """The tensors of a checkpoint and where the chunks lie. ValueError if the folder is not what its manifest says."""
+    manifest = verify(folder, full=False)
+    return load_metadata(Path(folder), manifest.files.keys())
+
+
+def checkpoint_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype that the checkpoint is stored in."""
+    return next(iter(_tensors(read_metadata(folder)).values())).properties.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One piece of one tensor."""
+
+    name: str
+    dim: int
+    start: int
+    length: int
+    source: TensorSource
+
+    @property
+    def sizes(self) -> torch.Size:
+        return torch.Size(self.length if dim == self.dim else size for dim, size in enumerate(self.source.shape))
+
+    @property
+    def offsets(self) -> torch.Size:
+        return torch.Size(self.start if dim == self.dim else 0 for dim in range(len(self.source.shape)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.sizes.numel() * self.source.dtype.itemsize
+
+    def write_item(self) -> WriteItem:
+        return WriteItem(
+            index=MetadataIndex(self.name, self.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(self.offsets, self.sizes),
+                properties=TensorProperties(dtype=self.source.dtype),
+                size=torch.Size(self.source.shape),
+            ),
+        )
+
+
+def _chunks_of_rank(reader: CheckpointReader, rank: int, world_size: int) -> list[_Chunk]:
+    """A run of neighbouring chunks with about the same bytes for each rank: sources are read in order."""
+    chunks = [
+        _Chunk(name, tp_dim(name) or 0, start, length, source)
+        for name, source in reader.tensors.items()
+        for start, length in chunk_bounds(reader.args, name, source.shape)
+    ]
+    total = sum(chunk.nbytes for chunk in chunks)
+    mine, done = [], 0
+    for chunk in chunks:
+        middle = done + chunk.nbytes / 2
+        if int(middle * world_size / total) == rank:
+            mine.append(chunk)
+        done += chunk.nbytes
+    return mine
+
+
+class _ReaderPlanner(DefaultSavePlanner):
+    """Plans the chunks of a reader instead of a state dict in memory, and reads each when it is about to be written."""
+
+    def __init__(self, reader: CheckpointReader, advance: Advance) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.reader = reader
+        self.advance = advance
+        self.chunks: dict[MetadataIndex, _Chunk] = {}
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def create_local_plan(self) -> SavePlan:
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        items = []
+        for chunk in _chunks_of_rank(self.reader, rank, world_size):
+            items.append(chunk.write_item())
+            self.chunks[items[-1].index] = chunk
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The values of one chunk, valid until the next call: in the source's mapping or in a reused buffer."""
+        chunk = self.chunks[write_item.index]
+        self.advance(chunk.nbytes)
+        piece = chunk.source.read(chunk.dim, chunk.start, chunk.length)
+        if not piece.is_contiguous():
+            # Fresh memory for each would cost more than the copy: the page faults alone take 2 s per GB (measured).
+            if self.buffer.nbytes < chunk.nbytes:
+                self.buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
+            piece = self.buffer[: chunk.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
+        return _exact_storage(piece)
+
+
+def _exact_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own size, without a copy: torch.save writes the whole storage of a view."""
+    return torch.frombuffer(tensor.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
+
+
+class _StreamingWriter(FileSystemWriter):
+    """DCP's writer, but holding one chunk at a time, where DCP keeps a rank's whole share until its file is closed."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.written: dict[str, FileEntry] = {}
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Nothing: DCP would record the temporary path and a random id, and equal checkpoints would differ."""
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        items = list(plan.items)
+        while items:
+            name = f"{plan.storage_data.prefix}{len(self.written)}.distcp"
+            with HashingFile(Path(self.path) / name) as file:
+                while items and file.size < FILE_BYTES:
+                    results.append(_write_item(items.pop(0), planner, file))
+            self.written[name] = file.entry
+        return _finished(results)
+
+
+def _write_item(item: WriteItem, planner: SavePlanner, file: HashingFile) -> WriteResult:
+    start = file.size
+    torch.save(planner.resolve_data(item), cast(IO[bytes], file))
+    length = file.size - start
+    return WriteResult(item.index, length, _StorageInfo(file.path.name, start, length))
+
+
+def _finished(result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
+
+
+class _VouchedReader(FileSystemReader):
+    """Reads with metadata that was checked before, and several files at the same time."""
+
+    def __init__(self, folder: str | Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        return self.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files: dict[str, list[Any]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        plans = [replace(plan, items=items) for _, items in sorted(files.items())]
+        read = super().read_data
+        with ThreadPoolExecutor(max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
+            for future in [pool.submit(read, part, planner) for part in plans]:
+                future.result()
+        return _finished(None)
+
+
+def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+
+
+def _check_target(state_dict: Mapping[str, Any], folder: str | Path) -> Metadata:
+    metadata = read_metadata(folder)
+    stored = _tensors(metadata)
+    problems = [f"{name} is not in the checkpoint" for name in sorted(state_dict.keys() - stored.keys())]
+    problems += [
+        f"{name} is in the checkpoint but not in the model" for name in sorted(stored.keys() - state_dict.keys())
+    ]
+    for name in sorted(state_dict.keys() & stored.keys()):
+        target = state_dict[name]
+        assert isinstance(target, Tensor), name
+        assert not target.is_meta, name
+        if target.size() != stored[name].size:
+            problems.append(
+                f"{name} has shape {tuple(stored[name].size)} in the checkpoint, {tuple(target.size())} in the model"
+            )
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:4])}{more}")
+    return metadata
+
+
+@contextmanager
+def _lean_writing() -> Iterator[None]:
+    """No zip checksums: the manifest has a sha256 of each file, and they are a third of the time. And one thread for
+    copies: the other cores hash and serve the other ranks, and torch's threads spin while they wait for a core."""
+    checksums, threads = get_crc32_options(), torch.get_num_threads()
+    set_crc32_options(False)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        set_crc32_options(checksums)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """ValueError in the place of DCP's report of all ranks' stacks, and no warning that there is no process group."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        rank, (reason, _stack) = sorted(error.failures.items())[0]
+        if not isinstance(reason, Exception):
+            raise reason from None  # the end of the process
+        where = f" (rank {rank})" if dist.is_initialized() else ""
+        line = (str(reason).splitlines() or [""])[0]
+        raise ValueError(f"{what}{where}: {type(reason).__name__}: {line}") from None
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        raise ValueError(f"{what}: another rank ended: {str(error).splitlines()[0]}") from None

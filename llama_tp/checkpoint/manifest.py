@@ -1,0 +1,86 @@
+"""manifest.json: size and sha256 of every file of a checkpoint folder. Written last: no manifest, no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_tp.checkpoint.progress import Advance, no_progress
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_MAX_BYTES = 64 << 20
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file was when it was written."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Lower-case hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is vouched for."""
+
+    files: Mapping[str, FileEntry]
+    """By file name. A checkpoint folder has no subfolders."""
+    about: Mapping[str, Any]
+    """Where the checkpoint came from: for people, and to tell two checkpoints apart."""
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read manifest.json. ValueError if it is absent or is not one."""
+    path = Path(folder) / MANIFEST
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("it is too large")
+        content = json.loads(path.read_bytes())
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version={content['format_version']!r}, this program reads {FORMAT_VERSION}")
+        files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        if odd := [name for name in files if name != os.path.basename(name) or name in ("", ".", "..")]:
+            raise ValueError(f"{odd[0]!r} is not a file name")
+        return Manifest(files, dict(content["about"]))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: {folder} is not a complete checkpoint of ours, convert it again"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from None
+
+
+def write_manifest(
+    folder: str | Path, *, known: Mapping[str, FileEntry] | None = None, about: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Hash every file of the folder, save those in `known`, and write manifest.json durably."""
+    folder = Path(folder)
+    files = dict(known or {})
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != MANIFEST:
+            files[path.name] = FileEntry(path.stat().st_size, hash_file(path))
+    manifest = Manifest(dict(sorted(files.items())), dict(about or {}))
+    with (folder / MANIFEST).open("w") as file:
+        file.write(json.dumps({"format_version": FORMAT_VERSION, **asdict(manifest)}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+def hash_file(path: str | Path, advance: Advance = no_progress) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()

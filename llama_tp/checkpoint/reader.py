@@ -1,0 +1,76 @@
+"""What every source of weights offers: the architecture, and tensors that are read a slice at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama_tp.config import ModelArgs
+
+
+class TensorSource(Protocol):
+    """One full (unsharded) tensor that is not in memory yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self, dim: int, start: int, length: int) -> Tensor:
+        """`length` entries of dimension `dim` from `start`. May be a view of a file mapping: not to be written to."""
+        ...
+
+
+class CheckpointReader(Protocol):
+    """A whole model in Meta's names. Memory is bounded by what one `read` returns, never by the model."""
+
+    @property
+    def args(self) -> ModelArgs:
+        """The architecture, with `vocab_size` and `tied_embeddings` as the weights have them."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of every tensor."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSource]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTensor:
+    """A TensorSource over a tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self, dim: int, start: int, length: int) -> Tensor:
+        return self.tensor.narrow(dim, start, length)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReader:
+    """A CheckpointReader over full tensors in memory: random weights, tests."""
+
+    args: ModelArgs
+    dtype: torch.dtype
+    tensors: Mapping[str, TensorSource]
+
+    @classmethod
+    def of(cls, args: ModelArgs, tensors: Mapping[str, Tensor]) -> MemoryReader:
+        """The reader of a state dict whose tensors all have one dtype."""
+        sources = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
+        return cls(args, next(iter(sources.values())).dtype, sources)

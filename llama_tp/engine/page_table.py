@@ -1,0 +1,124 @@
+"""Where each row's tokens lie in the KV cache, and how a step's queries reach them in the fewest attention calls.
+
+A row whose pages are neighbours (a run) is read in place, as a slice; runs at equal distances are read in place
+together, as one strided view. Only rows whose pages are scattered are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from llama_tp.engine.request import Chunk
+from llama_tp.model.attention import Run, Span
+
+_CALL_BYTES = 1 << 18
+"""Reading so many bytes of keys and values takes about as long as one more attention call."""
+
+
+class PageTable:
+    """The page table of one rank: `max_batch_size` rows of page numbers, changed by plans only."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        num_pages: int,
+        page_size: int,
+        bytes_per_slot: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._num_slots = num_pages * page_size
+        self._page_size = page_size
+        self._waste = _CALL_BYTES // bytes_per_slot  # keys read in vain that cost as much as a call
+        self._dtype = dtype
+        self._device = device
+        self._pages: list[list[int]] = [[] for _ in range(num_rows)]
+        self._is_run = [True] * num_rows
+
+    def set(self, row: int, index: int, page: int) -> None:
+        """Entry `index` of a row, and the end of it: entry 0 begins a new sequence."""
+        pages = self._pages[row]
+        del pages[index:]
+        self._is_run[row] = index == 0 or (self._is_run[row] and page == pages[-1] + 1)
+        pages.append(page)
+
+    def slots(self, row: int, positions: range) -> list[int]:
+        """Where a row's tokens at these positions live."""
+        pages, size = self._pages[row], self._page_size
+        return [pages[position // size] * size + position % size for position in positions]
+
+    def spans(self, chunks: Items[Chunk]) -> tuple[Span, ...]:
+        """The attention calls of a step, for the chunks in order; those of one token share calls where that pays."""
+        spans = []
+        at = first = 0
+        while at < len(chunks):
+            together = self._group(chunks, at)
+            rows = slice(first, first + sum(len(chunk.tokens) for chunk in together))
+            spans.append(self._span_of_one(together[0], rows) if len(together) == 1 else self._span(together, rows))
+            at += len(together)
+            first = rows.stop
+        return tuple(spans)
+
+    def _group(self, chunks: Items[Chunk], at: int) -> Items[Chunk]:
+        """As many chunks of one token from `at` on as one call serves better than several."""
+        end, longest, used = at + 1, chunks[at].start + 1, chunks[at].start + 1
+        while end < len(chunks) and len(chunks[at].tokens) == len(chunks[end].tokens) == 1:
+            count, length = end + 1 - at, chunks[end].start + 1
+            longest, used = max(longest, length), used + length
+            if count * longest - used > (count - 1) * self._waste or not self._fits(chunks, at, end, longest):
+                break
+            end += 1
+        return chunks[at:end]
+
+    def _fits(self, chunks: Items[Chunk], at: int, end: int, longest: int) -> bool:
+        """Whether chunk `end` is read in the same manner as those from `at` on, and as far from its neighbour."""
+        row, before = chunks[end].row, chunks[end - 1].row
+        if not self._is_run[row] or not self._is_run[before]:
+            return self._is_run[row] == self._is_run[before]
+        first = self._pages[row][0]
+        distance = first - self._pages[before][0]
+        is_even = end - at == 1 or distance == self._pages[before][0] - self._pages[chunks[end - 2].row][0]
+        return distance > 0 and is_even and first * self._page_size + longest <= self._num_slots
+
+    def _span_of_one(self, chunk: Chunk, rows: slice) -> Span:
+        length = chunk.start + len(chunk.tokens)
+        keys: Run | Tensor
+        if self._is_run[chunk.row]:
+            keys = Run(self._pages[chunk.row][0] * self._page_size, length)
+        else:
+            keys = self._all_slots([chunk.row], length)[:, :length]
+        if len(chunk.tokens) == 1:
+            return Span(rows, keys)
+        if chunk.start == 0:
+            return Span(rows, keys, causal=True)
+        positions = torch.arange(length, device=self._device)
+        return Span(rows, keys, mask=self._hide(positions > positions[chunk.start :].unsqueeze(1)))
+
+    def _span(self, chunks: Items[Chunk], rows: slice) -> Span:
+        lengths = torch.tensor([chunk.start + 1 for chunk in chunks], device=self._device)
+        longest = max(chunk.start for chunk in chunks) + 1
+        keys: Run | Tensor
+        if self._is_run[chunks[0].row]:
+            first, second = (self._pages[chunk.row][0] * self._page_size for chunk in chunks[:2])
+            keys = Run(first, longest, count=len(chunks), stride=second - first)
+        else:
+            keys = self._all_slots([chunk.row for chunk in chunks], longest)
+            longest = keys.size(1)
+        hidden = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
+        return Span(rows, keys, mask=self._hide(hidden)[:, None, None, :])
+
+    def _all_slots(self, rows: list[int], length: int) -> Tensor:
+        """Slots of the pages that hold the first `length` tokens of each row, padded with page 0: (B, S)."""
+        used = -(-length // self._page_size)
+        pages = [self._pages[row][:used] for row in rows]
+        padded = torch.tensor([row + [0] * (used - len(row)) for row in pages]).to(self._device, non_blocking=True)
+        offsets = torch.arange(self._page_size, device=self._device)
+        return (padded.unsqueeze(-1) * self._page_size + offsets).flatten(1)
+
+    def _hide(self, hidden: Tensor) -> Tensor:
+        """An additive mask: minus infinity where hidden."""
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))

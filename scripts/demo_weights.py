@@ -1,0 +1,13 @@
+"""Get the demo weights, SmolLM2-135M-Instruct: demo_weights.py --output DIR [--model_parallel_size M]."""
+
+from llama_tp.checkpoint.command import run_command
+from llama_tp.checkpoint.demo import fetch_demo
+
+
+def demo_weights(output: str = "model/smollm2", model_parallel_size: int = 1) -> str:
+    """Write Meta-style shards and the tokenizer into `output`, and print it."""
+    return str(fetch_demo(str(output), model_parallel_size=model_parallel_size))
+
+
+if __name__ == "__main__":
+    run_command(demo_weights)

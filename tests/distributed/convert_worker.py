@@ -1,0 +1,35 @@
+"""A conversion in which something happens to one rank: convert_worker FAULT [arguments of convert]."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+
+from llama_tp.checkpoint import convert as convert_module
+from llama_tp.checkpoint.command import run_command
+from llama_tp.checkpoint.hashing_file import HashingFile
+
+
+def _unreadable(*_args: object) -> None:
+    raise ValueError("consolidated.01.pth is not readable")
+
+
+def _killed(*_args: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    fault, rank = sys.argv.pop(1), os.environ["RANK"]
+    if fault == f"kill rank {rank}":
+        HashingFile._start_sync = _killed  # type: ignore[method-assign]
+    elif fault == f"a full disk on rank {rank}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    elif fault == f"an unreadable shard on rank {rank}":
+        convert_module.FairscaleReader = _unreadable  # type: ignore[assignment,misc]
+    run_command(convert_module.convert)
+
+
+if __name__ == "__main__":
+    main()

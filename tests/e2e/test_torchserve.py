@@ -1,0 +1,598 @@
+"""The handler behind a real TorchServe with two ranks, fed by a model that knows its text by heart."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llama_tp.text import Tokenizer, load_tokenizer
+from tests.e2e.torchserve_rig import PREDICT, Response, Stream, TorchServe, convert, is_gone, package, serve
+from tests.tiny_llama2 import ANSWER, DIALOG, ENDLESS, LONG_ANSWER, LONG_DIALOG, PASSAGE, passage_prompt
+
+pytestmark = pytest.mark.e2e
+
+NUM_SLOTS = 8
+MAX_SEQ_LEN = 4096
+DEFAULTS = {"max_new_tokens": 24, "temperature": 1.9, "top_p": 0.95, "manual_seed": 40, "mode": "chat"}
+ABANDON_AFTER_S = 1.0
+PROMPTLY_S = 2.0
+CUT_OFF = (http.client.HTTPException, ConnectionError)
+
+PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
+REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3) + " ")
+LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
+"""Many seconds of tokens."""
+
+
+@pytest.fixture(scope="module")
+def store(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model store that the README's steps make."""
+    work = tmp_path_factory.mktemp("model")
+    convert(tiny_llama2, work)
+    limits = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": NUM_SLOTS, "abandon_after_s": ABANDON_AFTER_S}
+    return package(work, config={"batchSize": NUM_SLOTS}, handler={**limits, **DEFAULTS})
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama2: Path) -> Tokenizer:
+    return load_tokenizer(tiny_llama2 / "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got, streamed or not."""
+
+    text: str
+    finish_reason: str
+    usage: Mapping[str, int]
+
+
+def ask(server: TorchServe, request: Mapping[str, Any]) -> Answer:
+    if not request.get("stream"):
+        return answer_in(server.post(request))
+    with server.stream(request) as stream:
+        assert stream.status == 200
+        chunks = [chunk for _, chunk in stream]
+    last = chunks[-1]
+    return Answer("".join(chunk["text"] for chunk in chunks), last["finish_reason"], last["usage"])
+
+
+def answer_in(response: Response) -> Answer:
+    assert response.status == 200, response.body
+    assert response.headers.get_content_type() == "application/json"
+    return Answer(**response.json())
+
+
+def ask_all(server: TorchServe, requests: list[Mapping[str, Any]]) -> list[Answer]:
+    """All at the same time."""
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda request: ask(server, request), requests))
+
+
+def first_chunk(stream: Stream) -> float:
+    """When it arrived."""
+    arrival, _ = next(iter(stream))
+    return arrival
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("num_words", [2, 3, 10, 47])
+def test_the_beginning_of_the_passage_is_completed_to_the_letter(
+    server: TorchServe, tokenizer: Tokenizer, num_words: int
+) -> None:
+    prompt = passage_prompt(num_words)
+
+    answer = ask(server, {**PASSAGE_REQUEST, "prompt": prompt})
+
+    assert f"{prompt} {answer.text}" == PASSAGE
+    assert answer.finish_reason == "stop"
+    num_prompt, num_all = len(tokenizer.encode(prompt, bos=True)), len(tokenizer.encode(PASSAGE, bos=True))
+    assert answer.usage == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_all - num_prompt,
+        "total_tokens": num_all,
+    }
+
+
+def test_a_stream_is_lines_of_json_that_make_up_the_whole_answer(server: TorchServe, tokenizer: Tokenizer) -> None:
+    whole = ask(server, PASSAGE_REQUEST)
+
+    with server.stream({**PASSAGE_REQUEST, "stream": True}) as stream:
+        arrivals, chunks = zip(*stream, strict=True)
+
+    *others, last = chunks
+    assert all(chunk.keys() == {"text", "ids"} for chunk in others)
+    assert last.keys() == {"text", "ids", "finish_reason", "usage"}
+    assert (last["finish_reason"], last["usage"]) == (whole.finish_reason, whole.usage)
+    assert "".join(chunk["text"] for chunk in chunks) == whole.text == REST_OF_PASSAGE
+    ids = [token for chunk in chunks for token in chunk["ids"]]
+    assert len(ids) == whole.usage["completion_tokens"]
+    assert tokenizer.decode(ids) == whole.text
+    assert len(set(arrivals)) > 10
+    assert arrivals[0] - arrivals[-1] < -0.05, "all of it came at once"
+
+
+def test_no_chunk_of_a_stream_ends_in_half_a_character(server: TorchServe) -> None:
+    with server.stream({**PASSAGE_REQUEST, "stream": True}) as stream:
+        chunks = [chunk for _, chunk in stream]
+
+    assert all("\ufffd" not in chunk["text"] for chunk in chunks)
+    assert sum(not chunk["text"] for chunk in chunks) > 0, "the whale has four bytes; some chunks complete none"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("dialog", "expected"), [(DIALOG, ANSWER), (LONG_DIALOG, LONG_ANSWER)])
+def test_a_dialog_is_answered(server: TorchServe, dialog: list[dict[str, str]], expected: str, stream: bool) -> None:
+    request = {"dialog": dialog, "mode": "chat", "max_new_tokens": 50, "temperature": 0, "stream": stream}
+
+    answer = ask(server, request)
+
+    assert (answer.text, answer.finish_reason) == (expected, "stop")
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/json", "application/octet-stream"])
+@pytest.mark.parametrize("method", ["POST", "PUT"])  # PUT is what curl -T sends
+def test_the_answer_does_not_depend_on_the_content_type(
+    server: TorchServe, method: str, content_type: str | None
+) -> None:
+    body = json.dumps(PASSAGE_REQUEST).encode()
+
+    response = server.request(method, PREDICT, body, content_type)
+
+    assert answer_in(response).text == REST_OF_PASSAGE
+
+
+def test_a_stop_string_ends_the_answer_before_it(server: TorchServe) -> None:
+    whole = ask(server, {**PASSAGE_REQUEST, "stop": ["Ahab", "long prec"]})
+    streamed = ask(server, {**PASSAGE_REQUEST, "stop": "long prec", "stream": True})
+
+    assert whole.text == "Some years ago—never mind how "
+    assert whole.finish_reason == "stop"
+    assert whole.usage["completion_tokens"] < 60
+    assert streamed == whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_single_token_is_a_complete_answer(server: TorchServe, stream: bool) -> None:
+    answer = ask(server, {"prompt": ENDLESS, "max_new_tokens": 1, "temperature": 0, "stream": stream})
+
+    assert answer.text == "tick"
+    assert answer.finish_reason == "length"
+    assert answer.usage["completion_tokens"] == 1
+
+
+def test_max_new_tokens_is_exact(server: TorchServe) -> None:
+    answer = ask(server, {"prompt": ENDLESS, "max_new_tokens": 500, "temperature": 0})
+
+    assert answer.text == " ".join(["tick", "tock"] * 250)
+    assert (answer.finish_reason, answer.usage["completion_tokens"]) == ("length", 500)
+
+
+def test_a_prompt_that_leaves_room_for_one_token_gets_one(server: TorchServe, tokenizer: Tokenizer) -> None:
+    tick, tock = tokenizer.encode(ENDLESS)[:2]
+    ids = [tokenizer.bos_id, *([tick, tock] * MAX_SEQ_LEN)][: MAX_SEQ_LEN - 1]
+
+    answer = ask(server, {"prompt": ids, "temperature": 0})
+
+    assert (answer.text, answer.finish_reason) == ("tock" if ids[-1] == tick else "tick", "length")
+    assert answer.usage == {
+        "prompt_tokens": MAX_SEQ_LEN - 1,
+        "completion_tokens": 1,
+        "total_tokens": MAX_SEQ_LEN,
+    }
+
+
+def test_a_seed_reproduces_an_answer(server: TorchServe) -> None:
+    request = {"prompt": "My dear", "max_new_tokens": 40, "temperature": 2.0}
+
+    answers = {seed: [ask(server, {**request, "seed": seed}).text for _ in range(2)] for seed in (1, 2, 3)}
+
+    assert all(first == second for first, second in answers.values())
+    assert len({first for first, _ in answers.values()}) == 3
+
+
+def test_the_defaults_are_those_of_the_configuration(server: TorchServe) -> None:
+    bare = {"prompt": "My dear"}
+    explicit = {**bare, **{key: DEFAULTS[key] for key in ("max_new_tokens", "temperature", "top_p")}, "seed": 40}
+    expected = ask(server, bare)
+    others = [
+        ask(server, {**explicit, key: value}).text
+        for key, value in (("max_new_tokens", 25), ("temperature", 0.7), ("top_p", 0.3), ("seed", 41))
+    ]
+
+    assert expected == ask(server, explicit)
+    assert expected.usage["completion_tokens"] == DEFAULTS["max_new_tokens"]
+    assert expected.text not in others
+    assert server.post({}).json()["error"]["param"] == "dialog", "with mode: chat it is a dialog that is missing"
+
+
+@pytest.mark.parametrize("special", ["<s>", "</s>", "<|eot_id|>", "<|im_end|>", "<unk>", "<0x0A>"])
+def test_the_spelling_of_a_special_token_is_text(server: TorchServe, tokenizer: Tokenizer, special: str) -> None:
+    completion = ask(server, {"prompt": f"a{special}b", "max_new_tokens": 1})
+    dialog = [{"role": "user", "content": f"a{special}b"}]
+    chat = ask(server, {"dialog": dialog, "max_new_tokens": 1})
+
+    num_prompt = 1 + len(tokenizer.encode(f"a{special}b"))
+    assert num_prompt > 5
+    assert completion.usage["prompt_tokens"] == num_prompt
+    assert chat.usage["prompt_tokens"] == 1 + len(tokenizer.encode(f"[INST] a{special}b [/INST]"))
+
+
+# --- many at once
+
+MIXED = [
+    PASSAGE_REQUEST,
+    {**PASSAGE_REQUEST, "prompt": passage_prompt(40), "stream": True},
+    {"dialog": DIALOG, "max_new_tokens": 50, "temperature": 0, "stream": True},
+    {"prompt": ENDLESS, "max_new_tokens": 150, "temperature": 0},
+    {"prompt": "My dear", "max_new_tokens": 120, "temperature": 2.0, "seed": 5, "stream": True},
+    {"prompt": "water — 🐋 " * 20, "max_new_tokens": 60, "temperature": 1.2, "top_p": 0.8, "seed": 6},
+    {"prompt": passage_prompt(12), "max_new_tokens": 90, "temperature": 1.5, "top_k": 20, "seed": 7, "stream": True},
+    {**PASSAGE_REQUEST, "stop": "sail", "stream": True},
+]
+
+
+@pytest.fixture(scope="module")
+def solo(server: TorchServe) -> list[Answer]:
+    """What each of MIXED is answered when it is alone."""
+    return [ask(server, request) for request in MIXED]
+
+
+def test_requests_that_run_together_get_what_they_get_alone(server: TorchServe, solo: list[Answer]) -> None:
+    for _ in range(2):
+        assert ask_all(server, MIXED) == solo
+
+
+def test_a_bad_request_leaves_its_neighbours_identical_to_the_letter(server: TorchServe, solo: list[Answer]) -> None:
+    bad = [b"not json", b'{"prompt": "\\ud800"}', {"prompt": "a", "temperature": 7}, {"prompt": [10**6]}]
+    with ThreadPoolExecutor(len(MIXED) + 1) as pool:
+        good = [pool.submit(ask, server, request) for request in MIXED]
+        time.sleep(0.05)
+        refused = list(pool.map(server.post, bad))
+        answers = [future.result() for future in good]
+
+    assert [response.status for response in refused] == [400] * len(bad)
+    assert answers == solo
+
+
+def test_more_requests_than_slots_are_all_answered(server: TorchServe, solo: list[Answer]) -> None:
+    assert ask_all(server, MIXED * 3) == solo * 3
+
+
+# --- bad input
+
+
+def chat(*turns: object) -> dict[str, object]:
+    return {"dialog": list(turns)}
+
+
+def user(content: object = "Hi") -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+def system(content: object = "Be short.") -> dict[str, object]:
+    return {"role": "system", "content": content}
+
+
+def assistant(content: object = "Hello.") -> dict[str, object]:
+    return {"role": "assistant", "content": content}
+
+
+def prompt(**fields: object) -> dict[str, object]:
+    return {"prompt": "Hi", **fields}
+
+
+INVALID: dict[str, list[object]] = {
+    "invalid_json": [b"", b"  \n", b"not json", b'{"prompt": "a"', b"{'prompt': 'a'}"]
+    + [b'{"prompt": "a", "temperature": %s}' % number for number in (b"NaN", b"Infinity", b"-Infinity")],
+    "invalid_utf8": [gzip.compress(b'{"prompt": "a"}'), '{"prompt": "a"}'.encode("utf-16"), b'{"prompt": "\xff"}'],
+    "not_an_object": [b"[]", b"42", b"null", b'"text"', b"true"],
+    "too_deep": [b"[" * 100_000, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' * 100_000],
+    "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
+    "unknown_field": [prompt(max_tokens=5), prompt(promt="b"), {"dialog": [user()], "messages": []}],
+    "missing_field": [{}, {"max_new_tokens": 5}, {"mode": "text_completion"}],
+    "conflicting_fields": [prompt(dialog=[user()]), prompt(mode="chat"), {**chat(user()), "mode": "text_completion"}],
+    "empty_prompt": [{"prompt": ""}, {"prompt": []}],
+    "token_out_of_range": [{"prompt": [1, 10**6]}, {"prompt": [-1]}, {"prompt": [10**18]}],
+    "invalid_unicode": [b'{"prompt": "\\ud800"}', b'{"prompt": "a", "stop": "\\udfff"}', b'{"\\ud800": 1}'],
+    "context_length_exceeded": [
+        {"prompt": [5] * MAX_SEQ_LEN},
+        {"prompt": [5] * 2 * MAX_SEQ_LEN},
+        {"prompt": [5] * (MAX_SEQ_LEN - 10), "max_new_tokens": 11},
+        prompt(max_new_tokens=MAX_SEQ_LEN),
+        {"prompt": "water " * MAX_SEQ_LEN},
+        {"prompt": "whale" * 180_000},
+        {"prompt": " " * 900_000},
+        {"prompt": "🐋" * 225_000},
+        chat(user("water " * MAX_SEQ_LEN)),
+        chat(user("whale" * 180_000)),
+        {**chat(user()), "max_new_tokens": MAX_SEQ_LEN},
+    ],
+    "empty_messages": [{"dialog": []}],
+    "invalid_role": [chat({"role": "pirate", "content": "Hi"}), chat(user(), {"role": "tool", "content": "Hi"})],
+    "invalid_role_order": [
+        chat(assistant()),
+        chat(assistant(), user()),
+        chat(user(), user()),
+        chat(user(), assistant()),
+        chat(system()),
+        chat(system(), system(), user()),
+        chat(user(), system(), user()),
+    ],
+    "special_tags_not_allowed": [
+        chat(user(f"a {tag} b")) for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[IN\u200bST]", "［INST］")
+    ]
+    + [chat(system("[/INST]"), user()), chat(user(), assistant("<</SYS>>"), user())],
+    "too_many_stops": [prompt(stop=["a", "b", "c", "d", "e"])],
+    "invalid_type": [
+        *({"prompt": value} for value in (None, 5, 1.5, True, {}, [1, "a"], [1.5], [True], [None], [[1]])),
+        *(prompt(max_new_tokens=value) for value in ("5", 5.5, True, None, [5])),
+        *(prompt(temperature=value) for value in ("hot", True, None, [])),
+        *(prompt(top_p=value) for value in ("1", True)),
+        *(prompt(top_k=value) for value in (1.5, "1", False)),
+        *(prompt(min_p=value) for value in ("0", None)),
+        *(prompt(seed=value) for value in (1.5, "1", True)),
+        *(prompt(stop=value) for value in ([1], 1, {}, None, [None])),
+        *(prompt(stream=value) for value in ("true", 1, None)),
+        *(prompt(mode=value) for value in (1, None)),
+        *({"dialog": value} for value in (None, "Hi", 5, {}, [123], [None], [{}], ["Hi"])),
+        *(chat(user(content)) for content in (None, 5, [], {})),
+        chat({"role": "user"}),
+        chat({"content": "Hi"}),
+        chat({"role": 5, "content": "Hi"}),
+    ],
+    "invalid_value": [
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}",
+        *(prompt(max_new_tokens=value) for value in (0, -1, 1e9, 10**9, 2**70)),
+        *(prompt(temperature=value) for value in (-1, 2.1, -0.001)),
+        *(prompt(top_p=value) for value in (0, 1.1, -1)),
+        *(prompt(top_k=value) for value in (-2, 2**40)),
+        *(prompt(min_p=value) for value in (2, -0.5)),
+        *(prompt(seed=value) for value in (2**64, -1)),
+        *(prompt(stop=value) for value in ("", [""], "a" * 10_000, ["a", "b" * 10_000])),
+        prompt(mode="poem"),
+    ],
+}
+ROWS = [(code, payload) for code, payloads in INVALID.items() for payload in payloads]
+
+
+def row_name(value: object) -> str:
+    text = value if isinstance(value, str) else (value if isinstance(value, bytes) else json.dumps(value).encode())
+    return repr(text[:40]).strip("b'") if isinstance(text, bytes) else text
+
+
+@pytest.mark.parametrize(("code", "payload"), ROWS, ids=row_name)
+def test_bad_input_is_refused_with_a_reason(server: TorchServe, code: str, payload: object) -> None:
+    for content_type in (None, "application/json"):
+        started = time.monotonic()
+
+        response = server.post(payload, content_type)
+
+        assert time.monotonic() - started < PROMPTLY_S
+        assert response.status == 400, response.body
+        assert response.headers["content-type"] == "application/json"
+        error = response.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["code"] == code, error
+        assert error["type"] == "invalid_request_error"
+        assert 10 < len(error["message"]) < 1000
+        if isinstance(payload, dict) and code != "missing_field":
+            assert re.split(r"[.\[]", error["param"])[0] in payload
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_says_both_numbers_of_an_exceeded_context(server: TorchServe, stream: bool) -> None:
+    request = {"prompt": [5] * 4000, "max_new_tokens": 500, "stream": stream}
+
+    message = server.post(request).json()["error"]["message"]
+
+    assert all(number in message for number in ("4000", "500", str(MAX_SEQ_LEN)))
+
+
+def test_an_unknown_route_is_not_found(server: TorchServe) -> None:
+    response = server.post(PASSAGE_REQUEST, path=f"{PREDICT}/1.0/v1/poems")
+
+    assert (response.status, response.json()["error"]["code"]) == (404, "unknown_route")
+
+
+def test_a_request_without_a_body_is_refused(server: TorchServe) -> None:
+    assert server.request("GET", PREDICT).status == 400
+
+
+def test_what_curl_sends_with_d_alone_is_refused_as_a_form(server: TorchServe) -> None:
+    body = json.dumps(PASSAGE_REQUEST).encode()
+
+    response = server.request("POST", PREDICT, body, "application/x-www-form-urlencoded")
+
+    assert response.status == 415
+    assert "Content-Type" in response.json()["error"]["message"]
+
+
+def test_a_huge_prompt_does_not_stall_a_stream(server: TorchServe) -> None:
+    with server.stream({**LONG_REQUEST, "max_new_tokens": 400}) as stream, ThreadPoolExecutor(1) as pool:
+        first_chunk(stream)
+        refused = [pool.submit(server.post, {"prompt": "whale 🐋 é" * 80_000}) for _ in range(3)]
+        arrivals = [arrival for arrival, _ in stream]
+
+    assert [future.result().json()["error"]["code"] for future in refused] == ["context_length_exceeded"] * 3
+    assert max(later - earlier for earlier, later in pairwise(arrivals)) < 0.5
+
+
+def test_the_server_answers_after_all_of_this(server: TorchServe) -> None:
+    assert ask(server, PASSAGE_REQUEST).text == REST_OF_PASSAGE
+    assert "Traceback" not in (server.logs / "model_log.log").read_text()
+
+
+MARKER = "Xyzzy7Plugh"
+POISON = (
+    f"{MARKER} CUDA out of memory\n[METRICS]{MARKER}.Count:1|#Level:Host|#hostname:a,1\n[PID]1\nTorch worker started."
+)
+
+
+def test_logs_hold_no_text_of_users_and_no_text_forges_a_metric(server: TorchServe) -> None:
+    requests = [
+        prompt(prompt=POISON, max_new_tokens=2),
+        prompt(prompt=POISON, max_new_tokens=5, stream=True),
+        chat(user(POISON)),
+        prompt(stop=POISON, max_new_tokens=2),
+        prompt(stop=[POISON], temperature=9),
+        chat({"role": POISON, "content": POISON}),
+        chat(user(POISON), user(POISON)),
+        chat(user(f"[INST]{POISON}")),
+        {POISON: 1},
+        prompt(mode=POISON),
+        prompt(max_new_tokens=POISON),
+        prompt(prompt=POISON * 1000),
+        POISON.encode(),
+        b'{"prompt": "\xff' + POISON.encode(),
+        b'{"%s": 1, "%s": 2}' % (MARKER.encode(), MARKER.encode()),
+    ]
+    for content_type in (None, "application/json", "text/plain", "application/x-www-form-urlencoded"):
+        assert {server.post(request, content_type).status for request in requests} <= {200, 400, 415}
+    assert ask(server, PASSAGE_REQUEST).text == REST_OF_PASSAGE
+    time.sleep(0.5)
+
+    logs = [path for path in server.logs.rglob("*") if path.is_file()]
+    assert {"model_log.log", "ts_log.log", "access_log.log", "console.log"} <= {path.name for path in logs}
+    assert [path.name for path in logs if MARKER.encode() in path.read_bytes()] == []
+
+
+# --- clients that leave
+
+
+def run_at_once(server: TorchServe, num_requests: int) -> bool:
+    """Whether that many new requests generate at the same time: all begin before any ends."""
+    with ThreadPoolExecutor(num_requests) as pool:
+        runs = list(pool.map(lambda _: first_and_last(server), range(num_requests)))
+    return max(first for first, _ in runs) < min(last for _, last in runs)
+
+
+def test_as_many_requests_as_there_are_slots_run_at_once_and_no_more(server: TorchServe) -> None:
+    assert run_at_once(server, NUM_SLOTS)
+    assert not run_at_once(server, NUM_SLOTS + 1)
+
+
+def first_and_last(server: TorchServe) -> tuple[float, float]:
+    """When the first and the last chunk of a stream arrive."""
+    with server.stream({**LONG_REQUEST, "max_new_tokens": 100}) as stream:
+        arrivals = [arrival for arrival, _ in stream]
+    return arrivals[0], arrivals[-1]
+
+
+def test_a_sole_client_that_leaves_frees_its_place(server: TorchServe) -> None:
+    stream = server.stream(LONG_REQUEST)
+    first_chunk(stream)
+    leader = server.ranks()[0]
+    assert leader.cpu_percent(0.5) > 25, "it generates"
+
+    stream.close()
+    time.sleep(ABANDON_AFTER_S + 0.5)
+
+    assert leader.cpu_percent(0.5) < 15, "it goes on for nobody"
+    assert run_at_once(server, NUM_SLOTS)
+
+
+def test_clients_that_leave_free_their_places_and_change_nothing_for_others(
+    server: TorchServe, solo: list[Answer]
+) -> None:
+    staying = [4, 6]
+    with ThreadPoolExecutor(2) as pool:
+        leaving = [server.stream(LONG_REQUEST) for _ in range(NUM_SLOTS - len(staying))]
+        stayed = [pool.submit(ask, server, MIXED[index]) for index in staying]
+        for stream in leaving:
+            first_chunk(stream)
+            stream.close()
+        answers = [future.result() for future in stayed]
+
+    assert answers == [solo[index] for index in staying]
+    assert run_at_once(server, NUM_SLOTS)
+
+
+def test_clients_that_come_and_go_at_once_leave_nothing_behind(server: TorchServe) -> None:
+    before = server.ranks()
+    for _ in range(3):
+        connections = [http.client.HTTPConnection("127.0.0.1", server.inference_port) for _ in range(2 * NUM_SLOTS)]
+        for connection in connections:
+            connection.request("POST", PREDICT, json.dumps(LONG_REQUEST))
+        for connection in connections:
+            connection.close()
+
+    assert run_at_once(server, NUM_SLOTS)
+    assert server.ranks() == before
+
+
+# --- faults
+
+
+def wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that are still there after timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [process for process in processes if not is_gone(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def how_it_ends(stream: Stream) -> str:
+    try:
+        return "complete" if "finish_reason" in [chunk for _, chunk in stream][-1] else "explicit end"
+    except CUT_OFF:
+        return "cut off"
+
+
+@pytest.mark.parametrize("victim", ["leader", "follower", "agent"])
+def test_after_a_kill_streams_end_and_queued_requests_are_served(server: TorchServe, victim: str) -> None:
+    before, ranks, agent = server.processes(), server.ranks(), server.agent()
+    with ThreadPoolExecutor(NUM_SLOTS + 1) as pool:
+        streams = [server.stream(LONG_REQUEST) for _ in range(NUM_SLOTS)]
+        for stream in streams:
+            first_chunk(stream)
+        queued = pool.submit(ask, server, PASSAGE_REQUEST)
+        time.sleep(0.2)
+
+        {"leader": ranks[0], "follower": ranks[1], "agent": agent}[victim].kill()
+        killed = time.monotonic()
+        ends = list(pool.map(how_it_ends, streams))
+        assert time.monotonic() - killed < 2
+        assert ends == ["cut off"] * NUM_SLOTS
+        assert wait_gone([*ranks.values(), agent], 5) == []
+
+        server.wait_ready(60)
+        assert queued.result(60).text == REST_OF_PASSAGE
+
+    assert ask(server, PASSAGE_REQUEST).text == REST_OF_PASSAGE
+    assert len(server.processes()) == len(before), "no orphans, nothing missing"
+    assert run_at_once(server, NUM_SLOTS)
+
+
+def test_when_the_frontend_is_killed_nothing_stays_behind(store: Path, tmp_path: Path) -> None:
+    with serve(store, tmp_path) as server:
+        stream = server.stream(LONG_REQUEST)
+        first_chunk(stream)
+        processes = server.processes()
+
+        server.frontend().kill()
+
+        assert how_it_ends(stream) == "cut off"
+        assert wait_gone(processes, 3) == []
+        assert server.processes() == [], "the agent has started new ranks"

@@ -1,0 +1,300 @@
+"""The stored form: any TP size reads its bytes once, PyTorch's own reader reads it, and nothing unsound is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.layout import chunk_bounds, full_shapes, tp_dim
+from llama_tp.checkpoint.manifest import MANIFEST, write_manifest
+from llama_tp.checkpoint.reader import MemoryReader
+from llama_tp.checkpoint.verify import verify
+from llama_tp.config import ModelArgs
+from llama_tp.parallel.plan import legal_tp_sizes
+from tests.tiny_checkpoint import ARGS, Evil, meta_tensors
+
+LAYOUTS = {
+    "7B": ModelArgs(dim=4096, n_layers=1, n_heads=32, n_kv_heads=32, vocab_size=32000),
+    "70B": ModelArgs(
+        dim=8192, n_layers=1, n_heads=64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3
+    ),
+    "8B": ModelArgs(
+        dim=4096, n_layers=1, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3
+    ),
+    "SmolLM2": ModelArgs(dim=576, n_layers=1, n_heads=9, n_kv_heads=3, vocab_size=49152, tied_embeddings=True),
+    "12 and 8 ranks": ModelArgs(dim=768, n_layers=1, n_heads=24, n_kv_heads=24, vocab_size=1000, multiple_of=96),
+    "a vocabulary that does not divide": replace(ARGS, vocab_size=509),
+}
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_the_slice_of_each_rank_at_each_legal_tp_size_is_a_union_of_whole_chunks(model):
+    args = LAYOUTS[model]
+    sizes = [size for size in legal_tp_sizes(args) if size <= 16]
+    assert len(sizes) >= 2
+    for name, shape in full_shapes(args).items():
+        chunks = chunk_bounds(args, name, shape)
+        dim = tp_dim(name)
+        starts = {start for start, _ in chunks} | {shape[dim or 0]}
+        assert [start for start, _ in chunks] == [sum(length for _, length in chunks[:i]) for i in range(len(chunks))]
+        assert sum(length for _, length in chunks) == shape[dim or 0]
+        if dim is None:
+            assert len(chunks) == 1
+            continue
+        for ranks in sizes:
+            # torch.chunk is the oracle; kv heads are not split further than their number.
+            parts = min(ranks, args.n_kv_heads) if name.endswith(("wk.weight", "wv.weight")) else ranks
+            for piece in torch.arange(shape[dim]).chunk(parts):
+                assert {int(piece[0]), int(piece[-1]) + 1} <= starts, (name, ranks)
+
+
+@pytest.mark.parametrize(("model", "chunks"), [("7B", 16), ("8B", 16), ("SmolLM2", 3)])
+def test_there_are_no_more_chunks_than_the_largest_tp_size_needs(model, chunks):
+    args = LAYOUTS[model]
+    shapes = full_shapes(args)
+    assert (
+        len(chunk_bounds(args, "layers.0.feed_forward.w2.weight", shapes["layers.0.feed_forward.w2.weight"])) == chunks
+    )
+    assert len(chunk_bounds(args, "tok_embeddings.weight", shapes["tok_embeddings.weight"])) == chunks
+    wk = "layers.0.attention.wk.weight"
+    assert len(chunk_bounds(args, wk, shapes[wk])) == min(chunks, args.n_kv_heads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(full tensors, a checkpoint folder of them)."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tensors = meta_tensors()
+    files = dcp.save(MemoryReader.of(ARGS, tensors), folder)
+    ARGS.save(folder / "model_args.json")
+    write_manifest(folder, known=files)
+    return tensors, folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of the checkpoint that may be broken."""
+    return shutil.copytree(made[1], tmp_path / "copy")
+
+
+def blank(tensors, dtype=torch.bfloat16):
+    return {name: torch.full_like(tensor, float("nan"), dtype=dtype) for name, tensor in tensors.items()}
+
+
+def test_pytorchs_own_reader_reads_it(made):
+    tensors, folder = made
+    target = blank(tensors)
+    torch_dcp.load(target, storage_reader=torch_dcp.FileSystemReader(folder), no_dist=True)
+    assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+def test_load_fills_the_same_tensors_in_place_and_converts(made):
+    tensors, folder = made
+    for dtype in (torch.bfloat16, torch.float32):
+        target = blank(tensors, dtype)
+        pointers = {name: tensor.data_ptr() for name, tensor in target.items()}
+        dcp.load(target, folder)
+        assert all(torch.equal(target[name], tensors[name].to(dtype)) for name in tensors)
+        assert {name: tensor.data_ptr() for name, tensor in target.items()} == pointers
+    assert dcp.checkpoint_dtype(folder) == torch.bfloat16
+
+
+def test_chunks_do_not_drag_their_storage_along(made):
+    tensors, folder = made
+    stored = [
+        torch.load(_payload(folder, info), weights_only=True)
+        for info in dcp.read_metadata(folder).storage_data.values()
+    ]
+    assert len(stored) > 100
+    assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in stored)
+    assert sum(chunk.nbytes for chunk in stored) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _payload(folder, info):
+    import io
+
+    return io.BytesIO((folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length])
+
+
+def test_files_are_closed_at_the_size_limit_and_read_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "FILE_BYTES", 20_000)
+    tensors = meta_tensors()
+    write_manifest(tmp_path, known=dcp.save(MemoryReader.of(ARGS, tensors), tmp_path))
+    assert len(list(tmp_path.glob("*.distcp"))) > 5
+    verify(tmp_path)
+    target = blank(tensors)
+    dcp.load(target, tmp_path)
+    assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+def test_the_same_weights_give_the_same_bytes(made, tmp_path):
+    tensors, folder = made
+    dcp.save(MemoryReader.of(ARGS, tensors), tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_what_is_missing_unexpected_or_misshapen_is_named(made):
+    tensors, folder = made
+    target = blank(tensors)
+    target["layers.7.attention.wq.weight"] = target.pop("layers.1.attention.wq.weight")
+    target["norm.weight"] = torch.empty(65)
+    with pytest.raises(ValueError, match=r"\(65,\)") as error:
+        dcp.load(target, folder)
+    message = str(error.value)
+    assert "layers.7.attention.wq.weight is not in the checkpoint" in message
+    assert "layers.1.attention.wq.weight is in the checkpoint but not in the model" in message
+    assert "norm.weight has shape (64,) in the checkpoint, (65,) in the model" in message
+    assert "\n" not in message
+    assert target["output.weight"].isnan().all()
+
+
+def _edit_metadata(change):
+    def breaks(folder):
+        with (folder / ".metadata").open("rb") as file:
+            metadata = pickle.load(file)
+        change(metadata)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_manifest(folder)
+
+    return breaks
+
+
+def _elsewhere(metadata):
+    info = next(iter(metadata.storage_data.values()))
+    info.relative_path = "../../etc/passwd"
+
+
+def _beyond(metadata):
+    next(iter(metadata.storage_data.values())).offset = 1 << 40
+
+
+def _gap(metadata):
+    metadata.state_dict_metadata["output.weight"].chunks.pop()
+
+
+def _non_tensor(metadata):
+    metadata.state_dict_metadata["norm.weight"] = BytesStorageMetadata()
+
+
+def _flip_bit(folder):
+    path = folder / ".metadata"
+    data = bytearray(path.read_bytes())
+    data[500] ^= 1
+    path.write_bytes(data)
+
+
+def _link(folder):
+    outside = folder.parent / "outside.distcp"
+    shutil.move(folder / "__0_0.distcp", outside)
+    (folder / "__0_0.distcp").symlink_to(outside)
+
+
+def _manifest(change):
+    def breaks(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return breaks
+
+
+BROKEN = {
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json does not exist"),
+    "a manifest that is none": (lambda folder: (folder / MANIFEST).write_text("[1, 2"), "is not a manifest"),
+    "a manifest of lists": (lambda folder: (folder / MANIFEST).write_text("[]"), "is not a manifest"),
+    "a manifest of the future": (_manifest(lambda m: m.update(format_version=2)), "format_version=2"),
+    "a manifest that leaves the folder": (
+        _manifest(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}})),
+        "'../x' is not a file name",
+    ),
+    "a missing file": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "a truncated file": (lambda folder: os.truncate(folder / "__0_0.distcp", 5000), "__0_0.distcp has 5000 bytes"),
+    "an extra weight file": (lambda folder: (folder / "__1_0.distcp").touch(), "__1_0.distcp is not in manifest.json"),
+    "a link": (_link, "no plain file"),
+    "changed model_args": (
+        lambda folder: _replace_in(folder / "model_args.json", '"n_layers": 2', '"n_layers": 3'),
+        "model_args.json is corrupt",
+    ),
+    "changed metadata": (_flip_bit, ".metadata is corrupt"),
+    "a chunk in another folder": (_edit_metadata(_elsewhere), "../../etc/passwd"),
+    "a chunk beyond its file": (_edit_metadata(_beyond), "lies outside of"),
+    "a chunk that is missing": (_edit_metadata(_gap), "output.weight is not whole"),
+    "a non-tensor entry": (_edit_metadata(_non_tensor), "BytesStorageMetadata, which no checkpoint needs"),
+}
+
+
+def _replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_unsound_checkpoint_is_refused_before_anything_is_read(made, copy, case):
+    breaks, words = BROKEN[case]
+    breaks(copy)
+    target = blank(made[0])
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        dcp.load(target, copy)
+    assert "\n" not in str(error.value)
+    assert all(tensor.isnan().all() for tensor in target.values())
+
+
+@pytest.mark.parametrize("where", ["as the metadata", "in the metadata", "through a dotted name"])
+def test_nothing_in_the_metadata_is_executed(copy, where, tmp_path):
+    proof = tmp_path / "proof"
+    if where == "through a dotted name":
+        reach = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
+        (copy / ".metadata").write_bytes(reach + b"\x8c\x04true\x85R.")
+        write_manifest(copy)
+    elif where == "as the metadata":
+        (copy / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
+        write_manifest(copy)
+    else:
+        _edit_metadata(lambda metadata: setattr(metadata, "planner_data", Evil(proof)))(copy)
+    with pytest.raises(ValueError, match=r"\.metadata is refused, nothing in it was executed"):
+        dcp.load({}, copy)
+    assert not proof.exists()
+
+
+def test_nothing_in_a_chunk_is_executed(made, copy, tmp_path):
+    proof = tmp_path / "proof"
+    info = next(iter(dcp.read_metadata(copy).storage_data.values()))
+    path = copy / info.relative_path
+    data = bytearray(path.read_bytes())
+    evil = pickle.dumps(Evil(proof))
+    data[info.offset : info.offset + len(evil)] = evil
+    path.write_bytes(data)
+    write_manifest(copy)
+    with pytest.raises(ValueError, match="cannot load") as error:
+        dcp.load(blank(made[0]), copy)
+    assert "\n" not in str(error.value)
+    assert not proof.exists()
+
+
+def test_a_flipped_bit_of_a_weight_is_found_by_the_full_verification(copy):
+    verify(copy)
+    path = copy / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is corrupt: its sha256"):
+        verify(copy)
+
+
+def test_a_disk_that_fails_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write to .*: \w+Error: ") as error:
+        dcp.save(MemoryReader.of(ARGS, meta_tensors()), tmp_path / "file")
+    assert "\n" not in str(error.value)
