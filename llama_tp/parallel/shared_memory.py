@@ -4,8 +4,9 @@ Every rank owns an epoch counter and two data slots in one mapped file. Operatio
 announced by storing s into the counter. A rank enters operation s only when all counters have reached s - 1; arrival
 at s - 1 means being done with s - 2, so nobody can overwrite what another still reads.
 
-A rank that waits looks at the counter for a few microseconds, then sleeps on it with a futex: where there are fewer
-cores than ranks the core goes at once to a rank that has work, and an idle follower costs nothing.
+A rank that waits looks at the counter for a few microseconds, then offers its core to other ranks between looks, then
+sleeps on a futex. The first is best with a core per rank, the second with fewer cores (a sleeper takes 50 us to wake on
+a virtual machine), the third lets an idle follower cost nothing.
 
 All ranks sum in rank order, so the result is equal to the bit everywhere. Stores become visible in program order
 on x86-64, which is what makes a plain counter enough; other processors use gloo.
@@ -30,7 +31,8 @@ from llama_tp.parallel.comm import PeerLost
 _LINE = 64  # bytes of a cache line: one counter each
 _SLOT = 1 << 20  # bytes of a data slot; larger tensors travel in pieces
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-_SPINS = 300  # looks at a counter, about 20 us, before a rank sleeps on it; none where ranks share cores
+_SPINS = 300  # looks at a counter, about 20 us; a tenth of it where ranks share cores
+_YIELDS = 1000  # looks with the core offered to others in between
 _NAP_S = 0.002  # of one sleep: should a wake-up be missed (see _announce), this is what it costs
 _IDLE_NAP_S = 0.05  # of one sleep after _IDLE_S of waiting
 _IDLE_S = 0.1
@@ -58,7 +60,7 @@ class SharedMemoryComm:
         self._counters = memoryview(mapping).cast("q")
         base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._addresses = [ctypes.c_void_p(base + _LINE * rank) for rank in range(self.size)]
-        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size * torch.get_num_threads() else 0
+        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size * torch.get_num_threads() else _SPINS // 10
         self._syscall = ctypes.CDLL(None).syscall
         slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=_LINE * self.size).view(2, self.size, _SLOT)
         self._slots = {dtype: slots.view(dtype) for dtype in _DTYPES}
@@ -121,7 +123,11 @@ class SharedMemoryComm:
 
     def _wait(self, rank: int, epoch: int) -> None:
         counters, index = self._counters, rank * _LINE // 8
-        for _ in range(self._spins + 1):
+        for _ in range(self._spins):
+            if counters[index] >= epoch:
+                return
+        for _ in range(_YIELDS):
+            os.sched_yield()
             if counters[index] >= epoch:
                 return
         asleep = self.rank * _LINE // 8 + 1

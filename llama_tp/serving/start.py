@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
@@ -39,6 +40,7 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     if not lead:
         follow_in_thread(engine)
         return None
+    sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(engine, abandon_after_s=config.handler.abandon_after_s)
     loop.start()
     return LlamaService(loop, tokenizer, chat, config.native_defaults())

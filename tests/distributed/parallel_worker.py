@@ -1,6 +1,6 @@
 """One rank of the equivalence tests: runs every model in all forms and lets the leader save what came out.
 
-Usage: torchrun ... -m tests.distributed.parallel_worker OUT_FILE
+Usage: torchrun ... -m tests.distributed.parallel_worker FOLDER, which holds a checkpoint for each model by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from llama_tp.checkpoint.load import load_model
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
@@ -42,6 +43,9 @@ def main() -> None:
                 "dtype": torch.float32,
                 "device": torch.device("cpu"),
             }
+            if comm is group.comm:
+                read = load_model(f"{sys.argv[1]}/{name}", args, group, torch.float32)
+                loaded = ModelRunner(read, config, **options).execute(PLAN)
             runner = ModelRunner(model, config, **options)
             for update in PLAN.page_updates:
                 runner.page_table.set(*update)
@@ -57,10 +61,11 @@ def main() -> None:
                 results[name, type(comm).__name__] = {
                     "dtensor": dtensor,
                     "lowered": lowered,
+                    "loaded": loaded,
                     "greedy": [completion.token_ids for completion in greedy],
                 }
     if group.comm.is_leader:
-        torch.save(results, sys.argv[1])
+        torch.save(results, f"{sys.argv[1]}/results.pt")
     dist.barrier()
     group.comm.close()
 

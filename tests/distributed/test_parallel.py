@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.manifest import write_manifest
+from llama_tp.checkpoint.reader import MemoryReader
 from llama_tp.engine.request import SamplingParams
 from llama_tp.parallel.plan import legal_tp_sizes
 from tests.distributed.parallel_worker import PLAN, PROMPTS
@@ -17,9 +21,31 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """(number of ranks, what its leader saved)."""
-    out = tmp_path_factory.mktemp("parallel") / "results.pt"
-    check(torchrun(request.param, "tests.distributed.parallel_worker", str(out)))
-    return request.param, torch.load(out)
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, args in MODELS.items():
+        if request.param in legal_tp_sizes(args):
+            # Fairscale splits evenly only; the sharding plan does not need that.
+            num_shards = request.param if args.vocab_size % request.param == 0 else 1
+            write_checkpoint(folder / name, random_model(args), num_shards)
+    check(torchrun(request.param, "tests.distributed.parallel_worker", str(folder)))
+    return request.param, torch.load(folder / "results.pt")
+
+
+def write_checkpoint(folder, model, num_shards):
+    """A checkpoint as converted from as many of Meta's shards."""
+    originals = folder.with_name(folder.name + ".meta")
+    reader = MemoryReader.of(model.args, unique_weights(model))
+    originals.mkdir()
+    write_fairscale_shards(reader.tensors, model.args, originals, num_shards)
+    folder.mkdir()
+    write_manifest(folder, known=dcp.save(FairscaleReader(originals, num_shards), folder))
+
+
+def unique_weights(model):
+    weights = model.state_dict()
+    if model.args.tied_embeddings:
+        del weights["output.weight"]
+    return weights
 
 
 def test_every_model_whose_heads_allow_it_ran(ranks):
@@ -35,6 +61,13 @@ def test_dtensor_form_lowered_form_and_single_process_have_the_same_logits(ranks
         single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
         torch.testing.assert_close(result["dtensor"], single, atol=1e-4, rtol=0, msg=f"dtensor form of {name}")
         torch.testing.assert_close(result["lowered"], single, atol=1e-4, rtol=0, msg=f"lowered {name} over {comm}")
+
+
+def test_a_checkpoint_from_one_or_several_shards_loads_to_the_same_logits(ranks):
+    _, results = ranks
+    for (name, comm), result in results.items():
+        single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
+        torch.testing.assert_close(result["loaded"], single, atol=1e-4, rtol=0, msg=f"{name} ({comm})")
 
 
 def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):
