@@ -25,7 +25,8 @@ def ranks(request, tmp_path_factory):
     for name, args in MODELS.items():
         if request.param in legal_tp_sizes(args):
             # Fairscale splits evenly only; the sharding plan does not need that.
-            num_shards = request.param if args.vocab_size % request.param == 0 else 1
+            is_even = args.vocab_size % request.param == 0 and args.n_kv_heads % request.param == 0
+            num_shards = request.param if is_even else 1
             write_checkpoint(folder / name, random_model(args), num_shards)
     check(torchrun(request.param, "tests.distributed.parallel_worker", str(folder)))
     return request.param, torch.load(folder / "results.pt")
