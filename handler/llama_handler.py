@@ -49,8 +49,10 @@ class LlamaHandler:
         indices = {request_id: index for index, request_id in context.request_ids.items()}
         for request_id in self.service.open_ids - indices.keys():
             self.service.close(request_id)
-        for request_id in indices.keys() - self.service.open_ids:
-            index = indices[request_id]
+        known = self.service.open_ids
+        for request_id, index in indices.items():
+            if request_id in known:
+                continue
             route = context.get_request_header(index, "url_path") or ""
             body = data[index].get("body", data[index].get("data", FORM))
             self.service.open(request_id, body, route)

@@ -43,6 +43,11 @@ def plan(model_args: str) -> None:
     from llama_tp.parallel.plan import legal_tp_sizes, num_parameters_of_rank
 
     args = ModelArgs.load(model_args)
+    if args.vocab_size < 1:
+        raise ValueError(
+            f"{model_args}: vocab_size={args.vocab_size} leaves the vocabulary open; "
+            "use the model_args.json of a converted checkpoint"
+        )
     print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in bfloat16:")
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}")
     for size in legal_tp_sizes(args):

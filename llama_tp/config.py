@@ -41,6 +41,24 @@ class RopeScaling:
     original_max_seq_len: int = 8192
     """The context that the model was first trained with."""
 
+    def __post_init__(self) -> None:
+        problems = [
+            f"rope_scaling.{name}={getattr(self, name)!r} must be a number of more than 0"
+            for name in ("factor", "low_freq_factor", "high_freq_factor")
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
+        ]
+        if not _is_int(self.original_max_seq_len) or self.original_max_seq_len < 1:
+            problems.append(
+                f"rope_scaling.original_max_seq_len={self.original_max_seq_len!r} must be a positive integer"
+            )
+        if not problems and self.low_freq_factor >= self.high_freq_factor:
+            problems.append(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+        if problems:
+            raise ConfigError(problems)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
@@ -77,6 +95,10 @@ class ModelArgs:
             problems.append(
                 f"vocab_size={self.vocab_size!r} must be a positive integer, or -1 for 'as the embedding has it'"
             )
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "ffn_hidden_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                problems.append(f"{name}={value!r} must be more than 0, and finite")
         if not problems:
             if self.dim % self.n_heads:
                 problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
@@ -158,6 +180,8 @@ class ModelArgs:
         problems += [f"key {key!r} is missing" for key in required if key not in values]
         if scaling is not None and not isinstance(scaling, Mapping):
             problems.append(f"rope_scaling={scaling!r} must be an object")
+        if not isinstance(scaled, bool):
+            problems.append(f"use_scaled_rope={scaled!r} must be true or false")
         for key, value in values.items():
             if key in known and not _has_type(value, known[key].type):
                 problems.append(f"{key}={value!r} must be of type {known[key].type}")
@@ -233,6 +257,10 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _has_type(value: object, annotation: object) -> bool:

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.load import load_engine
-from llama_tp.engine.loop import EngineLoop
+from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.parallel.launch import join
 from llama_tp.text.chat import ChatError, Message, chat_format
@@ -30,11 +30,12 @@ def run_console(
     words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)))
     config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device)
     group = join(config.device, timeout_s=config.collective_timeout_s)
-    engine = load_engine(checkpoint, args, config, group)
+    thread = EngineThread()
+    engine = thread.call(lambda: load_engine(checkpoint, args, config, group))
     if not engine.is_leader:
-        engine.follow()
+        thread.call(engine.follow)
     else:
-        loop = EngineLoop(engine, abandon_after_s=float("inf"))
+        loop = EngineLoop(engine, abandon_after_s=float("inf"), thread=thread)
         loop.start()
         try:
             act(Console(loop, words))

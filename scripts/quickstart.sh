@@ -91,9 +91,10 @@ ask() {
     say
     say "\$ curl -s $url -T $request"
     curl -sS --fail-with-body "$url" -T "$request"
-    # Once more as a stream: the first byte is the first token (without Expect, it would be the server's "100 Continue").
+    # Once more as a stream: the first byte is the first token (of an upload with -T, curl times the first byte sent).
     sed 's/}$/, "stream": true}/' "$request" >$demo/stream.json
-    times=$(curl -sSN -H Expect: --fail-with-body "$url" -T $demo/stream.json -o $demo/stream.out -w '%{time_starttransfer} %{time_total}')
+    times=$(curl -sSN --fail-with-body "$url" -H 'Content-Type: application/json' --data-binary @$demo/stream.json \
+        -o $demo/stream.out -w '%{time_starttransfer} %{time_total}')
     .venv/bin/python - $demo/stream.out "$times" <<'PYTHON'
 import json, sys
 usage = json.loads(open(sys.argv[1]).readlines()[-1])["usage"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlamaForCausalLM
 
 from llama_tp.bench.peers import transformers_model
 from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
@@ -63,6 +64,6 @@ def engine_of(model: Transformer, **config: object) -> Engine:
     return Engine(runner, SingleComm(), engine_config)
 
 
-def transformers_twin(model: Transformer) -> LlamaForCausalLM:
+def transformers_twin(model: Transformer) -> Any:
     """The same model as transformers computes it."""
     return transformers_model(model.args, model.state_dict(), torch.float32)

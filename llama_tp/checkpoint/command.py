@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import fire
+from fire.decorators import SetParseFns
 
 _SPEAK_S = 0.5
 """torchrun ends all ranks as soon as one has ended: this long the others leave rank 0 to print its line."""
@@ -22,7 +24,7 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
     """
     signal.signal(signal.SIGTERM, _end)
     try:
-        fire.Fire(function, name=name)
+        fire.Fire(_as_typed(function), name=name)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             line = "; ".join(str(error).splitlines()) or type(error).__name__
@@ -32,6 +34,15 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _as_typed(entry: Any) -> Any:
+    """python-fire reads every argument as a Python literal; those annotated str are text, whatever they look like."""
+    if isinstance(entry, Mapping):
+        return {name: _as_typed(one) for name, one in entry.items()}
+    parameters = inspect.signature(entry).parameters
+    texts = {name: str for name, one in parameters.items() if str(one.annotation).startswith("str")}
+    return SetParseFns(**texts)(entry)
 
 
 def _end(_signal: int, _frame: object) -> NoReturn:

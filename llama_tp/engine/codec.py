@@ -1,4 +1,5 @@
 """StepPlan <-> bytes, as 32-bit integers in the machine's order: the group is of one kind of machine.
+Step numbers wrap at 2**31.
 
 Layout: [step, stop, chunks, updates], then per chunk [row, start, sample, n, token * n], then per update three.
 """
@@ -11,7 +12,7 @@ from llama_tp.engine.request import Chunk, StepPlan
 
 
 def encode(plan: StepPlan) -> bytes:
-    words = array("i", (plan.step, plan.stop, len(plan.chunks), len(plan.page_updates)))
+    words = array("i", (plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates)))
     for chunk in plan.chunks:
         words.extend((chunk.row, chunk.start, chunk.sample, len(chunk.tokens)))
         words.extend(chunk.tokens)

@@ -103,6 +103,8 @@ class Engine:
 
     def _lead(self, prompts: Items[Items[int]], params: SamplingParams | Items[SamplingParams]) -> list[Completion]:
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(f"{len(every)} params for {len(prompts)} prompts; pass one for each, or one for all")
         completions: dict[str, Completion] = {}
         token_ids: dict[str, list[int]] = {}
         for index, (prompt, one) in enumerate(zip(prompts, every, strict=True)):

@@ -9,23 +9,69 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 EXIT_STEP_FAILED = 70
 """Exit code of a rank whose step raised, or whose peers fell silent."""
 
 
-class EngineLoop:
-    """Runs the leader's engine. All methods may be called from any thread."""
+class EngineThread:
+    """The one thread of a process that computes: loading and packing weights as well as every step.
 
-    def __init__(self, engine: Engine, *, abandon_after_s: float) -> None:
+    OpenMP keeps a pool of threads for each thread that computes. Two pools on the same cores make a decode step take
+    1.6 times as long (measured), so no other thread may touch a large tensor.
+    """
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What the function returns or raises, computed over there."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(work)
+        return future.result()
+
+    def run(self, function: Callable[[], None]) -> threading.Event:
+        """Start a function and return. The event is set when it ends; if it fails, the process ends."""
+        ended = threading.Event()
+
+        def work() -> None:
+            _or_die(function)
+            ended.set()
+
+        self._work.put(work)
+        return ended
+
+    def _serve(self) -> None:
+        while True:
+            self._work.get()()
+
+
+class EngineLoop:
+    """Runs the leader's engine, in the thread that loaded it. All methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, *, abandon_after_s: float, thread: EngineThread | None = None) -> None:
         self.engine = engine
         self._abandon_after_s = abandon_after_s
         self._changed = threading.Condition()
@@ -33,10 +79,11 @@ class EngineLoop:
         self._events: list[TokenEvent] = []
         self._last_contact = time.monotonic()
         self._stopping = False
-        self._thread = threading.Thread(target=_or_die, args=(self._run,), name="engine", daemon=True)
+        self._thread = thread or EngineThread()
+        self._ended: threading.Event | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._ended = self._thread.run(self._run)
 
     def submit(self, request: Request) -> None:
         """Queue a request; a request that can never run comes back as an event with finish_reason "error"."""
@@ -56,11 +103,12 @@ class EngineLoop:
             return events
 
     def stop(self) -> None:
-        """End the thread and let the followers go."""
+        """End the loop and let the followers go."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._ended is not None:
+            self._ended.wait()
 
     def _leave(self, note: Callable[[], None]) -> None:
         with self._changed:
@@ -73,7 +121,8 @@ class EngineLoop:
         while True:
             with self._changed:
                 idle = not self.engine.num_requests
-                woken = not idle or self._changed.wait_for(lambda: self._notes or self._stopping, heartbeat_s)
+                if idle:
+                    self._changed.wait_for(lambda: self._notes or self._stopping, heartbeat_s)
                 notes, self._notes = self._notes, []
                 stopping = self._stopping
             if stopping:
@@ -83,7 +132,7 @@ class EngineLoop:
             self._cancel_abandoned()
             if self.engine.num_requests:
                 self._tell(self.engine.step())
-            elif not woken:
+            else:
                 self.engine.heartbeat()
         self.engine.release()
 
@@ -111,13 +160,6 @@ class EngineLoop:
             with self._changed:
                 self._events.extend(events)
                 self._changed.notify_all()
-
-
-def follow_in_thread(engine: Engine) -> threading.Thread:
-    """Follow the leader's plans beside a server that wants this thread back."""
-    thread = threading.Thread(target=_or_die, args=(engine.follow,), name="follower", daemon=True)
-    thread.start()
-    return thread
 
 
 def _or_die(run: Callable[[], None]) -> None:

@@ -39,6 +39,13 @@ class SamplingParams:
     """Token ids that end the sequence; the id itself is not part of the output."""
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not (type(value) is int or (name == "seed" and value is None)):
+                raise ValueError(f"{name}={value!r} must be an integer")
+        for name in ("temperature", "top_p", "min_p"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
         for name, ok, constraint in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),

@@ -42,6 +42,8 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
+        # A prompt may be poisoned in one step and sampled in a later one.
+        self._poisoned = torch.zeros(config.max_batch_size, dtype=torch.int32, device=device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self.page_table = PageTable(
             num_rows=config.max_batch_size,
@@ -57,6 +59,8 @@ class ModelRunner:
         """Compute one step. Float32 logits of the chunks that sample, in order, on the leader; else None."""
         for row, index, page in plan.page_updates:
             self.page_table.set(row, index, page)
+            if index == 0:
+                self._poisoned[row] = 0
         if not plan.chunks:
             return None
         return self.model(self.prepare(plan.chunks), self.cache)
@@ -67,18 +71,22 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         sampled: list[int] = []
+        rows: list[int] = []
         for chunk in chunks:
             span = range(chunk.start, chunk.start + len(chunk.tokens))
             tokens.extend(chunk.tokens)
             positions.extend(span)
+            rows.extend([chunk.row] * len(span))
             slots.extend(self.page_table.slots(chunk.row, span))
             if chunk.sample:
                 sampled.append(len(tokens) - 1)
-        packed = torch.tensor([tokens, positions, slots]).to(self.device, non_blocking=True)
+        packed = torch.tensor([tokens, positions, slots, rows]).to(self.device, non_blocking=True)
         return Batch(
             tokens=packed[0],
             rope=self._rope[packed[1]].unsqueeze(1),
             slots=packed[2],
+            rows=packed[3],
+            poisoned=self._poisoned,
             spans=self.page_table.spans(chunks),
             sampled=torch.tensor(sampled, dtype=torch.int64).to(self.device, non_blocking=True),
         )

@@ -31,7 +31,7 @@ class Sampler:
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
             params = [sequences[row].request.params for row in drawn]
-            probs = probabilities(logits[rows].nan_to_num(), params)
+            probs = probabilities(logits[rows], params)
             noise = torch.stack([self._noise(sequences[row], probs) for row in drawn])
             ids[rows] = (probs / noise).argmax(dim=-1)  # the winner of an exponential race is a draw from probs
         return [token if ok else None for token, ok in zip(ids.tolist(), finite.tolist(), strict=True)]

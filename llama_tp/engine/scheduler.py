@@ -77,7 +77,6 @@ class Scheduler:
         shares: list[tuple[Sequence, Chunk]] = []
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.config.max_batched_tokens - num_decodes
-        num_preempted = self.num_preemptions
         for sequence in list(self.running):  # by arrival: only a sequence that has no share yet can be preempted
             if sequence.row < 0:
                 continue
@@ -85,7 +84,7 @@ class Scheduler:
                 self._give(sequence, 1, shares)
             else:
                 budget -= self._give(sequence, budget, shares)
-        while budget > 0 and self.num_preemptions == num_preempted and self._can_admit():
+        while budget > 0 and self._can_admit():
             sequence = self.waiting.popleft()
             sequence.row = heapq.heappop(self._free_rows)
             self.running.append(sequence)

@@ -53,6 +53,10 @@ class Batch:
     """(T,) where the cache keeps these tokens."""
     spans: tuple[Span, ...]
     """Cover the T tokens in order."""
+    rows: Tensor
+    """(T,) the row of each token's sequence."""
+    poisoned: Tensor
+    """(rows,) how many tokens of each row's sequence had a hidden state that was not finite. Updated in place."""
     sampled: Tensor
     """Rows whose logits are wanted; may be empty."""
 

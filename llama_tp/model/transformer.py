@@ -40,9 +40,13 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(batch.tokens)  # (T, D)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, batch, layer_cache)
+        # What was not finite never reached the cache, so that it harms nobody else; its own sequence must end by it.
+        batch.poisoned.index_add_(0, batch.rows, (~x.isfinite().all(dim=-1)).int())
         if batch.sampled.numel() == 0:
             return None
-        return self.output(self.norm(x[batch.sampled])).float()
+        poisoned = batch.poisoned[batch.rows[batch.sampled]] > 0
+        x = x[batch.sampled].masked_fill(poisoned.unsqueeze(-1), float("nan"))
+        return self.output(self.norm(x)).float()
 
 
 class TransformerBlock(nn.Module):
@@ -54,7 +58,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch, cache)
+        # A NaN in the cache would reach whoever reads its slot, even under a mask: 0 * NaN is NaN.
+        x = x + self.attention(self.attention_norm(x).nan_to_num_(0.0, 0.0, 0.0), batch, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -45,6 +45,8 @@ class _Active:
     """A request whose last reply has not been made."""
 
     request: NativeRequest
+    key: str
+    """Its id in the engine, which is ahead of us: events of an id that was used before must find nobody."""
     num_prompt: int
     stream: TextStream
     num_tokens: int = 0
@@ -82,6 +84,8 @@ class LlamaService:
         self._vocab_size = loop.engine.runner.model.args.vocab_size
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._active: dict[str, _Active] = {}
+        self._id_of: dict[str, str] = {}
+        self._num_started = 0
         self._immediate: list[Reply] = []
 
     @property
@@ -111,20 +115,23 @@ class LlamaService:
     def close(self, request_id: str) -> None:
         """The client has gone: stop generating."""
         self._immediate = [reply for reply in self._immediate if reply.request_id != request_id]
-        if self._active.pop(request_id, None) is not None:
-            self._loop.cancel(request_id)
+        if (active := self._active.pop(request_id, None)) is not None:
+            del self._id_of[active.key]
+            self._loop.cancel(active.key)
 
     def poll(self, timeout_s: float) -> list[Reply]:
         """All replies there are, waiting up to timeout_s for the first; at most one for each request."""
         deadline = monotonic() + timeout_s
+        remaining = 0.0  # refusals do not wait, but what the engine has done is heard every time
         while True:
+            if self._active:
+                for event in self._loop.poll(remaining):
+                    self._take(event)
             replies, self._immediate = self._immediate, []
             replies += [self._reply(key, active) for key, active in list(self._active.items()) if active.has_reply]
             remaining = deadline - monotonic()
             if replies or remaining <= 0 or not self._active:
                 return replies
-            for event in self._loop.poll(remaining):
-                self._take(event)
 
     def _start(self, request_id: str, body: object) -> None:
         request = native.parse_native(body, self._defaults)
@@ -137,8 +144,11 @@ class LlamaService:
             param="prompt" if request.dialog is None else "dialog",
         )
         params = request.sampling_params(stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-        self._active[request_id] = _Active(request, len(prompt), TextStream(self._tokenizer, request.stop))
-        self._loop.submit(Request(request_id, tuple(prompt), params))
+        self._num_started += 1
+        key = f"{request_id}#{self._num_started}"
+        self._id_of[key] = request_id
+        self._active[request_id] = _Active(request, key, len(prompt), TextStream(self._tokenizer, request.stop))
+        self._loop.submit(Request(key, tuple(prompt), params))
 
     def _encode(self, request: NativeRequest) -> tuple[list[int], frozenset[int]]:
         """Prompt ids, and the ids that end the answer."""
@@ -159,7 +169,7 @@ class LlamaService:
 
     def _refuse_hopeless(self, texts: list[str], param: str) -> None:
         """Texts that cannot fit, however they are tokenized, are not tokenized: that would take seconds."""
-        fewest = sum(len(text.strip()) for text in texts) // self._longest_token
+        fewest = sum(map(len, texts)) // self._longest_token
         if fewest >= self._max_seq_len:
             raise ApiError(
                 400,
@@ -170,7 +180,7 @@ class LlamaService:
             )
 
     def _take(self, event: TokenEvent) -> None:
-        active = self._active.get(event.request_id)
+        active = self._active.get(self._id_of.get(event.request_id, ""))
         if active is None or active.finish_reason is not None:
             return  # closed, or ended by a stop string, while the engine was ahead of us
         if event.token_id is not None:
@@ -198,6 +208,7 @@ class LlamaService:
             text, active.text = "".join(active.text[: len(ids)]), active.text[len(ids) :]
             return Reply(request_id, native.chunk(text, ids), is_first, is_last=False, content_type=_LINES)
         del self._active[request_id]
+        del self._id_of[active.key]
         if active.error is not None:
             return Reply(request_id, native.stream_error(active.error), is_first, status=active.error.status)
         text = "".join(active.text)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.load import load_engine
-from llama_tp.engine.loop import EngineLoop, follow_in_thread
+from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.parallel.launch import Group, join
 from llama_tp.serve_config import ModelConfig
 from llama_tp.serving.service import LlamaService
@@ -33,15 +33,16 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     _fail_together(group, problem)
     try:
         folder = str(Path(model_dir, config.handler.converted_ckpt_dir))
-        engine = load_engine(folder, args, engine_config, group)
+        thread = EngineThread()
+        engine = thread.call(lambda: load_engine(folder, args, engine_config, group))
     except (ValueError, OSError, MemoryError) as error:
         problem = str(error) or type(error).__name__
     _fail_together(group, problem)
     if not lead:
-        follow_in_thread(engine)
+        thread.run(engine.follow)
         return None
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
-    loop = EngineLoop(engine, abandon_after_s=config.handler.abandon_after_s)
+    loop = EngineLoop(engine, abandon_after_s=config.handler.abandon_after_s, thread=thread)
     loop.start()
     return LlamaService(loop, tokenizer, chat, config.native_defaults())
 

@@ -39,15 +39,26 @@ def build_archive(
         raise ConfigError(
             [f"handler.tokenizer_path={wanted!r} but the tokenizer is {tokenizer.name!r}; make them agree"]
         )
+    problems = [
+        f"handler.{key}={value!r} must be a path below the model's folder"
+        for key in ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
+        if (value := getattr(config.handler, key)) and not os.path.normpath(os.path.join("/m", value)).startswith("/m/")
+    ]
+    if problems:
+        raise ConfigError(problems)
     store = Path(model_store)
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
         _run_archiver(model_name, version, handler, config_file, building)
         folder = Path(building, model_name)
         shutil.copytree(checkpoint, folder / config.handler.converted_ckpt_dir, copy_function=_link_or_copy)
-        shutil.copy(checkpoint / "model_args.json", folder / "model_args.json")
+        args_path = folder / (config.handler.model_args_path or "model_args.json")
+        beside = (folder / config.handler.tokenizer_path).parent
+        args_path.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint / "model_args.json", args_path)
         for path in _tokenizer_files(tokenizer):
-            shutil.copy(path, folder / path.name)
+            shutil.copy(path, beside / path.name)
         target = store / model_name
         if target.exists():
             target.rename(Path(building, ".old"))
@@ -76,7 +87,7 @@ def _tokenizer_files(tokenizer: Path) -> list[Path]:
 
 def _link_or_copy(source: str, target: str) -> str:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
     return target

@@ -46,7 +46,9 @@ def test_chunked_prefill_and_decode_equal_transformers(pair, sizes, scattered):
     tokens = tokens_of(model, sum(sizes))
     expected = expected_logits(twin, tokens)
     runner = engine_of(model).runner
-    table = pages(2, 0, 8) if not scattered else tuple((2, i, page) for i, page in enumerate([9, 3, 20, 5, 1, 31, 7, 2]))
+    table = (
+        pages(2, 0, 8) if not scattered else tuple((2, i, page) for i, page in enumerate([9, 3, 20, 5, 1, 31, 7, 2]))
+    )
     start = 0
     for size in sizes:
         chunk = Chunk(2, start, tuple(tokens[start : start + size]), True)

@@ -1,0 +1,274 @@
+"""`llama-tp`: every command explains itself, passes its arguments on as they were typed, and fails in one line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_tp import cli
+from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
+from tests.unit.text_fixtures import file_of
+
+DEMO = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("PAGER", "cat")
+    monkeypatch.delenv("RANK", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run_one(*argv):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/llama-tp", *argv])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run_one
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Writes a params.json."""
+
+    def write(text):
+        path = tmp_path / "params.json"
+        path.write_text(text if isinstance(text, str) else json.dumps(text))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny converted checkpoint with a tokenizer beside it."""
+    from llama_tp.checkpoint.convert import convert
+    from tests.tiny_checkpoint import meta_tensors, write_meta
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(file_of("sentencepiece").read_bytes())
+    write_meta(folder / "originals", meta_tensors(), 2)
+    convert(
+        str(folder / "originals"),
+        str(tokenizer),
+        2,
+        str(folder / "converted"),
+        max_seq_len=128,
+        model_args_path=str(folder / "model_args.json"),
+    )
+    return folder / "converted"
+
+
+def is_one_line(text):
+    return text.startswith("llama-tp: ") and text.count("\n") == 1 and text.endswith("\n")
+
+
+def commands(group, *path):
+    """(words, function) of every command, those of a group such as `bench engine` included."""
+    for name, entry in group.items():
+        yield from commands(entry, *path, name) if isinstance(entry, dict) else [((*path, name), entry)]
+
+
+@pytest.mark.parametrize(
+    ("words", "function"), [pytest.param(*one, id=" ".join(one[0])) for one in commands(cli.COMMANDS)]
+)
+def test_the_help_of_a_command_explains_every_argument(run, words, function):
+    code, out, err = run(*words, "--help")
+    text = " ".join((out + err).split())
+    documentation = inspect.getdoc(function)
+    assert code == 0
+    assert " ".join(documentation.splitlines()[0].split()) in text
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in text.lower()
+        assert f"{parameter}: " in documentation, f"{parameter} is not explained"
+
+
+def test_the_help_of_all_names_every_command(run):
+    code, out, err = run("--help")
+    assert code == 0
+    for name in cli.COMMANDS:
+        assert name in out + err
+
+
+def test_plan_lists_the_legal_sizes_and_what_a_rank_holds(run, params):
+    code, out, err = run("plan", params({**json.loads(LLAMA_3_1_8B), "max_seq_len": 8192}))
+    assert (code, err) == (0, "")
+    head, columns, *rows = out.splitlines()
+    assert head.startswith("8.03 billion parameters")
+    assert "ranks" in columns
+    assert [row.split()[0] for row in rows] == ["1", "2", "4", "8", "16", "32"]
+    # 8.03e9 * 2 bytes; 32 layers * (keys and values) * 8 heads * 128 * 2 bytes
+    assert rows[0].split()[1:5] == ["14.96", "GiB", "128.0", "KiB"]
+    assert rows[0].split()[5:] == ["1024.0", "MiB"]
+    assert rows[3].split()[3:5] == rows[4].split()[3:5] == ["16.0", "KiB"]  # one kv head, and a copy of it
+
+
+def test_plan_of_the_demo_lists_one_and_three_ranks(run, params):
+    _, out, _ = run("plan", params({**DEMO, "tied_embeddings": True}))
+    assert out.startswith("0.13 billion parameters")
+    assert [row.split()[0] for row in out.splitlines()[2:]] == ["1", "3"]
+
+
+def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params):
+    """It counted the two vocabularies as -1 row each, and said 6.48 billion for a model of 6.74."""
+    code, out, err = run("plan", params(LLAMA_2_7B))
+    assert code == 1
+    assert out == ""
+    assert is_one_line(err)
+    assert "vocab_size" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "nowhere.json"], "nowhere.json does not exist"),
+        (["plan", "7"], "7"),
+        (["verify", "nowhere"], "nowhere"),
+        (["verify", "7"], "7"),
+        (["generate", "nowhere", "Hello"], "nowhere"),
+        (["generate", "nowhere", "Hello", "--temperature=-1"], "temperature=-1"),
+        (["generate", "nowhere", "Hello", "--temperature=hot"], "temperature='hot'"),
+        (["generate", "nowhere", "Hello", "--max_new_tokens=5.5"], "max_new_tokens=5.5"),
+        (["generate", "nowhere", "Hello", "--seed=1.5"], "seed=1.5"),
+        (["chat", "nowhere", "--top_p=2"], "top_p=2"),
+        (["package", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_one_line_on_stderr_and_exit_code_1(run, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv)
+    assert code == 1
+    assert out == ""
+    assert is_one_line(err), err
+    assert words in err
+
+
+def test_several_problems_are_one_line_still(run, params):
+    code, _, err = run("plan", params({"dim": "a", "n_layers": 1}))
+    assert code == 1
+    assert is_one_line(err)
+    assert "dim='a'" in err
+    assert "'n_heads' is missing" in err
+
+
+def test_followers_say_nothing_of_what_the_first_rank_says(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("plan", "nowhere.json") == (1, "", "")
+
+
+def test_an_unknown_command_or_argument_is_an_error(run, params):
+    code, out, err = run("conquer")
+    assert code != 0
+    assert "conquer" in out + err
+    code, out, err = run("plan", params(DEMO), "--size=3")
+    assert code != 0
+    assert "size" in out + err
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Hello, world", "1969", "1e3", "0x10", "3.10", "1,2", "[1,  2]", "{'a': 1}", "None", "True", "'quoted'", "(b)"],
+)
+def test_a_prompt_reaches_the_model_as_it_was_typed(run, monkeypatch, prompt):
+    """python-fire reads arguments as Python literals: 1e3 became 1000.0, and 'quoted' lost its quotes."""
+    from llama_tp import console
+
+    asked = []
+
+    class Recorder:
+        def complete(self, prompt, params):
+            asked.append(prompt)
+
+    monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **_: act(Recorder()))
+    code, _, err = run("generate", "checkpoint", prompt)
+    assert (code, err) == (0, "")
+    assert asked == [prompt]
+
+
+def test_names_and_paths_reach_their_command_as_they_were_typed(run, monkeypatch):
+    from llama_tp import console
+
+    seen = []
+    monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append((checkpoint, options)))
+    run("generate", "2024", "Hello", "--tokenizer=7")
+    assert seen == [("2024", {"tokenizer": "7", "dtype": "auto", "device": "auto"})]
+
+
+def test_generate_continues_a_prompt_from_a_checkpoint(run, checkpoint):
+    code, out, err = run("generate", str(checkpoint), "The quick", "--max_new_tokens=8", "--device=cpu")
+    assert code == 0
+    assert out.strip()
+    assert "+ 8 tokens" in err or "; stop]" in err
+    assert run("generate", str(checkpoint), "The quick", "--max_new_tokens=8", "--device=cpu")[1] == out
+    sampled = ["generate", str(checkpoint), "The quick", "--temperature=1", "--seed=3", "--device=cpu"]
+    assert run(*sampled)[1] == run(*sampled)[1]
+
+
+def test_generate_refuses_a_prompt_that_does_not_fit(run, checkpoint):
+    code, out, err = run("generate", str(checkpoint), "fox " * 200, "--device=cpu")
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert "at most 128" in err
+
+
+def test_chat_answers_line_by_line_and_ends_with_the_input(run, checkpoint, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n[INST]\nAnd again\n\n"))
+    code, out, err = run("chat", str(checkpoint), "--max_new_tokens=5", "--seed=1", "--device=cpu")
+    assert code == 0
+    assert out
+    assert err.count(" tokens, first after ") == 2
+    assert "[INST]" in err  # the line that was refused
+
+
+def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoint, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    code, out, err = run("verify", str(copy))
+    assert (code, err) == (0, "")
+    assert out == f"{copy}: 3 files are as they were written\n"
+    shard = next(copy.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    code, out, err = run("verify", str(copy))
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert shard.name in err
+
+
+@pytest.mark.parametrize("command", [["llama-tp"], [sys.executable, "-m", "llama_tp"]], ids=["script", "module"])
+def test_the_command_is_installed_and_starts_without_torch(command, params):
+    """torch takes seconds to import; `plan` needs none of it."""
+    if command == ["llama-tp"]:
+        command = [str(Path(sys.executable).with_name("llama-tp"))]
+    done = subprocess.run(
+        [*command, "plan", params(DEMO)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    assert done.returncode == 0
+    assert "billion parameters" in done.stdout
+    assert "llama_tp.parallel.plan" in done.stderr
+    assert " torch\n" not in done.stderr

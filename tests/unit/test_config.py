@@ -1,0 +1,237 @@
+"""Meta's own params.json are understood, whatever is wrong with one is said in a line, and limits are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
+
+LLAMA_2_7B = '{"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}'
+LLAMA_2_13B = '{"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05, "vocab_size": -1}'
+LLAMA_2_70B = (
+    '{"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, '
+    '"norm_eps": 1e-05, "vocab_size": -1}'
+)
+LLAMA_3_8B = (
+    '{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024, '
+    '"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}'
+)
+LLAMA_3_1_8B = LLAMA_3_8B.removesuffix("}") + ', "use_scaled_rope": true}'
+LLAMA_3_2_1B = (
+    '{"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.5, '
+    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true, '
+    '"rope_scaling_factor": 32.0, "rope_high_freq_factor": 4.0}'
+)
+# The hidden sizes are those of the published weights.
+META = {
+    "Llama 2 7B": (LLAMA_2_7B, 11008, 32, 128, None),
+    "Llama 2 13B": (LLAMA_2_13B, 13824, 40, 128, None),
+    "Llama 2 70B": (LLAMA_2_70B, 28672, 8, 128, None),
+    "Llama 3 8B": (LLAMA_3_8B, 14336, 8, 128, None),
+    "Llama 3.1 8B": (LLAMA_3_1_8B, 14336, 8, 128, RopeScaling(factor=8, original_max_seq_len=8192)),
+    "Llama 3.2 1B": (LLAMA_3_2_1B, 8192, 8, 64, RopeScaling(factor=32, original_max_seq_len=8192)),
+}
+TINY = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100}
+
+
+def problems_of(make, /, *args, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        make(*args, **kwargs)
+    assert str(caught.value).splitlines() == caught.value.problems  # a line each
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", META)
+def test_meta_s_params_json_gives_the_sizes_of_the_published_weights(name, tmp_path):
+    text, hidden_dim, n_kv_heads, head_dim, rope_scaling = META[name]
+    (tmp_path / "params.json").write_text(text)
+    args = ModelArgs.load(tmp_path / "params.json")
+    assert (args.hidden_dim, args.n_kv_heads, args.head_dim) == (hidden_dim, n_kv_heads, head_dim)
+    assert args.rope_scaling == rope_scaling
+    assert args.vocab_size == json.loads(text)["vocab_size"]
+    assert args.rope_theta == json.loads(text).get("rope_theta", 10000.0)
+
+
+@pytest.mark.parametrize("name", META)
+def test_model_args_json_reads_back_as_it_was_written(name, tmp_path):
+    args = ModelArgs.from_params({**json.loads(META[name][0]), "max_seq_len": 512, "max_batch_size": 2})
+    args.save(tmp_path / "model_args.json")
+    assert ModelArgs.load(tmp_path / "model_args.json") == args
+
+
+def test_a_hidden_size_that_meta_s_rule_does_not_give_can_be_said_outright():
+    assert ModelArgs.from_params({**TINY, "dim": 576, "n_heads": 9, "ffn_hidden_dim": 1536}).hidden_dim == 1536
+
+
+def test_keys_that_say_nothing_about_the_weights_are_passed_over():
+    assert ModelArgs.from_params({**TINY, "model_parallel_size": 8}) == ModelArgs.from_params(TINY)
+
+
+def test_the_rope_factors_mean_nothing_unless_scaling_is_on():
+    assert ModelArgs.from_params({**TINY, "rope_scaling_factor": 32.0, "use_scaled_rope": False}).rope_scaling is None
+
+
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size"])
+def test_a_missing_key_is_named(key):
+    assert problems_of(ModelArgs.from_params, {k: v for k, v in TINY.items() if k != key}) == [
+        f"key {key!r} is missing"
+    ]
+
+
+def test_several_problems_are_said_at_once():
+    params = {"dim": "64", "n_heads": 4, "vocab_size": 10, "moe": 8}
+    problems = problems_of(ModelArgs.from_params, params)
+    assert len(problems) == 3
+    for words in (("'moe'", "unknown"), ("'n_layers'", "missing"), ("dim='64'", "int")):
+        assert any(all(word in problem for word in words) for problem in problems), (words, problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dim", "64"),
+        ("dim", 64.0),
+        ("dim", True),
+        ("dim", 0),
+        ("n_layers", -1),
+        ("n_layers", [1]),
+        ("n_heads", 0),
+        ("n_kv_heads", 0),
+        ("vocab_size", 0),
+        ("vocab_size", -2),
+        ("vocab_size", True),
+        ("multiple_of", 0),
+        ("max_seq_len", 0),
+        ("max_batch_size", False),
+        ("norm_eps", "1e-5"),
+        ("norm_eps", True),
+        ("norm_eps", -1.0),
+        ("norm_eps", float("nan")),
+        ("rope_theta", "10000"),
+        ("rope_theta", 0.0),
+        ("rope_theta", float("inf")),
+        ("ffn_dim_multiplier", "1.3"),
+        ("ffn_dim_multiplier", -1.3),
+        ("ffn_hidden_dim", 1.5),
+        ("ffn_hidden_dim", 0),
+        ("tied_embeddings", 1),
+        ("rope_scaling", 8),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(key, value):
+    (problem,) = problems_of(ModelArgs.from_params, {**TINY, "n_kv_heads": 2, key: value})
+    assert f"{key}={value!r}" in problem
+    assert "must be" in problem
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"use_scaled_rope": "no"},
+        {"use_scaled_rope": 1},
+        {"use_scaled_rope": True, "rope_scaling_factor": "8"},
+        {"use_scaled_rope": True, "rope_low_freq_factor": True},
+        {"use_scaled_rope": True, "rope_scaling_factor": 0},
+        {"rope_scaling": {"factor": "8"}},
+        {"rope_scaling": {"factor": -8.0}},
+        {"rope_scaling": {"low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"original_max_seq_len": 0}},
+        {"rope_scaling": {"original_max_seq_len": 8192.5}},
+    ],
+    ids=str,
+)
+def test_rope_scaling_that_cannot_be_computed_with_is_refused(params):
+    """A string in model_args.json went through, to fail as a TypeError on every rank once the weights were read."""
+    (problem,) = problems_of(ModelArgs.from_params, {**TINY, **params})
+    assert "must be" in problem
+
+
+def test_an_unknown_key_in_rope_scaling_is_named():
+    assert "'facto'" in problems_of(ModelArgs.from_params, {**TINY, "rope_scaling": {"facto": 8.0}})[0]
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"dim": 65}, ("dim=65", "n_heads=4")),
+        ({"dim": 12}, ("3", "even")),
+        ({"n_kv_heads": 3}, ("n_heads=4", "n_kv_heads=3")),
+    ],
+    ids=["dim and heads", "odd head", "heads and kv heads"],
+)
+def test_fields_that_do_not_go_together_are_both_named(params, words):
+    (problem,) = problems_of(ModelArgs.from_params, {**TINY, **params})
+    assert all(word in problem for word in words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not a JSON file"),
+        (b'{"dim": 64,', "is not a JSON file"),
+        (b"\xff\xfe{", "is not a JSON file"),
+        (b"[" * 100_000, "is not a JSON file"),
+        (b'{"dim": ' + b"1" * 5000 + b"}", "is not a JSON file"),
+        (b"[1, 2]", "must hold a JSON object"),
+        (b"null", "must hold a JSON object"),
+        (b'{"dim": 64}', "is missing"),
+    ],
+    ids=["empty", "cut off", "not UTF-8", "deep", "digits", "list", "null", "incomplete"],
+)
+def test_a_broken_file_is_named_in_every_line(content, words, tmp_path):
+    path = tmp_path / "params.json"
+    path.write_bytes(content)
+    problems = problems_of(ModelArgs.load, path)
+    assert all(str(path) in problem and words in problem for problem in problems)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    assert problems_of(ModelArgs.load, tmp_path / "params.json") == [f"{tmp_path / 'params.json'} does not exist"]
+    assert str(tmp_path) in problems_of(ModelArgs.load, tmp_path)[0]  # a folder
+
+
+def test_a_vocabulary_of_minus_one_takes_the_size_of_the_embedding():
+    args = ModelArgs.from_params({**TINY, "vocab_size": -1})
+    assert args.with_vocab_size(32000) == ModelArgs.from_params({**TINY, "vocab_size": 32000})
+    with pytest.raises(ValueError, match=r"vocab_size=100 .* 99 rows"):
+        ModelArgs.from_params(TINY).with_vocab_size(99)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_seq_len": 0}, ["max_seq_len=0"]),
+        ({"page_size": True}, ["page_size=True"]),
+        ({"max_batch_size": 1.0}, ["max_batch_size=1.0"]),
+        ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"device": "tpu"}, ["device='tpu'", "cuda"]),
+        ({"max_batched_tokens": 7, "max_batch_size": 8}, ["max_batched_tokens=7", "max_batch_size=8"]),
+        ({"heartbeat_s": 20.0, "collective_timeout_s": 20.0}, ["heartbeat_s=20.0", "collective_timeout_s=20.0"]),
+        ({"heartbeat_s": 0.0}, ["heartbeat_s=0.0"]),
+        ({"collective_timeout_s": float("nan")}, ["collective_timeout_s=nan"]),
+    ],
+    ids=str,
+)
+def test_engine_settings_that_cannot_work_are_refused(settings, words):
+    (problem,) = problems_of(EngineConfig, **settings)
+    assert all(word in problem for word in words)
+
+
+def test_all_wrong_engine_settings_are_said_at_once():
+    assert len(problems_of(EngineConfig, max_seq_len=-1, page_size=0, dtype="?", heartbeat_s=-1)) == 4
+
+
+@pytest.mark.parametrize(("max_seq_len", "page_size", "pages"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (100, 7, 15)])
+def test_the_cache_has_room_for_every_sequence_at_full_length(max_seq_len, page_size, pages):
+    config = EngineConfig(max_seq_len=max_seq_len, page_size=page_size, max_batch_size=3)
+    assert (config.pages_per_sequence, config.num_pages) == (pages, 3 * pages)
+
+
+def test_configurations_cannot_be_changed_behind_anyone_s_back():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().max_seq_len = 1  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelArgs.from_params(TINY).dim = 1  # type: ignore[misc]

@@ -1,0 +1,365 @@
+"""The engine gives every request the tokens that it would get alone, whatever its neighbours do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine.codec import decode
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.request import FinishReason, Request, SamplingParams
+from llama_tp.engine.runner import ModelRunner
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.apply import lower
+from llama_tp.parallel.comm import SingleComm
+from tests.tiny_model import MODELS, engine_of, random_model
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
+PROMPTS = [[5, 6, 7], [9] * 33, [1], list(range(2, 90)), [44, 45] * 10]
+POISON = 100
+"""A token of `poisoned_model` whose embedding is not a number: whoever feeds it gets NaN in cache and logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCache(EngineConfig):
+    """With fewer pages than all sequences could need."""
+
+    pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.pages
+
+
+class RecordingComm(SingleComm):
+    """The leader of two, as far as the engine can tell: keeps what it publishes."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+
+    def publish(self, message: bytes | None) -> bytes:
+        assert message is not None
+        self.messages.append(message)
+        return message
+
+
+class ReplayingComm(SingleComm):
+    """A follower that hears a record."""
+
+    size = 2
+    is_leader = False
+
+    def __init__(self, messages: list[bytes]) -> None:
+        self._messages = iter(messages)
+
+    def publish(self, message: bytes | None) -> bytes:
+        assert message is None
+        return next(self._messages)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny steps lose more by handing work to other threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(MODELS["gqa"])
+
+
+@pytest.fixture(scope="module")
+def poisoned_model(model):
+    twin = Transformer(model.args).requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    twin.tok_embeddings.weight[POISON] = math.nan
+    return twin
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What each prompt is continued with when nobody else is there."""
+    return [engine_of(model).generate([prompt], GREEDY)[0] for prompt in PROMPTS]
+
+
+def runner_of(model, config):
+    twin = Transformer(model.args).requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    lowered = lower(twin, SingleComm())
+    kv_heads = model.args.n_kv_heads
+    return ModelRunner(lowered, config, num_kv_heads=kv_heads, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def small_engine(model, **settings):
+    config = SmallCache(**{"max_seq_len": 128, "max_batch_size": 4, **settings})
+    return Engine(runner_of(model, config), SingleComm(), config)
+
+
+def drain(engine):
+    """Step until all requests have ended: the tokens and the last event of each."""
+    tokens: dict[str, list[int]] = {}
+    last = {}
+    while engine.num_requests:
+        for event in engine.step():
+            assert event.request_id not in last, "an event after the end"
+            tokens.setdefault(event.request_id, [])
+            if event.token_id is not None:
+                tokens[event.request_id].append(event.token_id)
+            if event.finish_reason is not None:
+                last[event.request_id] = event
+    return tokens, last
+
+
+def is_clean(engine):
+    return (
+        engine.num_requests == 0
+        and engine.scheduler.blocks.num_free == engine.config.num_pages
+        and not engine.sampler._generators
+    )
+
+
+def test_prompts_of_any_lengths_together_get_the_tokens_that_they_get_alone(model, alone):
+    engine = engine_of(model)
+    assert engine.generate(PROMPTS, GREEDY) == alone
+    assert is_clean(engine)
+    assert {len(completion.token_ids) for completion in alone} == {12}
+    assert len({tuple(completion.token_ids) for completion in alone}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_batched_tokens": 5}, {"page_size": 1}, {"max_batch_size": 1}, {"page_size": 7}]
+)
+def test_neither_chunks_nor_pages_nor_the_batch_size_change_a_token(model, alone, settings):
+    assert engine_of(model, **settings).generate(PROMPTS, GREEDY) == alone
+
+
+def test_the_same_engine_gives_the_same_tokens_again(model, alone):
+    engine = engine_of(model)
+    assert engine.generate(PROMPTS, GREEDY) == engine.generate(PROMPTS, GREEDY) == alone
+
+
+def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(model):
+    params = [SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_new_tokens=12) for seed in range(len(PROMPTS))]
+    solo = [engine_of(model).generate([prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=True)]
+    assert engine_of(model).generate(PROMPTS, params) == solo
+    mixed = [params[0], GREEDY, params[2], SamplingParams(seed=None, max_new_tokens=3), params[4]]
+    together = engine_of(model, max_batched_tokens=16).generate(PROMPTS, mixed)
+    assert [together[i] for i in (0, 2, 4)] == [solo[i] for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
+def test_preemption_changes_no_token(model, sampled):
+    params = SamplingParams(temperature=0.9 if sampled else 0, seed=3, max_new_tokens=40)
+    prompts = [[5, 6, 7] * 8, [9] * 20, [1], list(range(2, 42))]
+    engine = small_engine(model, pages=11, page_size=8)  # any one of them fits
+    completions = engine.generate(prompts, params)
+    assert engine.scheduler.num_preemptions > 2
+    assert completions == engine_of(model).generate(prompts, params)
+    assert is_clean(engine)
+
+
+def test_a_stop_id_ends_a_sequence_and_is_not_part_of_it(model, alone):
+    ids = alone[0].token_ids
+    stop = ids[6]
+    first = ids.index(stop)
+    params = [GREEDY.but(stop_ids=frozenset({stop})), GREEDY]
+    stopped, neighbour = engine_of(model).generate(PROMPTS[:2], params)
+    assert (stopped.token_ids, stopped.finish_reason) == (ids[:first], FinishReason.STOP)
+    assert neighbour == alone[1]
+
+
+def test_a_stop_id_may_be_the_first_token(model, alone):
+    params = GREEDY.but(stop_ids=frozenset(alone[0].token_ids[:1]), max_new_tokens=1)
+    (completion,) = engine_of(model).generate(PROMPTS[:1], params)
+    assert (completion.token_ids, completion.finish_reason) == ([], FinishReason.STOP)
+
+
+def test_a_sequence_may_fill_the_context_to_the_last_token(model):
+    prompt = list(range(20))
+    roomy = engine_of(model, max_seq_len=128).generate([prompt], GREEDY)
+    engine = engine_of(model, max_seq_len=32, page_size=8)
+    assert engine.generate([prompt] * 4, GREEDY) == roomy * 4
+    assert engine.generate([list(range(31))], GREEDY.but(max_new_tokens=1))[0].finish_reason is FinishReason.LENGTH
+    with pytest.raises(ValueError, match=r"prompts\[0\]: .*max_seq_len=32"):
+        engine.generate([prompt], GREEDY.but(max_new_tokens=13))
+    assert is_clean(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "prompt is empty"),
+        ([1, 128], "token id 128 is outside the vocabulary of 128"),
+        ([-1], "token id -1"),
+        ([1] * 117, "prompt of 117 tokens"),
+    ],
+    ids=["empty", "too high", "negative", "too long"],
+)
+def test_a_prompt_that_can_never_run_is_named_and_nothing_is_left_behind(model, alone, prompt, words):
+    engine = engine_of(model)
+    with pytest.raises(ValueError, match=rf"^prompts\[2\]: .*{words}"):
+        engine.generate([PROMPTS[0], PROMPTS[1], prompt, [-5]], GREEDY)
+    assert is_clean(engine)
+    assert engine.generate(PROMPTS, GREEDY) == alone
+
+
+@pytest.mark.parametrize("num_params", [1, 3])
+def test_parameters_for_another_number_of_prompts_leave_nothing_behind(model, alone, num_params):
+    """The prompts that were queued before it was noticed stayed, and the next call found their ids in use."""
+    engine = engine_of(model)
+    with pytest.raises(ValueError):  # noqa: PT011
+        engine.generate(PROMPTS[:2], [GREEDY] * num_params)
+    assert engine.generate(PROMPTS[:2], GREEDY) == alone[:2]
+
+
+def test_no_prompts_make_no_completions(model):
+    assert engine_of(model).generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("page_size", [16, 4])
+def test_a_poisoned_request_leaves_its_neighbours_token_identical(model, poisoned_model, at, page_size):
+    """Its keys and values are NaN too, and NaN in a slot that is merely hidden reaches whoever reads it."""
+    healthy = [[5, 6, 7], [9] * 33]
+    prompts = [*healthy[:at], [POISON] * 20, *healthy[at:]]
+    expected = engine_of(model).generate(healthy, GREEDY)
+    engine = engine_of(poisoned_model, page_size=page_size)
+    completions = engine.generate(prompts, GREEDY)
+    poisoned = completions.pop(at)
+    assert (poisoned.token_ids, poisoned.finish_reason) == ([], FinishReason.ERROR)
+    assert poisoned.error == "nan_logits"
+    assert completions == expected
+    assert is_clean(engine)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_poisoned_prompt_does_no_harm_while_it_is_read_in_chunks_beside_others(model, poisoned_model, at):
+    """In a cache so tight that the pages of one lie where another's attention looks past its own end."""
+    healthy = [list(range(2, 39)), [5, 6, 7]]
+    prompts = [*healthy[:at], [POISON] + [9] * 60, *healthy[at:]]
+    expected = engine_of(model).generate(healthy, GREEDY)
+    engine = small_engine(poisoned_model, pages=32, page_size=4, max_batched_tokens=6)
+    completions = engine.generate(prompts, GREEDY)
+    assert completions.pop(at).error == "nan_logits"
+    assert completions == expected
+    assert is_clean(engine)
+
+
+def test_pages_of_a_poisoned_request_do_no_harm_to_whoever_gets_them_next(model, poisoned_model):
+    engine = engine_of(poisoned_model)
+    poisoned = engine.generate([[POISON] * 100] * 4, GREEDY)
+    assert {completion.error for completion in poisoned} == {"nan_logits"}
+    assert engine.generate(PROMPTS[:3], GREEDY) == engine_of(model).generate(PROMPTS[:3], GREEDY)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_request_whose_logits_go_bad_in_mid_stream_ends_alone(model, alone, bad):
+    engine = engine_of(model)
+    execute, num_steps = engine.runner.execute, 0
+
+    def execute_badly(plan):
+        nonlocal num_steps
+        num_steps += 1
+        logits = execute(plan).clone()
+        if num_steps == 5:
+            logits[1, 17] = bad
+        return logits
+
+    engine.runner.execute = execute_badly
+    completions = engine.generate(PROMPTS[:3], GREEDY)
+    assert completions[1].token_ids == alone[1].token_ids[:4]
+    assert (completions[1].finish_reason, completions[1].error) == (FinishReason.ERROR, "nan_logits")
+    assert [completions[0], completions[2]] == [alone[0], alone[2]]
+    assert is_clean(engine)
+
+
+def test_cancelling_in_mid_way_frees_everything_and_changes_no_neighbour(model, alone):
+    engine = engine_of(model)
+    engine.add(Request("stays", tuple(PROMPTS[0]), GREEDY))
+    engine.add(Request("leaves", tuple(PROMPTS[1]), SamplingParams(seed=1, max_new_tokens=90)))
+    head = [event.token_id for _ in range(4) for event in engine.step() if event.request_id == "stays"]
+    assert engine.cancel("leaves") is True
+    assert engine.cancel("leaves") is False
+    assert engine.scheduler.blocks.num_free == engine.config.num_pages - 1
+    tokens, last = drain(engine)
+    assert head + tokens["stays"] == alone[0].token_ids
+    assert last.keys() == {"stays"}
+    assert is_clean(engine)
+
+
+def test_cancelling_a_waiting_request_lets_the_next_one_in(model, alone):
+    engine = engine_of(model, max_batch_size=1)
+    for i in range(3):
+        engine.add(Request(str(i), tuple(PROMPTS[i]), GREEDY))
+    engine.step()
+    assert engine.cancel("1")
+    tokens, _ = drain(engine)
+    assert tokens["2"] == alone[2].token_ids
+    assert is_clean(engine)
+
+
+def test_requests_may_join_while_others_generate(model, alone):
+    engine = engine_of(model, max_batched_tokens=24)
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(Request(str(i), tuple(prompt), GREEDY))
+        for event in [*engine.step(), *engine.step()]:
+            tokens[event.request_id].append(event.token_id)
+    rest, _ = drain(engine)
+    assert [tokens[str(i)] + rest.get(str(i), []) for i in range(len(PROMPTS))] == [c.token_ids for c in alone]
+
+
+def test_a_step_with_nothing_to_do_does_nothing(model):
+    assert engine_of(model).step() == []
+
+
+def test_a_follower_that_hears_the_plans_holds_the_leader_s_cache(model):
+    """Step by step, over prefill in chunks, preemption and cancels."""
+    config = SmallCache(max_seq_len=128, max_batch_size=4, max_batched_tokens=16, page_size=8, pages=16)
+    comm = RecordingComm()
+    leader = Engine(runner_of(model, config), comm, config)
+    follower = runner_of(model, config)
+    for i, prompt in enumerate(PROMPTS):
+        leader.add(Request(str(i), tuple(prompt), SamplingParams(seed=i, max_new_tokens=30)))
+    num_steps = 0
+    while leader.num_requests:
+        if num_steps == 12:
+            leader.cancel("1")
+        leader.step()
+        num_steps += 1
+        follower.execute(decode(comm.messages[-1]))
+        assert len(comm.messages) == num_steps
+        assert torch.equal(follower.cache._data, leader.runner.cache._data), num_steps
+    assert num_steps > 40
+    assert leader.scheduler.num_preemptions > 0
+    assert follower.cache._data.any()
+
+
+def test_a_follower_follows_until_it_is_released(model):
+    config = EngineConfig(max_seq_len=128, max_batch_size=4)
+    comm = RecordingComm()
+    leader = Engine(runner_of(model, config), comm, config)
+    leader.heartbeat()
+    assert len(leader.generate(PROMPTS, GREEDY)) == len(PROMPTS)
+    assert [decode(message).stop for message in comm.messages] == [False] * (len(comm.messages) - 1) + [True]
+    follower = Engine(runner_of(model, config), ReplayingComm(comm.messages), config)
+    assert follower.generate(PROMPTS, GREEDY) == []
+    assert torch.equal(follower.runner.cache._data, leader.runner.cache._data)
+
+
+def test_followers_are_released_when_a_prompt_is_refused(model):
+    config = EngineConfig(max_seq_len=128, max_batch_size=4)
+    comm = RecordingComm()
+    leader = Engine(runner_of(model, config), comm, config)
+    with pytest.raises(ValueError, match=r"prompts\[1\]"):
+        leader.generate([[1], []], GREEDY)
+    assert [decode(message).stop for message in comm.messages] == [True]

@@ -1,0 +1,185 @@
+"""The direction of imports that docs/design.md promises, held by reading the source."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "llama_tp").rglob("*.py")
+}
+MODULES = sorted(FILES)
+
+
+@cache
+def imports_of(module, *, also_inside_functions):
+    """Names of what a module imports: modules of ours in full, of others as written."""
+    tree = ast.parse(FILES[module].read_text())
+    nodes = ast.walk(tree) if also_inside_functions else _module_level(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in FILES else node.module)
+    return found
+
+
+def _module_level(tree):
+    """All statements that run when the module is imported: not those of functions."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            yield from _module_level(node)
+
+
+@cache
+def reach_of(module):
+    """Everything that is imported with a module, directly or not, packages included; of others the top name."""
+    found, queue = set(), [module]
+    while queue:
+        name = queue.pop()
+        if name in FILES:
+            parents = {name.rpartition(".")[0]} - {""}
+            new = (imports_of(name, also_inside_functions=False) | parents) - found
+            found |= new
+            queue += new
+    return found | {name.split(".")[0] for name in found if name not in FILES}
+
+
+def package_of(module):
+    return ".".join(module.split(".")[:2])
+
+
+def modules_below(*prefixes):
+    return [m for m in MODULES if any(m == prefix or m.startswith(prefix + ".") for prefix in prefixes)]
+
+
+def test_the_walk_sees_the_library():
+    """An empty walk would keep any promise."""
+    assert len(MODULES) > 30
+    assert "llama_tp.engine.scheduler" in reach_of("llama_tp.serving.start")
+    assert "torch" in reach_of("llama_tp.serving.start")
+    assert "torch" in reach_of("llama_tp.model.transformer")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_in_the_library_imports_torchserve_or_a_test(module):
+    names = {name.split(".")[0] for name in imports_of(module, also_inside_functions=True)}
+    assert not names & {"ts", "model_archiver", "tests", "handler", "pytest", "hypothesis"}
+    if package_of(module) != "llama_tp.bench":  # which measures others, too
+        assert "transformers" not in names
+
+
+@pytest.mark.parametrize("module", modules_below("llama_tp.model"))
+def test_the_model_knows_neither_ranks_nor_requests(module):
+    names = imports_of(module, also_inside_functions=True) | reach_of(module)
+    assert not any(name.startswith("torch.distributed") for name in names)
+    packages = {package_of(name) for name in names if name in FILES}
+    assert packages <= {"llama_tp", "llama_tp.model", "llama_tp.config"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "llama_tp.config",
+        "llama_tp.serve_config",
+        "llama_tp.parallel.plan",
+        "llama_tp.engine.request",
+        "llama_tp.engine.block_manager",
+        "llama_tp.engine.scheduler",
+        "llama_tp.engine.codec",
+        "llama_tp.serving.schema",
+        "llama_tp.serving.native",
+        "llama_tp.cli",
+        "llama_tp.checkpoint.command",
+        *modules_below("llama_tp.text", "llama_tp.torchserve"),
+    ],
+)
+def test_policy_text_and_configuration_load_without_torch(module):
+    assert "torch" not in reach_of(module)
+
+
+@pytest.mark.parametrize("module", ["llama_tp.engine.scheduler", "llama_tp.engine.block_manager"])
+def test_the_scheduler_has_neither_clock_nor_randomness(module):
+    names = {name.split(".")[0] for name in imports_of(module, also_inside_functions=True)}
+    assert not names & {"time", "datetime", "random", "secrets", "os", "threading", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("package", "may_import"),
+    [
+        ("llama_tp.config", set()),
+        ("llama_tp.model", {"llama_tp.config"}),
+        ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model"}),
+        ("llama_tp.text", set()),
+        # a conversion checks that the tokenizer is the model's
+        ("llama_tp.checkpoint", {"llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.text"}),
+        ("llama_tp.engine", {"llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"}),
+    ],
+)
+def test_a_layer_imports_only_layers_below_it(package, may_import):
+    for module in modules_below(package):
+        imported = {package_of(name) for name in imports_of(module, also_inside_functions=True) if name in FILES}
+        assert imported <= may_import | {package, "llama_tp"}, module
+
+
+@pytest.mark.parametrize(
+    ("module", "may_import"),
+    [
+        ("llama_tp.engine.request", set()),
+        ("llama_tp.engine.block_manager", set()),
+        ("llama_tp.engine.codec", {"llama_tp.engine.request"}),
+        ("llama_tp.engine.sampler", {"llama_tp.engine.request"}),
+        ("llama_tp.engine.scheduler", {"llama_tp.engine.request", "llama_tp.engine.block_manager", "llama_tp.config"}),
+    ],
+)
+def test_inside_the_engine_policy_and_sampling_stand_alone(module, may_import):
+    assert {name for name in imports_of(module, also_inside_functions=True) if name in FILES} <= may_import
+
+
+def test_text_api_and_engine_meet_only_where_a_service_is_made():
+    """And in the terminal, which is a small server of its own."""
+    meeting = set()
+    for module in MODULES:
+        names = imports_of(module, also_inside_functions=True)
+        if any(name.startswith("llama_tp.text") for name in names) and any(
+            name.startswith(("llama_tp.engine.loop", "llama_tp.engine.engine", "llama_tp.engine.load"))
+            for name in names
+        ):
+            meeting.add(module)
+    meeting -= set(modules_below("llama_tp.bench"))  # which measures all of it
+    assert meeting == {"llama_tp.serving.service", "llama_tp.serving.start", "llama_tp.console"}
+
+
+def test_the_api_knows_of_the_engine_only_the_types_that_travel():
+    for module in ("llama_tp.serving.schema", "llama_tp.serving.native"):
+        ours = {name for name in imports_of(module, also_inside_functions=True) if name in FILES}
+        assert ours <= {"llama_tp.engine.request", "llama_tp.serving.schema"}
+
+
+def test_no_two_modules_import_each_other():
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path, module])
+        if module in done:
+            return
+        path.append(module)
+        for name in sorted(imports_of(module, also_inside_functions=False)):
+            if name in FILES:
+                visit(name)
+        path.pop()
+        done.add(module)
+
+    for module in MODULES:
+        visit(module)
+    assert done == set(MODULES)

@@ -1,0 +1,289 @@
+"""The mailbox: notes from any thread, events back, and a process that ends when its engine cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine import loop as loop_module
+from llama_tp.engine.codec import decode
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.loop import EXIT_STEP_FAILED, EngineLoop, EngineThread
+from llama_tp.engine.request import FinishReason, Request, SamplingParams, StepPlan, TokenEvent
+from llama_tp.parallel.comm import PeerLost
+from tests.tiny_model import MODELS, engine_of, random_model
+from tests.unit.test_engine import RecordingComm, runner_of
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
+LONG = SamplingParams(temperature=0, max_new_tokens=30_000)
+PATIENCE_S = 10.0
+"""Longer than anything here takes, on the busiest machine."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(MODELS["multiplier"])
+
+
+@pytest.fixture
+def start(model):
+    """Starts loops, and stops them after the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loops = []
+
+    def start_one(engine=None, *, abandon_after_s=3600, **config):
+        engine = engine or engine_of(model, **config)
+        loops.append(EngineLoop(engine, abandon_after_s=abandon_after_s))
+        loops[-1].start()
+        return loops[-1]
+
+    yield start_one
+    for loop in loops:
+        loop.stop()
+    torch.set_num_threads(before)
+
+
+def request_of(request_id, prompt=(1, 2, 3), params=GREEDY):
+    return Request(request_id, tuple(prompt), params)
+
+
+def collect(loop, *request_ids):
+    """Events of each request, up to the end of all of them."""
+    events: dict[str, list[TokenEvent]] = {request_id: [] for request_id in request_ids}
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(one and one[-1].finish_reason for one in events.values()):
+        assert time.monotonic() < deadline, f"no end: {events}"
+        for event in loop.poll(0.5):
+            events[event.request_id].append(event)
+    return events
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_what_is_submitted_comes_back_token_by_token(start, model):
+    (expected,) = engine_of(model).generate([(1, 2, 3)], GREEDY)
+    loop = start()
+    loop.submit(request_of("a"))
+    events = collect(loop, "a")["a"]
+    assert [event.token_id for event in events] == expected.token_ids
+    assert [event.finish_reason for event in events] == [None] * 5 + [FinishReason.LENGTH]
+    assert loop.poll(0) == []
+
+
+def test_many_threads_may_submit_at_once(start, model):
+    prompts = {f"{thread}.{i}": (thread + 1, i + 1) for thread in range(6) for i in range(5)}
+    expected = engine_of(model).generate(list(prompts.values()), GREEDY)
+    loop = start()
+
+    def submit_some(thread):
+        for i in range(5):
+            loop.submit(request_of(f"{thread}.{i}", prompts[f"{thread}.{i}"]))
+
+    threads = [threading.Thread(target=submit_some, args=(thread,)) for thread in range(6)]
+    for thread in threads:
+        thread.start()
+    events = collect(loop, *prompts)
+    for thread in threads:
+        thread.join()
+    for (request_id, _), completion in zip(prompts.items(), expected, strict=True):
+        assert [event.token_id for event in events[request_id]] == completion.token_ids
+
+
+def test_cancel_from_another_thread_ends_a_request_without_a_word_to_its_neighbour(start, model):
+    loop = start(max_seq_len=32_768, max_batch_size=2)
+    loop.submit(request_of("leaves", params=LONG))
+    assert loop.poll(PATIENCE_S)
+    canceller = threading.Thread(target=loop.cancel, args=("leaves",))
+    canceller.start()
+    canceller.join()
+    wait_until(lambda: loop.engine.num_requests == 0)
+    assert loop.engine.scheduler.blocks.num_free == loop.engine.config.num_pages
+    loop.poll(0)
+    loop.submit(request_of("stays"))
+    assert collect(loop, "stays")["stays"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_that_is_cancelled_before_it_began_never_speaks(start):
+    loop = start(max_seq_len=32_768, max_batch_size=1)
+    loop.submit(request_of("first", params=LONG))
+    loop.submit(request_of("second"))
+    loop.cancel("second")
+    loop.cancel("never seen")
+    wait_until(lambda: loop.engine.scheduler.request_ids() == ["first"])
+    assert {event.request_id for event in loop.poll(PATIENCE_S)} == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params"),
+    [((), GREEDY), ((64,), GREEDY), ((1,) * 100, SamplingParams(max_new_tokens=100))],
+    ids=["empty", "outside the vocabulary", "too long"],
+)
+def test_a_request_that_cannot_run_is_told_so_and_harms_nobody(start, prompt, params):
+    loop = start()
+    loop.submit(request_of("good"))
+    loop.submit(request_of("bad", prompt, params))
+    events = collect(loop, "good", "bad")
+    assert events["bad"] == [TokenEvent("bad", None, FinishReason.ERROR, "cannot_run")]
+    assert events["good"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_polling_waits_for_the_first_event_and_no_longer(start):
+    loop = start()
+    begin = time.monotonic()
+    assert loop.poll(0.05) == []
+    assert 0.04 < time.monotonic() - begin < PATIENCE_S / 2
+    threading.Timer(0.05, loop.submit, (request_of("a"),)).start()
+    assert loop.poll(PATIENCE_S)[0].request_id == "a"
+    assert time.monotonic() - begin < PATIENCE_S / 2
+
+
+def test_when_nobody_polls_any_more_all_requests_are_cancelled(start, caplog):
+    caplog.set_level(logging.INFO)
+    loop = start(abandon_after_s=0.05, max_seq_len=32_768, max_batch_size=1)
+    loop.submit(request_of("running", params=LONG))
+    loop.submit(request_of("waiting", params=LONG))
+    wait_until(lambda: "nobody has polled" in caplog.text)
+    wait_until(lambda: loop.engine.num_requests == 0)
+    events = loop.poll(0)
+    assert events[-2:] == [
+        TokenEvent("running", None, FinishReason.CANCELLED),
+        TokenEvent("waiting", None, FinishReason.CANCELLED),
+    ]
+    loop.submit(request_of("later"))
+    assert collect(loop, "later")["later"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_who_keeps_polling_is_not_abandoned(start):
+    loop = start(abandon_after_s=0.2, max_seq_len=32_768)
+    loop.submit(request_of("a", params=LONG))
+    end, events = time.monotonic() + 0.5, []
+    while time.monotonic() < end:
+        events += loop.poll(0.02)
+        time.sleep(0.01)
+    assert events
+    assert all(event.finish_reason is None for event in events)
+
+
+def test_the_thread_that_loaded_the_engine_runs_every_step(model):
+    thread = EngineThread()
+    engine = thread.call(lambda: engine_of(model))
+    execute, seen = engine.runner.execute, []
+
+    def execute_and_tell(plan):
+        seen.append(threading.get_ident())
+        return execute(plan)
+
+    engine.runner.execute = execute_and_tell
+    loop = EngineLoop(engine, abandon_after_s=3600, thread=thread)
+    loop.start()
+    loop.submit(request_of("a"))
+    collect(loop, "a")
+    loop.stop()
+    assert set(seen) == {thread.call(threading.get_ident)}
+    assert seen[0] != threading.get_ident()
+
+
+def test_an_error_in_a_call_is_the_caller_s_and_the_thread_goes_on():
+    thread = EngineThread()
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda: 1 / 0)
+    assert thread.call(lambda: 1 + 1) == 2
+
+
+def test_a_loop_that_stops_lets_its_followers_go(start, model):
+    config = EngineConfig(max_seq_len=64, max_batch_size=2)
+    comm = RecordingComm()
+    loop = EngineLoop(Engine(runner_of(model, config), comm, config), abandon_after_s=3600)
+    loop.start()
+    loop.submit(request_of("a"))
+    collect(loop, "a")
+    loop.stop()
+    plans = [decode(message) for message in comm.messages]
+    assert [plan.step for plan in plans[:6]] == [1, 2, 3, 4, 5, 6]
+    assert plans[-1] == StepPlan(0, stop=True)
+    assert not any(plan.stop for plan in plans[:-1])
+
+
+def heartbeats(comm):
+    return sum(decode(message) == StepPlan(0) for message in comm.messages)
+
+
+def test_an_idle_leader_lets_its_followers_know_that_it_lives(start, model):
+    config = EngineConfig(max_seq_len=64, max_batch_size=2, heartbeat_s=0.02)
+    comm = RecordingComm()
+    start(Engine(runner_of(model, config), comm, config))
+    wait_until(lambda: heartbeats(comm) >= 5)
+
+
+def test_notes_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
+    """Each of them woke the idle leader before its heartbeat was due, and followers would have given it up for lost."""
+    config = EngineConfig(max_seq_len=64, max_batch_size=2, heartbeat_s=0.2)
+    comm = RecordingComm()
+    loop = start(Engine(runner_of(model, config), comm, config))
+    for _ in range(60):
+        loop.cancel("never seen")
+        time.sleep(0.01)
+    assert heartbeats(comm) >= 1
+
+
+def test_a_follower_whose_leader_is_lost_ends_its_process(start, model, monkeypatch, caplog):
+    class Deserted(RecordingComm):
+        is_leader = False
+
+        def publish(self, message):
+            raise PeerLost("publishing a plan failed: timed out")
+
+    ended = []
+    monkeypatch.setattr(loop_module.os, "_exit", ended.append)
+    monkeypatch.setattr(loop_module.logging, "shutdown", lambda: None)
+    config = EngineConfig(max_seq_len=64, max_batch_size=2)
+    follower = Engine(runner_of(model, config), Deserted(), config)
+    assert EngineThread().run(follower.follow).wait(PATIENCE_S)
+    assert ended == [EXIT_STEP_FAILED]
+    (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert isinstance(record.exc_info[1], PeerLost)
+
+
+FAILING = """
+import logging, sys, time
+from types import SimpleNamespace
+from llama_tp.engine.loop import EngineLoop
+from llama_tp.engine.request import Request, SamplingParams
+
+class Broken:
+    config = SimpleNamespace(heartbeat_s=1.0)
+    num_requests = 0
+    def add(self, request): self.num_requests = 1
+    def step(self): raise RuntimeError("an all-reduce failed")
+
+logging.basicConfig(stream=sys.stderr)
+loop = EngineLoop(Broken(), abandon_after_s=60)
+loop.start()
+loop.submit(Request("a", (1,), SamplingParams()))
+loop.poll(60)
+print("still here")
+"""
+
+
+def test_a_step_that_fails_ends_the_process_with_exit_code_70_and_one_log_line():
+    assert EXIT_STEP_FAILED == 70
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 70
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("CRITICAL", "ERROR", "WARNING", "INFO"))]
+    assert len(lines) == 1
+    assert lines[0].startswith("CRITICAL:llama_tp.engine.loop:the engine failed")
+    assert "RuntimeError: an all-reduce failed" in done.stderr

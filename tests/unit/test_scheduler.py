@@ -1,0 +1,439 @@
+"""Whatever arrives, leaves or runs short, every request computes each of its tokens in order and ends exactly once.
+
+The tests look at the scheduler as a follower does: through its plans, which must be enough to rebuild every cache.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine.request import FinishReason, Request, SamplingParams, TokenEvent
+from llama_tp.engine.scheduler import Scheduler
+
+STOP_ID = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCache(EngineConfig):
+    """With fewer pages than all sequences could need."""
+
+    pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.pages
+
+
+@dataclass
+class Follower:
+    """Knows the plans and nothing else: a page table, and what has been written to each slot of the cache."""
+
+    page_size: int
+    pages: dict[int, list[int]] = field(default_factory=dict)
+    cache: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+
+    def execute(self, plan, names):
+        """Write what the plan computes; `names` says whose row is whose. Every chunk must find all before it."""
+        for row, index, page in plan.page_updates:
+            table = self.pages.setdefault(row, [])
+            assert index <= len(table), "a page table with a hole"
+            del table[index:]
+            table.append(page)
+        assert len({chunk.row for chunk in plan.chunks}) == len(plan.chunks)
+        for chunk in plan.chunks:
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                self.cache[self._slot(chunk.row, position)] = (names[chunk.row], position, token)
+
+    def written(self, row, length):
+        return [self.cache[self._slot(row, position)] for position in range(length)]
+
+    def _slot(self, row, position):
+        return self.pages[row][position // self.page_size] * self.page_size + position % self.page_size
+
+
+@dataclass
+class Life:
+    """What a test knows of one request, in order of arrival."""
+
+    arrival: int
+    request: Request
+    tokens: list[int]
+    computed: int = 0
+    events: list[TokenEvent] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def has_ended(self):
+        return self.cancelled or any(event.finish_reason is not None for event in self.events)
+
+
+class Simulation:
+    """A scheduler that is driven step by step, with all its promises checked at each."""
+
+    def __init__(self, config, rng, *, stops=0.0, poison=0.0):
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.follower = Follower(config.page_size)
+        self.lives: dict[str, Life] = {}
+        self.restarts = 0
+        self._rng, self._stops, self._poison = rng, stops, poison
+
+    @property
+    def living(self):
+        return [life for life in self.lives.values() if not life.has_ended]
+
+    def add(self, num_prompt, max_new_tokens):
+        arrival = len(self.lives)
+        prompt = tuple(self._rng.randrange(100, 1000) for _ in range(num_prompt))
+        params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=frozenset({STOP_ID}))
+        request = Request(f"r{arrival}", prompt, params)
+        self.scheduler.add(request)
+        self.lives[request.id] = Life(arrival, request, list(prompt))
+
+    def cancel(self, life):
+        assert self.scheduler.cancel(life.request.id) is True
+        assert self.scheduler.cancel(life.request.id) is False
+        life.cancelled = True
+
+    def step(self, cancel_meanwhile=None):
+        """Plan, execute, perhaps cancel, commit."""
+        scheduler = self.scheduler
+        decodes = [sequence for sequence in scheduler.running if sequence.num_uncomputed == 1]
+        oldest = min(self.living, key=lambda life: life.arrival, default=None)
+        preempted_before = scheduler.num_preemptions
+        plan, sampled = scheduler.plan()
+        names = {sequence.row: sequence.request.id for sequence in scheduler.running}
+        by_row = {chunk.row: chunk for chunk in plan.chunks}
+        self._check_pages()
+        self.follower.execute(plan, names)
+        self._check_chunks(plan, names)
+        assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.config.max_batched_tokens
+        singles = [len(chunk.tokens) == 1 for chunk in plan.chunks]
+        assert singles == sorted(singles, reverse=True), "decodes come first"
+        assert all(sequence.row < 0 or sequence.row in by_row for sequence in decodes), "a decode waited"
+        assert [s.request.id for s in sampled] == [names[chunk.row] for chunk in plan.chunks if chunk.sample]
+        if oldest is not None:
+            assert oldest.request.id in [names[row] for row in by_row], "the oldest request got nothing"
+        self.restarts += scheduler.num_preemptions - preempted_before
+        if cancel_meanwhile is not None and not cancel_meanwhile.has_ended:
+            self.cancel(cancel_meanwhile)
+        self._commit(sampled)
+
+    def _check_pages(self):
+        scheduler = self.scheduler
+        owned = [page for sequence in scheduler.running for page in sequence.pages]
+        assert len(owned) == len(set(owned)), "a page of two sequences"
+        assert scheduler.blocks.num_free + len(owned) == self.config.num_pages
+        assert all(sequence.row < 0 and not sequence.pages for sequence in scheduler.waiting)
+        rows = [sequence.row for sequence in scheduler.running]
+        assert len(set(rows)) == len(rows) <= self.config.max_batch_size
+        arrivals = [self.lives[sequence.request.id].arrival for sequence in (*scheduler.running, *scheduler.waiting)]
+        assert arrivals == sorted(arrivals), "first come, first served"
+        assert scheduler.request_ids() == [life.request.id for life in self.living]
+
+    def _check_chunks(self, plan, names):
+        for chunk in plan.chunks:
+            life = self.lives[names[chunk.row]]
+            end = chunk.start + len(chunk.tokens)
+            assert chunk.tokens
+            assert chunk.start in (life.computed, 0), "a token was left out or computed twice"
+            life.computed = end
+            assert chunk.sample == (end == len(life.tokens))
+            expected = [(life.request.id, position, token) for position, token in enumerate(life.tokens[:end])]
+            assert self.follower.written(chunk.row, end) == expected, "somebody else wrote into this cache"
+
+    def _commit(self, sampled):
+        ids = [self._sample() for _ in sampled]
+        expected = [
+            (sequence.request.id, token)
+            for sequence, token in zip(sampled, ids, strict=True)
+            if not self.lives[sequence.request.id].cancelled
+        ]
+        events = self.scheduler.commit(ids)
+        assert [event.request_id for event in events] == [request_id for request_id, _ in expected]
+        for happened, (request_id, token) in zip(events, expected, strict=True):
+            life = self.lives[request_id]
+            assert not life.has_ended, "an event after the end"
+            life.events.append(happened)
+            num_generated = len(life.tokens) - len(life.request.prompt)
+            if token is None:
+                assert happened == TokenEvent(request_id, None, FinishReason.ERROR, "nan_logits")
+            elif token == STOP_ID:
+                assert happened == TokenEvent(request_id, None, FinishReason.STOP)
+            else:
+                life.tokens.append(token)
+                is_last = num_generated + 1 == life.request.params.max_new_tokens
+                assert happened == TokenEvent(request_id, token, FinishReason.LENGTH if is_last else None)
+
+    def _sample(self):
+        draw = self._rng.random()
+        if draw < self._poison:
+            return None
+        return STOP_ID if draw < self._poison + self._stops else self._rng.randrange(100, 1000)
+
+    def run(self, max_steps=2000):
+        """Until all requests have ended; then nothing may be left behind."""
+        steps = 0
+        while self.living:
+            assert steps < max_steps, "starving"
+            self.step()
+            steps += 1
+        self.check_nothing_is_left()
+        return steps
+
+    def check_nothing_is_left(self):
+        scheduler = self.scheduler
+        plan, sampled = scheduler.plan()
+        assert (plan.chunks, sampled, scheduler.commit([])) == ((), [], [])
+        assert (len(scheduler), list(scheduler.waiting), scheduler.running) == (0, [], [])
+        assert scheduler.blocks.num_free == self.config.num_pages
+        assert sorted(scheduler._free_rows) == list(range(self.config.max_batch_size))
+        assert all(life.has_ended for life in self.lives.values())
+
+
+@st.composite
+def configs(draw):
+    max_batch_size = draw(st.integers(1, 5))
+    page_size = draw(st.integers(1, 4))
+    max_seq_len = draw(st.integers(2, 24))
+    per_sequence = -(-max_seq_len // page_size)
+    return SmallCache(
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        max_batched_tokens=max_batch_size + draw(st.integers(0, 12)),
+        page_size=page_size,
+        pages=draw(st.integers(per_sequence, max_batch_size * per_sequence)),
+    )
+
+
+@st.composite
+def scenarios(draw):
+    config = draw(configs())
+    requests = []
+    for _ in range(draw(st.integers(1, 8))):
+        num_prompt = draw(st.integers(1, config.max_seq_len - 1))
+        num_new = draw(st.integers(1, config.max_seq_len - num_prompt))
+        leaves_at = draw(st.none() | st.integers(0, 25))
+        requests.append((draw(st.integers(0, 12)), num_prompt, num_new, leaves_at, draw(st.booleans())))
+    return config, requests
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    scenarios(),
+    st.randoms(use_true_random=False),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.0, 0.1]),
+)
+def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(scenario, rng, stops, poison):
+    config, requests = scenario
+    simulation = Simulation(config, rng, stops=stops, poison=poison)
+    leaving: dict[tuple[int, bool], list[Life]] = {}
+    for step in range(40):
+        for arrives_at, num_prompt, num_new, leaves_at, in_mid_step in requests:
+            if arrives_at == step:
+                simulation.add(num_prompt, num_new)
+                if leaves_at is not None:
+                    life = list(simulation.lives.values())[-1]
+                    leaving.setdefault((max(step, leaves_at), in_mid_step), []).append(life)
+        for life in leaving.get((step, False), []):
+            if not life.has_ended:
+                simulation.cancel(life)
+        simulation.step(cancel_meanwhile=next(iter(leaving.get((step, True), [])), None))
+    simulation.run()
+    event("with preemption" if simulation.restarts else "without preemption")
+    for life in simulation.lives.values():
+        last = life.events[-1].finish_reason if life.events else None
+        if not life.cancelled and last is FinishReason.LENGTH:
+            assert len(life.events) == life.request.params.max_new_tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(scenarios(), st.randoms(use_true_random=False))
+def test_the_steps_of_a_crowd_are_at_most_those_of_one_after_the_other(scenario, rng):
+    """The oldest request computes a token a step at least, whatever the others do."""
+    config, requests = scenario
+    simulation = Simulation(config, rng)
+    for _, num_prompt, num_new, _, _ in requests:
+        simulation.add(num_prompt, num_new)
+    assert simulation.run() <= sum(num_prompt + num_new - 1 for _, num_prompt, num_new, _, _ in requests)
+
+
+def simulation_of(*, pages=None, stops=0.0, **config):
+    settings = {"max_seq_len": 16, "max_batch_size": 4, "max_batched_tokens": 8, "page_size": 2, **config}
+    pages = EngineConfig(**settings).num_pages if pages is None else pages
+    return Simulation(SmallCache(**settings, pages=pages), random.Random(1), stops=stops)
+
+
+def chunks_of(simulation):
+    """The next step's chunks as (request, start, number of tokens), committing 100 for every sampled row."""
+    plan, sampled = simulation.scheduler.plan()
+    names = {sequence.row: sequence.request.id for sequence in simulation.scheduler.running}
+    simulation.scheduler.commit([100] * len(sampled))
+    return [(names[chunk.row], chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_those_who_decode():
+    simulation = simulation_of(max_batched_tokens=4)
+    simulation.add(2, 6)
+    assert chunks_of(simulation) == [("r0", 0, 2)]
+    simulation.add(7, 2)
+    assert chunks_of(simulation) == [("r0", 2, 1), ("r1", 0, 3)]
+    assert chunks_of(simulation) == [("r0", 3, 1), ("r1", 3, 3)]
+    assert chunks_of(simulation) == [("r0", 4, 1), ("r1", 6, 1)]
+
+
+def test_a_plan_tells_only_of_the_pages_that_are_new():
+    simulation = simulation_of(page_size=4)
+    simulation.add(7, 4)
+    told = []
+    for _ in range(4):
+        plan, sampled = simulation.scheduler.plan()
+        told.append(plan.page_updates)
+        simulation.scheduler.commit([100] * len(sampled))
+    assert told == [((0, 0, 0), (0, 1, 1)), (), ((0, 2, 2),), ()]
+
+
+def test_a_fresh_prompt_takes_what_is_left_of_the_budget():
+    simulation = simulation_of(max_batched_tokens=8)
+    simulation.add(5, 2)
+    simulation.add(5, 2)
+    simulation.add(5, 2)
+    assert chunks_of(simulation) == [("r0", 0, 5), ("r1", 0, 3)]
+    assert chunks_of(simulation) == [("r0", 5, 1), ("r1", 3, 2), ("r2", 0, 5)]
+
+
+def test_no_more_requests_run_than_max_batch_size():
+    simulation = simulation_of(max_batch_size=2)
+    for _ in range(3):
+        simulation.add(1, 2)
+    assert [name for name, _, _ in chunks_of(simulation)] == ["r0", "r1"]
+    assert [name for name, _, _ in chunks_of(simulation)] == ["r0", "r1"]
+    assert [name for name, _, _ in chunks_of(simulation)] == ["r2"]
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_pages():
+    simulation = simulation_of(pages=8)
+    simulation.add(8, 8)
+    simulation.add(10, 2)
+    simulation.add(1, 1)
+    assert chunks_of(simulation) == [("r0", 0, 8)]
+    assert chunks_of(simulation) == [("r0", 8, 1)]
+
+
+def test_the_youngest_makes_room_and_is_computed_again_with_what_it_had_generated():
+    simulation = simulation_of(pages=8, max_batched_tokens=16)  # two sequences of 8 tokens fill the cache
+    simulation.add(6, 8)
+    simulation.add(6, 8)
+    assert chunks_of(simulation) == [("r0", 0, 6), ("r1", 0, 6)]
+    assert chunks_of(simulation) == [("r0", 6, 1), ("r1", 6, 1)]
+    assert chunks_of(simulation) == [("r0", 7, 1), ("r1", 7, 1)]
+    assert simulation.scheduler.num_preemptions == 0
+    assert chunks_of(simulation) == [("r0", 8, 1)]
+    assert simulation.scheduler.num_preemptions == 1
+    for position in range(9, 13):  # r1 needs 5 pages, and r0 has 5 and then 6 of 8
+        assert chunks_of(simulation) == [("r0", position, 1)]
+    assert chunks_of(simulation) == [("r1", 0, 9)]
+    assert chunks_of(simulation) == [("r1", 9, 1)]
+
+
+def test_one_that_was_preempted_runs_again_before_those_that_came_later():
+    simulation = simulation_of(pages=8, max_batched_tokens=16)
+    simulation.add(6, 8)
+    simulation.add(6, 8)
+    while not simulation.restarts:
+        simulation.step()
+    simulation.add(1, 1)
+    while not simulation.lives["r0"].has_ended:  # r1 waits for its pages; r2 would fit
+        assert not simulation.lives["r2"].events
+        simulation.step()
+    simulation.run()
+
+
+def test_nobody_is_admitted_in_a_step_that_preempted():
+    """It would take the pages that the preempted one is waiting for."""
+    simulation = simulation_of(pages=8, max_batched_tokens=16)
+    simulation.add(6, 8)
+    simulation.add(6, 8)
+    for _ in range(3):
+        chunks_of(simulation)
+    simulation.add(1, 1)
+    assert chunks_of(simulation) == [("r0", 8, 1)]
+
+
+def test_cancelling_frees_rows_and_pages_at_once():
+    simulation = simulation_of(max_batch_size=1)
+    simulation.add(7, 4)
+    simulation.add(7, 4)
+    running, waiting = simulation.lives.values()
+    simulation.step()
+    assert simulation.scheduler.blocks.num_free == simulation.config.num_pages - 4
+    simulation.cancel(running)
+    assert simulation.scheduler.blocks.num_free == simulation.config.num_pages
+    simulation.cancel(waiting)
+    simulation.check_nothing_is_left()
+    assert simulation.scheduler.cancel("never seen") is False
+
+
+def test_an_id_that_was_cancelled_and_came_back_in_mid_step_does_not_get_the_old_one_s_token():
+    simulation = simulation_of()
+    request = Request("same", (1, 2), SamplingParams(max_new_tokens=1))
+    simulation.scheduler.add(request)
+    _, sampled = simulation.scheduler.plan()
+    simulation.scheduler.cancel("same")
+    simulation.scheduler.add(request)
+    assert simulation.scheduler.commit([5] * len(sampled)) == []
+    _, sampled = simulation.scheduler.plan()
+    assert simulation.scheduler.commit([6]) == [TokenEvent("same", 6, FinishReason.LENGTH)]
+
+
+def test_a_row_s_pages_are_neighbours_where_the_cache_is_free():
+    """The model reads such a row as one slice of the cache."""
+    simulation = simulation_of()
+    for _ in range(3):
+        simulation.add(8, 8)
+    for _ in range(6):
+        simulation.step()
+    assert [len(sequence.pages) for sequence in simulation.scheduler.running] == [7, 6, 5]
+    for sequence in simulation.scheduler.running:
+        assert sequence.pages == list(range(sequence.pages[0], sequence.pages[0] + len(sequence.pages)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new_tokens", "words"),
+    [
+        ((), 1, "prompt is empty"),
+        ((1,) * 16, 1, "prompt of 16 tokens + max_new_tokens=1 exceeds max_seq_len=16"),
+        ((1,) * 10, 7, "max_seq_len=16"),
+        ((1,) * 8, 7, "whole KV cache of 14 tokens"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused_and_changes_nothing(prompt, max_new_tokens, words):
+    simulation = simulation_of(pages=7)
+    simulation.add(3, 2)
+    with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+        simulation.scheduler.add(Request("bad", prompt, SamplingParams(max_new_tokens=max_new_tokens)))
+    assert simulation.scheduler.request_ids() == ["r0"]
+    simulation.run()
+
+
+def test_an_id_in_use_is_refused():
+    simulation = simulation_of()
+    simulation.add(3, 2)
+    with pytest.raises(ValueError, match="'r0' is already in use"):
+        simulation.scheduler.add(Request("r0", (1,), SamplingParams()))
+    simulation.run()
+
+
+def test_a_request_that_fills_the_context_exactly_runs():
+    simulation = simulation_of(pages=8)
+    simulation.add(15, 1)
+    simulation.add(1, 15)
+    simulation.run()
+    assert [len(life.tokens) for life in simulation.lives.values()] == [16, 16]

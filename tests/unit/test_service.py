@@ -1,0 +1,501 @@
+"""Bodies in, replies out: a real engine loop with a tiny random model behind the real tokenizer and dialect."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import time
+
+import pytest
+import torch
+
+from llama_tp.config import ModelArgs
+from llama_tp.engine.loop import EngineLoop
+from llama_tp.serving.native import NativeDefaults
+from llama_tp.serving.service import FORM, MAX_TOKENS_PER_CHUNK, LlamaService
+from llama_tp.text.chat import chat_format
+from tests.tiny_model import engine_of, random_model
+from tests.unit.text_fixtures import tiny
+
+DEFAULTS = NativeDefaults(
+    mode="text_completion", max_new_tokens=24, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=None
+)
+MAX_SEQ_LEN = 512
+PATIENCE_S = 10.0
+NEVER_S = 3600.0
+PROMPT = "The quick brown fox"
+DIALOG = [{"role": "user", "content": "Where is the fox?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny("sentencepiece")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    vocab_size = tokenizer.vocab_size
+    model = random_model(
+        ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=vocab_size, multiple_of=32), seed=3
+    )
+    model.output.weight[list(tokenizer.stop_ids)] = 0  # never among the most probable: no answer ends by chance
+    return model
+
+
+@pytest.fixture
+def make_service(model, tokenizer):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loops = []
+
+    def make(*, words=tokenizer, chat=None, abandon_after_s=NEVER_S, **config):
+        engine = engine_of(model, **{"max_seq_len": MAX_SEQ_LEN, **config})
+        loops.append(EngineLoop(engine, abandon_after_s=abandon_after_s))
+        loops[-1].start()
+        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS)
+
+    yield make
+    for loop in loops:
+        loop.stop()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def service(make_service):
+    return make_service()
+
+
+_counter = itertools.count()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+
+
+def open_one(service, request_id, route="", **body):
+    service.open(request_id, json.dumps(body).encode(), route)
+
+
+def collect(service, *request_ids):
+    """All replies of each request, up to the last; what every reply promises is checked on the way."""
+    replies = {request_id: [] for request_id in request_ids}
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(some and some[-1].is_last for some in replies.values()):
+        assert time.monotonic() < deadline, "no end"
+        for reply in service.poll(0.2):
+            some = replies[reply.request_id]
+            assert reply.is_first == (not some)
+            assert not (some and some[-1].is_last), "a reply after the last"
+            assert reply.is_last == (reply.request_id not in service.open_ids)
+            assert reply.body.endswith(b"\n") or reply.status != 200
+            some.append(reply)
+    return replies
+
+
+def ask(service, route="", **body):
+    """The one reply to a request that does not stream, parsed, with its status."""
+    request_id = f"asked {next(_counter)}"
+    open_one(service, request_id, route, **body)
+    (reply,) = collect(service, request_id)[request_id]
+    assert reply.content_type == "application/json"
+    return reply.status, json.loads(reply.body)
+
+
+def refusal(service, **body):
+    status, reply = ask(service, **body)
+    return status, reply["error"]["code"], reply["error"]["param"]
+
+
+def stream(service, **body):
+    """The chunks of a stream, parsed."""
+    request_id = f"streamed {next(_counter)}"
+    open_one(service, request_id, stream=True, **body)
+    replies = collect(service, request_id)[request_id]
+    assert {reply.content_type for reply in replies} == {"application/jsonl"}
+    assert {reply.status for reply in replies} == {200}
+    return [json.loads(reply.body) for reply in replies]
+
+
+SAMPLED = {"temperature": 1.0, "top_k": 30, "seed": 7, "max_new_tokens": 60}
+
+
+@pytest.mark.parametrize("params", [{}, SAMPLED, {**SAMPLED, "seed": 8, "top_p": 0.9}], ids=["greedy", "7", "8"])
+@pytest.mark.parametrize("asked", [{"prompt": PROMPT}, {"dialog": DIALOG}, {"prompt": [1, 5, 9]}], ids=str)
+def test_a_stream_joined_is_the_answer_in_one_piece(service, tokenizer, asked, params):
+    status, answer = ask(service, **asked, **params)
+    chunks = stream(service, **asked, **params)
+    ids = [token for chunk in chunks for token in chunk["ids"]]
+    assert status == 200
+    assert "".join(chunk["text"] for chunk in chunks) == answer["text"] == tokenizer.decode(ids)
+    assert chunks[-1]["usage"] == answer["usage"]
+    assert chunks[-1]["finish_reason"] == answer["finish_reason"]
+    assert len(ids) == answer["usage"]["completion_tokens"]
+    assert all(chunk.keys() == {"text", "ids"} for chunk in chunks[:-1])
+
+
+def check_alignment(chunks, tokenizer):
+    ids, text = [], ""
+    for chunk in chunks[:-1]:
+        ids += chunk["ids"]
+        text += chunk["text"]
+        whole = tokenizer.decode(ids)
+        assert whole.startswith(text)
+        assert set(whole[len(text) :]) <= {"\ufffd"}
+
+
+def test_a_chunk_s_text_is_that_of_its_ids(service, tokenizer):
+    """But for characters that are not whole yet, which belong to the chunk that completes them."""
+    chunks = stream(service, prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 300})
+    assert len(chunks) > 3
+    check_alignment(chunks, tokenizer)
+
+
+def test_usage_counts_the_prompt_as_it_was_tokenized_and_every_generated_token(service, tokenizer):
+    _, answer = ask(service, prompt=PROMPT, max_new_tokens=5)
+    num_prompt = len(tokenizer.encode(PROMPT, bos=True))
+    assert answer["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": 5,
+        "total_tokens": num_prompt + 5,
+    }
+    assert answer["finish_reason"] == "length"
+    _, answer = ask(service, dialog=DIALOG, max_new_tokens=1)
+    expected = len(tokenizer.encode("[INST] Where is the fox? [/INST]", bos=True))
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (expected, 1)
+
+
+def test_token_ids_are_taken_as_they_are(service, tokenizer):
+    _, as_text = ask(service, prompt=PROMPT)
+    _, as_ids = ask(service, prompt=tokenizer.encode(PROMPT, bos=True))
+    assert as_ids == as_text
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("width", [1, 2, 5, 9])
+def test_a_stop_string_ends_the_answer_wherever_the_tokens_are_cut(service, tokenizer, width, streaming):
+    chunks = stream(service, prompt=PROMPT, **SAMPLED)
+    ids = [token for chunk in chunks for token in chunk["ids"]]
+    whole = tokenizer.decode(ids)
+    for at in range(4, len(whole) - width, 7):
+        stop = whole[at : at + width]
+        if "\ufffd" in stop:
+            continue
+        body = {"prompt": PROMPT, "stop": [stop, "never in there"], **SAMPLED}
+        if streaming:
+            chunks = stream(service, **body)
+            text, end = "".join(chunk["text"] for chunk in chunks), chunks[-1]
+            assert [token for chunk in chunks for token in chunk["ids"]] == ids[: end["usage"]["completion_tokens"]]
+        else:
+            _, end = ask(service, **body)
+            text = end["text"]
+        assert text == whole[: whole.index(stop)]
+        assert end["finish_reason"] == "stop"
+        num_tokens = end["usage"]["completion_tokens"]
+        assert stop in tokenizer.decode(ids[:num_tokens])
+        assert stop not in tokenizer.decode(ids[: num_tokens - 1])
+
+
+def test_the_first_half_of_a_stop_string_is_not_lost_when_the_answer_ends_with_it(service):
+    _, answer = ask(service, prompt=PROMPT, **SAMPLED)
+    last = answer["text"][-1]
+    _, same = ask(service, prompt=PROMPT, stop=[last * 200], **SAMPLED)
+    assert same == answer
+
+
+def test_a_stopped_request_frees_its_place_in_the_engine(make_service):
+    service = make_service(max_seq_len=32_768)
+    _, answer = ask(service, prompt=PROMPT, **SAMPLED)
+    _, stopped = ask(service, prompt=PROMPT, stop=answer["text"][5:7], **{**SAMPLED, "max_new_tokens": 30_000})
+    assert stopped["finish_reason"] == "stop"
+    wait_until(lambda: service._loop.engine.num_requests == 0)
+
+
+def test_an_id_may_be_used_again_once_its_request_has_ended(service):
+    """The engine is ahead of a stop string and of a client that leaves: the next user of the id got those tokens."""
+    _, answer = ask(service, prompt=PROMPT, **SAMPLED)
+    for _ in range(5):
+        open_one(service, "again", prompt=PROMPT, stop=answer["text"][3], **SAMPLED)
+        assert json.loads(collect(service, "again")["again"][0].body)["finish_reason"] == "stop"
+        open_one(service, "again", prompt=PROMPT, **SAMPLED)
+        service.close("again")
+        open_one(service, "again", prompt=PROMPT, **SAMPLED)
+        assert json.loads(collect(service, "again")["again"][0].body) == answer
+
+
+def test_a_backlog_is_sent_in_chunks_of_at_most_64_tokens(service, tokenizer):
+    open_one(service, "one", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 200})
+    wait_until(lambda: len(service._loop._events) == 200)
+    chunks = [json.loads(reply.body) for reply in collect(service, "one")["one"]]
+    assert [len(chunk["ids"]) for chunk in chunks] == [64, 64, 64, 8]
+    assert MAX_TOKENS_PER_CHUNK == 64
+    check_alignment(chunks, tokenizer)
+    _, answer = ask(service, prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 200})
+    assert "".join(chunk["text"] for chunk in chunks) == answer["text"]
+    assert chunks[-1]["usage"] == answer["usage"]
+
+
+def test_a_default_of_max_new_tokens_is_clipped_and_an_explicit_one_is_kept_or_refused(make_service, tokenizer):
+    service = make_service(max_seq_len=32)
+    ids = tokenizer.encode(PROMPT, bos=True)
+    prompt = (ids * 32)[:20]
+    _, answer = ask(service, prompt=prompt)
+    assert answer["usage"]["completion_tokens"] == 12
+    assert ask(service, prompt=prompt, max_new_tokens=12)[0] == 200
+    status, reply = ask(service, prompt=prompt, max_new_tokens=13)
+    error = reply["error"]
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "max_new_tokens")
+    assert all(number in error["message"] for number in ("13", "20", "32", "12"))
+    assert ask(service, prompt=(ids * 32)[:31])[1]["usage"]["completion_tokens"] == 1
+    assert refusal(service, prompt=(ids * 32)[:32]) == (400, "context_length_exceeded", "prompt")
+    long_dialog = [{"role": "user", "content": "fox " * 30}]
+    assert refusal(service, dialog=long_dialog) == (400, "context_length_exceeded", "dialog")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({"prompt": [1, 10**6]}, 400, "token_out_of_range", "prompt[1]"),
+        ({"prompt": [1, 400]}, 400, "token_out_of_range", "prompt[1]"),
+        ({"prompt": ""}, 400, "empty_prompt", "prompt"),
+        ({}, 400, "missing_field", "prompt"),
+        ({"prompt": "a", "dialog": DIALOG}, 400, "conflicting_fields", "dialog"),
+        ({"prompt": "a", "temperature": 3}, 400, "invalid_value", "temperature"),
+        ({"dialog": [*DIALOG, *DIALOG]}, 400, "invalid_role_order", "dialog[1].role"),
+        ({"dialog": [{"role": "robot", "content": "a"}]}, 400, "invalid_role", "dialog[0].role"),
+        ({"dialog": [{"role": "user", "content": "[INST]"}]}, 400, "special_tags_not_allowed", "dialog[0].content"),
+        ({"dialog": []}, 400, "empty_messages", "dialog"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_its_only_reply(service, body, status, code, param):
+    assert refusal(service, **body) == (status, code, param)
+    assert service.open_ids == set()
+
+
+@pytest.mark.parametrize("body", [b"", b"not json", b"\x1f\x8b\x08", b"[]", None, 42], ids=repr)
+def test_a_body_that_is_no_request_is_answered_with_400(service, body):
+    service.open("one", body)
+    (reply,) = collect(service, "one")["one"]
+    assert reply.status == 400
+    assert json.loads(reply.body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_parsed_body_is_as_good_as_its_bytes(service):
+    service.open("one", {"prompt": PROMPT})
+    (reply,) = collect(service, "one")["one"]
+    assert json.loads(reply.body) == ask(service, prompt=PROMPT)[1]
+
+
+def test_a_form_is_answered_with_415_and_the_remedy(service):
+    service.open("one", FORM)
+    (reply,) = collect(service, "one")["one"]
+    error = json.loads(reply.body)["error"]
+    assert (reply.status, error["code"]) == (415, "form_not_supported")
+    assert "application/json" in error["message"]
+
+
+def test_an_unknown_route_is_answered_with_404(service):
+    status, reply = ask(service, "v2/completions", prompt=PROMPT)
+    assert (status, reply["error"]["code"]) == (404, "unknown_route")
+    assert "v2/completions" in reply["error"]["message"]
+
+
+def test_a_model_that_cannot_chat_says_why(make_service):
+    service = make_service(chat="it was never taught to")
+    status, reply = ask(service, dialog=DIALOG)
+    assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "chat_not_supported", "dialog")
+    assert "it was never taught to" in reply["error"]["message"]
+    assert ask(service, prompt=PROMPT)[0] == 200
+
+
+class Broken:
+    """A tokenizer that must not be asked to encode."""
+
+    def __init__(self, tokenizer, message="tokenized"):
+        self._tokenizer, self._message = tokenizer, message
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text, **_):
+        raise RuntimeError(f"{self._message}: {text[:100]}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"prompt": "fox " * 225_000}, "prompt"),
+        ({"dialog": [{"role": "user", "content": "fox " * 225_000}]}, "dialog"),
+        ({"dialog": [{"role": ("user", "assistant")[i % 2], "content": "x" * 99} for i in range(999)]}, "dialog"),
+    ],
+    ids=["prompt", "message", "many messages"],
+)
+def test_a_hopelessly_long_request_is_refused_without_being_tokenized(make_service, tokenizer, asked, param):
+    service = make_service(words=Broken(tokenizer), chat=chat_format("llama2", Broken(tokenizer)))
+    begin = time.monotonic()
+    assert refusal(service, **asked) == (400, "context_length_exceeded", param)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_text_with_more_characters_than_the_context_could_hold_is_not_tokenized(make_service, tokenizer):
+    service = make_service(words=Broken(tokenizer))
+    longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+    assert refusal(service, prompt="x" * (longest * MAX_SEQ_LEN)) == (400, "context_length_exceeded", "prompt")
+    assert ask(service, prompt="x" * (longest * MAX_SEQ_LEN - 1))[0] == 500  # it was tokenized
+
+
+def test_the_longest_prompt_that_fits_is_not_hopeless(make_service, tokenizer):
+    """Made of the vocabulary's longest token, as no real text is."""
+    longest = max(range(3, tokenizer.vocab_size), key=lambda token: len(tokenizer.token_bytes(token)))
+    text = tokenizer.token_bytes(longest).decode()
+    service = make_service(max_seq_len=64)
+    for count in range(50, 64):
+        num_tokens = len(tokenizer.encode(text * count, bos=True))
+        assert (ask(service, prompt=text * count)[0] == 200) == (num_tokens < 64)
+
+
+def test_closing_a_request_cancels_it_and_frees_its_pages(make_service):
+    service = make_service(max_seq_len=32_768)
+    engine = service._loop.engine
+    open_one(service, "one", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 30_000})
+    wait_until(lambda: service.poll(0.1))
+    assert service.open_ids == {"one"}
+    service.close("one")
+    service.close("one")
+    assert service.open_ids == set()
+    wait_until(lambda: engine.num_requests == 0)
+    assert engine.scheduler.blocks.num_free == engine.config.num_pages
+    assert service.poll(0.01) == []
+    assert ask(service, prompt=PROMPT)[0] == 200
+
+
+def test_a_request_that_is_closed_before_its_refusal_was_read_gets_none(service):
+    service.open("one", b"not json")
+    assert service.open_ids == {"one"}
+    service.close("one")
+    assert service.poll(0.01) == []
+
+
+def test_polling_without_requests_returns_at_once(service):
+    begin = time.monotonic()
+    assert service.poll(PATIENCE_S) == []
+    assert time.monotonic() - begin < 1
+
+
+def test_requests_at_once_get_what_they_get_alone(make_service):
+    service = make_service(max_batch_size=3)
+    bodies = {
+        f"{kind} {i}": {"prompt": PROMPT[: 5 + i], "temperature": 0.9, "seed": i, "stream": kind == "stream"}
+        for kind in ("whole", "stream")
+        for i in range(4)
+    }
+    for request_id, body in bodies.items():
+        open_one(service, request_id, **body)
+    replies = collect(service, *bodies)
+    for request_id, body in bodies.items():
+        text = "".join(json.loads(reply.body)["text"] for reply in replies[request_id])
+        assert text == ask(service, **{**body, "stream": False})[1]["text"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_request_whose_logits_go_bad_ends_with_500_and_leaves_its_neighbour_alone(service, streaming):
+    engine = service._loop.engine
+    execute, num_poisoned = engine.runner.execute, 0
+
+    def execute_badly(plan):
+        nonlocal num_poisoned
+        logits = execute(plan)
+        rows = [sequence.row for sequence in engine.scheduler.running if sequence.request.prompt == (1, 2, 3)]
+        sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
+        if set(rows) & set(sampled):
+            num_poisoned += 1
+            if num_poisoned > 3:
+                logits = logits.clone()
+                logits[sampled.index(rows[0])] = math.nan
+        return logits
+
+    expected = ask(service, prompt=PROMPT, **SAMPLED)
+    engine.runner.execute = execute_badly
+    open_one(service, "good", prompt=PROMPT, **SAMPLED)
+    open_one(service, "bad", prompt=[1, 2, 3], stream=streaming, **{**SAMPLED, "max_new_tokens": 400})
+    replies = collect(service, "good", "bad")
+    assert json.loads(replies["good"][0].body) == expected[1]
+    error = json.loads(replies["bad"][-1].body)["error"]
+    assert (error["code"], error["type"], error["param"]) == ("nan_logits", "server_error", None)
+    if not streaming:
+        assert replies["bad"][0].status == 500
+
+
+def test_a_flood_of_bad_requests_does_not_silence_a_good_one(service):
+    """Each poll found a refusal to return, and never got to ask the engine for tokens."""
+    open_one(service, "good", prompt=PROMPT, stream=True, max_new_tokens=10)
+    good = []
+    for i in range(200):
+        service.open(f"bad {i}", b"not json")
+        good += [reply for reply in service.poll(0.02) if reply.request_id == "good"]
+        time.sleep(0.002)
+    assert good, "not a token in 200 polls"
+    assert good[-1].is_last
+
+
+def test_a_stream_that_is_far_behind_does_not_silence_the_others(make_service):
+    service = make_service(max_seq_len=2048)
+    open_one(service, "slow", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 700})
+    wait_until(lambda: len(service._loop._events) == 700)
+    open_one(service, "quick", prompt=PROMPT, max_new_tokens=2)
+    order = []
+    while "quick" not in order:
+        time.sleep(0.01)
+        replies = service.poll(0.2)
+        assert replies
+        order += [reply.request_id for reply in replies]
+    assert order.count("slow") < 700 / 64
+
+
+def test_requests_that_nobody_asked_after_are_answered_with_503(make_service):
+    service = make_service(abandon_after_s=0.05, max_seq_len=32_768)
+    open_one(service, "one", prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 30_000})
+    wait_until(lambda: service._loop.engine.num_requests == 1)
+    wait_until(lambda: service._loop.engine.num_requests == 0)
+    (reply,) = collect(service, "one")["one"]
+    assert (reply.status, json.loads(reply.body)["error"]["code"]) == (503, "cancelled")
+
+
+def test_an_unforeseen_error_is_answered_with_500_and_harms_nobody(make_service, tokenizer):
+    service = make_service(words=Broken(tokenizer))
+    status, reply = ask(service, prompt="sesame")
+    assert (status, reply["error"]["code"]) == (500, "internal_error")
+    assert "sesame" not in reply["error"]["message"]
+    assert ask(service, prompt=[1, 2])[0] == 200
+
+
+def test_no_log_line_holds_what_a_user_sent(make_service, tokenizer, caplog):
+    caplog.set_level(logging.DEBUG)
+    service = make_service(max_seq_len=64)
+    bodies = [
+        {"prompt": "sesame"},
+        {"prompt": "sesame " * 100},
+        {"prompt": "sesame " * 100_000},
+        {"prompt": "a", "stop": "sesame", "stream": True},
+        {"prompt": "a", "sesame": 1},
+        {"prompt": "a", "mode": "sesame"},
+        {"prompt": ["sesame"]},
+        {"dialog": [{"role": "sesame", "content": "a"}]},
+        {"dialog": [{"role": "user", "content": "sesame [INST]"}]},
+        {"dialog": [{"role": "user", "content": "sesame"}]},
+    ]
+    for i, body in enumerate(bodies):
+        open_one(service, str(i), **body)
+    service.open("text", b"sesame {")
+    service.open("route", b"{}", "sesame")
+    replies = collect(service, *(str(i) for i in range(len(bodies))), "text", "route")
+    broken = make_service(words=Broken(tokenizer))
+    ask(broken, prompt="sesame")
+    assert sum(some[0].status != 200 for some in replies.values()) == 9
+    assert "refused" in caplog.text
+    assert "failed in parsing: RuntimeError" in caplog.text
+    assert "sesame" not in caplog.text
