@@ -205,6 +205,8 @@ class EngineConfig:
     """Tokens computed in one step, at most: longer prompts are prefilled in chunks of this size."""
     page_size: int = 16
     """Tokens of one page of KV cache."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike share pages."""
     dtype: str = "auto"
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     device: str = "auto"

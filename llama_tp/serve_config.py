@@ -47,6 +47,8 @@ class HandlerSection(_Section):
     """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
     page_size: PositiveInt = 16
     """Tokens of one page of KV cache."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike, and the turns of a conversation, share pages."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     max_new_tokens: MaxNewTokens = 128
@@ -147,6 +149,7 @@ class ModelConfig(_Section):
             max_batch_size=max_batch_size,
             max_batched_tokens=max(handler.max_batched_tokens, max_batch_size),
             page_size=handler.page_size,
+            prefix_cache=handler.prefix_cache,
             dtype=handler.dtype,
             device="cuda" if self.deviceType == "gpu" else "cpu",
             collective_timeout_s=handler.collective_timeout_s,

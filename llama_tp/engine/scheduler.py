@@ -2,7 +2,8 @@
 
 One rule serves prefill, chunked prefill and decode: a step gives every scheduled sequence a number of its
 uncomputed tokens, under a budget of tokens per step. Decodes come first, then prompts, first come first served.
-A sequence that gets no page makes the youngest one give its pages up and start over later; none ever fails.
+A sequence that gets no page makes the youngest one give its pages up and start over later; none ever fails. A prompt
+that begins like an earlier one, or like the conversation so far, shares its pages.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.blocks = BlockManager(config.num_pages)
+        self.blocks = BlockManager(config.num_pages, config.page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._by_id: dict[str, Sequence] = {}
         self._free_rows = list(range(config.max_batch_size))  # a heap: the lowest row first
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        """Tokens of all sequences that were admitted, again after each preemption."""
+        self.num_prefix_hits = 0
+        """How many of them were found in the cache."""
         self._step = 0
         self._sampled: list[Sequence] = []
         self._page_updates: list[tuple[int, int, int]] = []
@@ -84,11 +89,8 @@ class Scheduler:
                 self._give(sequence, 1, shares)
             else:
                 budget -= self._give(sequence, budget, shares)
-        while budget > 0 and self._can_admit():
-            sequence = self.waiting.popleft()
-            sequence.row = heapq.heappop(self._free_rows)
-            self.running.append(sequence)
-            budget -= self._give(sequence, budget, shares)
+        while budget > 0 and (admitted := self._admit()):
+            budget -= self._give(admitted, budget, shares)
         shares.sort(key=lambda share: len(share[1].tokens) > 1)
         self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
         updates, self._page_updates = tuple(self._page_updates), []
@@ -110,6 +112,8 @@ class Scheduler:
     def _advance(self, sequence: Sequence, token_id: int | None) -> TokenEvent:
         request = sequence.request
         if token_id is None:
+            self.blocks.release(sequence.pages, keep=False)  # what it computed is worth nothing to others
+            sequence.pages = []
             self.cancel(request.id)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits")
         if token_id in request.params.stop_ids:
@@ -121,11 +125,25 @@ class Scheduler:
         self.cancel(request.id)
         return TokenEvent(request.id, token_id, FinishReason.LENGTH)
 
-    def _can_admit(self) -> bool:
-        """Whether the next in line gets a row and pages for all it knows so far, so that it is not evicted at once."""
-        return bool(
-            self.waiting and self._free_rows and self._num_pages(len(self.waiting[0].tokens)) <= self.blocks.num_free
-        )
+    def _admit(self) -> Sequence | None:
+        """Let the next in line run, if there is a row and there are pages for all it knows so far, so that it is not
+        evicted at once. What the cache holds of its beginning it need not compute."""
+        if not self.waiting or not self._free_rows:
+            return None
+        sequence = self.waiting[0]
+        shared = self.blocks.match(sequence.tokens) if self.config.prefix_cache else []
+        if self._num_pages(len(sequence.tokens)) - len(shared) > self.blocks.num_free_after(shared):
+            return None
+        self.waiting.popleft()
+        sequence.row = heapq.heappop(self._free_rows)
+        self.running.append(sequence)
+        self.blocks.share(shared)
+        self._page_updates += [(sequence.row, index, page) for index, page in enumerate(shared)]
+        sequence.pages = shared
+        sequence.num_computed = len(shared) * self.config.page_size
+        self.num_prompt_tokens += len(sequence.tokens)
+        self.num_prefix_hits += sequence.num_computed
+        return sequence
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
@@ -137,9 +155,17 @@ class Scheduler:
         if end == start or not self._reserve(sequence, end):
             return 0
         sequence.num_computed = end
+        if self.config.prefix_cache:
+            self._register(sequence, start, end)
         chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), sample=end == len(sequence.tokens))
         shares.append((sequence, chunk))
         return end - start
+
+    def _register(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let others find the pages that this step fills. Even in this step: each layer writes all keys, then reads."""
+        size = self.config.page_size
+        for index in range(start // size, end // size):
+            self.blocks.register(sequence.pages, index, sequence.tokens[index * size : (index + 1) * size])
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for its first num_tokens tokens, if need be at the cost of younger ones."""

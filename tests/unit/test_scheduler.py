@@ -36,10 +36,11 @@ class Follower:
 
     page_size: int
     pages: dict[int, list[int]] = field(default_factory=dict)
-    cache: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    cache: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """What keys and values depend on: a token and all those before it."""
 
-    def execute(self, plan, names):
-        """Write what the plan computes; `names` says whose row is whose. Every chunk must find all before it."""
+    def execute(self, plan):
+        """Write what the plan computes, then look that every chunk finds all before it."""
         for row, index, page in plan.page_updates:
             table = self.pages.setdefault(row, [])
             assert index <= len(table), "a page table with a hole"
@@ -47,8 +48,10 @@ class Follower:
             table.append(page)
         assert len({chunk.row for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
+            before = self.cache[self._slot(chunk.row, chunk.start - 1)] if chunk.start else ()
             for position, token in enumerate(chunk.tokens, chunk.start):
-                self.cache[self._slot(chunk.row, position)] = (names[chunk.row], position, token)
+                before = (*before, token)
+                self.cache[self._slot(chunk.row, position)] = before
 
     def written(self, row, length):
         return [self.cache[self._slot(row, position)] for position in range(length)]
@@ -82,6 +85,7 @@ class Simulation:
         self.follower = Follower(config.page_size)
         self.lives: dict[str, Life] = {}
         self.restarts = 0
+        self.hits = 0
         self._rng, self._stops, self._poison = rng, stops, poison
 
     @property
@@ -90,11 +94,19 @@ class Simulation:
 
     def add(self, num_prompt, max_new_tokens):
         arrival = len(self.lives)
-        prompt = tuple(self._rng.randrange(100, 1000) for _ in range(num_prompt))
+        prompt = self._beginning(num_prompt)
+        prompt += tuple(self._rng.randrange(100, 1000) for _ in range(num_prompt - len(prompt)))
         params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=frozenset({STOP_ID}))
         request = Request(f"r{arrival}", prompt, params)
         self.scheduler.add(request)
         self.lives[request.id] = Life(arrival, request, list(prompt))
+
+    def _beginning(self, length):
+        """Often that of an earlier request's prompt and answer."""
+        if not self.config.prefix_cache or not self.lives or self._rng.random() < 0.4:
+            return ()
+        earlier = self._rng.choice(list(self.lives.values())).tokens
+        return tuple(earlier[: self._rng.randint(0, min(length, len(earlier)))])
 
     def cancel(self, life):
         assert self.scheduler.cancel(life.request.id) is True
@@ -111,7 +123,7 @@ class Simulation:
         names = {sequence.row: sequence.request.id for sequence in scheduler.running}
         by_row = {chunk.row: chunk for chunk in plan.chunks}
         self._check_pages()
-        self.follower.execute(plan, names)
+        self.follower.execute(plan)
         self._check_chunks(plan, names)
         assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.config.max_batched_tokens
         singles = [len(chunk.tokens) == 1 for chunk in plan.chunks]
@@ -128,8 +140,9 @@ class Simulation:
     def _check_pages(self):
         scheduler = self.scheduler
         owned = [page for sequence in scheduler.running for page in sequence.pages]
-        assert len(owned) == len(set(owned)), "a page of two sequences"
-        assert scheduler.blocks.num_free + len(owned) == self.config.num_pages
+        assert len(owned) == len(set(owned)) or self.config.prefix_cache, "a page of two sequences"
+        assert scheduler.blocks.num_free + len(set(owned)) == self.config.num_pages
+        assert all(len(sequence.pages) == len(set(sequence.pages)) for sequence in scheduler.running)
         assert all(sequence.row < 0 and not sequence.pages for sequence in scheduler.waiting)
         rows = [sequence.row for sequence in scheduler.running]
         assert len(set(rows)) == len(rows) <= self.config.max_batch_size
@@ -142,11 +155,14 @@ class Simulation:
             life = self.lives[names[chunk.row]]
             end = chunk.start + len(chunk.tokens)
             assert chunk.tokens
-            assert chunk.start in (life.computed, 0), "a token was left out or computed twice"
+            is_next = chunk.start == life.computed
+            is_new = chunk.start == 0 or (self.config.prefix_cache and chunk.start % self.config.page_size == 0)
+            assert is_next or is_new, "a token was left out or computed twice"
+            self.hits += 0 if is_next else chunk.start
             life.computed = end
             assert chunk.sample == (end == len(life.tokens))
-            expected = [(life.request.id, position, token) for position, token in enumerate(life.tokens[:end])]
-            assert self.follower.written(chunk.row, end) == expected, "somebody else wrote into this cache"
+            expected = [tuple(life.tokens[: position + 1]) for position in range(end)]
+            assert self.follower.written(chunk.row, end) == expected, "this cache holds something else"
 
     def _commit(self, sampled):
         ids = [self._sample() for _ in sampled]
@@ -208,6 +224,7 @@ def configs(draw):
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batch_size + draw(st.integers(0, 12)),
         page_size=page_size,
+        prefix_cache=draw(st.booleans()),
         pages=draw(st.integers(per_sequence, max_batch_size * per_sequence)),
     )
 
@@ -248,6 +265,7 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
         simulation.step(cancel_meanwhile=next(iter(leaving.get((step, True), [])), None))
     simulation.run()
     event("with preemption" if simulation.restarts else "without preemption")
+    event("with prefix hits" if simulation.hits else "without prefix hits")
     for life in simulation.lives.values():
         last = life.events[-1].finish_reason if life.events else None
         if not life.cancelled and last is FinishReason.LENGTH:
@@ -266,7 +284,14 @@ def test_the_steps_of_a_crowd_are_at_most_those_of_one_after_the_other(scenario,
 
 
 def simulation_of(*, pages=None, stops=0.0, **config):
-    settings = {"max_seq_len": 16, "max_batch_size": 4, "max_batched_tokens": 8, "page_size": 2, **config}
+    settings = {
+        "max_seq_len": 16,
+        "max_batch_size": 4,
+        "max_batched_tokens": 8,
+        "page_size": 2,
+        "prefix_cache": False,
+        **config,
+    }
     pages = EngineConfig(**settings).num_pages if pages is None else pages
     return Simulation(SmallCache(**settings, pages=pages), random.Random(1), stops=stops)
 
@@ -379,6 +404,55 @@ def test_cancelling_frees_rows_and_pages_at_once():
     simulation.cancel(waiting)
     simulation.check_nothing_is_left()
     assert simulation.scheduler.cancel("never seen") is False
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new():
+    simulation = simulation_of(prefix_cache=True, max_seq_len=32, max_batched_tokens=32)
+    scheduler = simulation.scheduler
+    scheduler.add(Request("first turn", tuple(range(9)), SamplingParams(max_new_tokens=4)))
+    for token in (20, 21, 22, 23):
+        scheduler.plan()
+        scheduler.commit([token])
+    scheduler.add(Request("second turn", (*range(9), 20, 21, 22, 23, 50, 51), SamplingParams(max_new_tokens=4)))
+    plan, _ = scheduler.plan()
+    (chunk,) = plan.chunks
+    assert chunk.start == 12, "six pages of two tokens; the last token of the answer was never computed"
+    assert chunk.tokens == (23, 50, 51)
+    assert (scheduler.num_prefix_hits, scheduler.num_prompt_tokens) == (12, 9 + 15)
+    (sequence,) = scheduler.running
+    assert sequence.pages == list(range(8)), "the pages are still neighbours"
+
+
+def test_prompts_of_one_step_share_what_the_first_of_them_computes():
+    simulation = simulation_of(prefix_cache=True, max_batched_tokens=16)
+    for index in range(3):
+        simulation.scheduler.add(Request(str(index), (1, 2, 3, 4, 5 + index), SamplingParams(max_new_tokens=1)))
+    plan, _ = simulation.scheduler.plan()
+    assert sorted((chunk.start, chunk.tokens) for chunk in plan.chunks) == [
+        (0, (1, 2, 3, 4, 5)),
+        (4, (6,)),
+        (4, (7,)),
+    ]
+    assert simulation.scheduler.blocks.num_used == 2 + 3
+
+
+def test_what_a_poisoned_request_computed_serves_nobody():
+    simulation = simulation_of(prefix_cache=True)
+    for request_id in ("poisoned", "healthy"):
+        simulation.scheduler.add(Request(request_id, (1, 2, 3, 4, 5), SamplingParams(max_new_tokens=1)))
+        plan, _ = simulation.scheduler.plan()
+        assert [chunk.start for chunk in plan.chunks] == [0]
+        simulation.scheduler.commit([None])
+
+
+def test_the_page_that_was_released_first_is_overwritten_first():
+    simulation = simulation_of(prefix_cache=True, pages=8, max_batched_tokens=16)
+    scheduler = simulation.scheduler
+    for start in (0, 100, 200):  # three pages of content each, in a cache of eight
+        scheduler.add(Request(str(start), tuple(range(start, start + 6)), SamplingParams(max_new_tokens=1)))
+        scheduler.plan()
+        scheduler.commit([1])
+    assert [len(scheduler.blocks.match([*range(start, start + 6), 1])) for start in (0, 100, 200)] == [2, 3, 3]
 
 
 def test_an_id_that_was_cancelled_and_came_back_in_mid_step_does_not_get_the_old_one_s_token():
