@@ -35,8 +35,9 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
         folder = str(Path(model_dir, config.handler.converted_ckpt_dir))
         thread = EngineThread()
         engine = thread.call(lambda: load_engine(folder, args, engine_config, group))
-    except (ValueError, OSError, MemoryError) as error:
-        problem = str(error) or type(error).__name__
+    except Exception as error:  # out of memory, too: the others must hear of it
+        line = (str(error).splitlines() or [""])[0]
+        problem = line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
     _fail_together(group, problem)
     if not lead:
         thread.run(engine.follow)
