@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from llama_tp.checkpoint.command import run_command
+from llama_tp.command import run_command
 
 
 def download(model_name: str, revision: str | None = None, output: str = "model") -> None:

@@ -5,8 +5,8 @@ torchrun --nnodes 1 --nproc_per_node N scripts/convert_checkpoints.py --original
     --save_checkpoint_dir converted_checkpoints --max_seq_len 512 --max_batch_size 2
 """
 
-from llama_tp.checkpoint.command import run_command
 from llama_tp.checkpoint.convert import convert
+from llama_tp.command import run_command
 
 if __name__ == "__main__":
     run_command(convert)

@@ -23,6 +23,7 @@ make_environment() {
     if grep -qsxF "$stamp" .venv/llama_tp.installed; then
         return
     fi
+    : >"$log"
     say "  installing torch and the package into .venv (several minutes on a slow line; log: $log)"
     # torch first and pinned: whatever else asks for it then takes this one.
     install "$log" torch==2.13.0

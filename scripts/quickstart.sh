@@ -19,8 +19,11 @@ TEXT
 tp=3 keep=no port=8080
 while [ $# -gt 0 ]; do
     case $1 in
-    --tp) tp=${2:-} && shift 2 ;;
-    --port) port=${2:-} && shift 2 ;;
+    --tp | --port)
+        [ $# -ge 2 ] || { usage >&2 && exit 2; }
+        if [ "$1" = --tp ]; then tp=$2; else port=$2; fi
+        shift 2
+        ;;
     --keep) keep=yes && shift ;;
     -h | --help) usage && exit 0 ;;
     *) usage >&2 && exit 2 ;;

@@ -13,8 +13,7 @@ T = TypeVar("T")
 def agree(step: Callable[[], T]) -> T:
     """Run `step` on every rank and return its own result. If it fails on any rank: ValueError on all, the first reason.
 
-    Only what a user or a disk can cause is passed on (ValueError, OSError, MemoryError); other exceptions are bugs and
-    fly as they are. Without a process group it is a plain call.
+    Without a process group it is a plain call, whose errors fly as they are.
     """
     if not dist.is_initialized():
         return step()
@@ -22,12 +21,18 @@ def agree(step: Callable[[], T]) -> T:
     problem: str | None = None
     try:
         result = step()
-    except (ValueError, OSError, MemoryError) as error:
-        problem = str(error) or type(error).__name__
+    except Exception as error:  # also what torch raises when memory runs out: a RuntimeError
+        problem = one_line(error)
     problems = gather(problem)
     if first := next(filter(None, problems), None):
         raise ValueError(first)
     return result  # type: ignore[return-value]  # no problem anywhere, so step returned
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, for a log or another rank. An error that is not meant for users says its kind, too."""
+    text = "; ".join(str(error).splitlines())[:500]
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
 def gather(value: T) -> list[T]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.agree import agree
 from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import lower, parallelize
@@ -23,13 +24,14 @@ def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     if group.mesh is not None:
         parallelize(model, group.mesh)
-    model.to_empty(device=group.device)
+    agree(lambda: model.to_empty(device=group.device))
     model.tie_embeddings()  # to_empty gave each of the two names a tensor of its own
     weights = model.state_dict()
     if args.tied_embeddings:
         del weights["output.weight"]  # the checkpoint has it once
     dcp.load(weights, folder)
-    return lower(model, group.comm)
+    del weights  # it would keep every original alive while lower() makes the local ones
+    return agree(lambda: lower(model, group.comm))
 
 
 def resolve_dtype(name: str, folder: str, device: torch.device) -> torch.dtype:

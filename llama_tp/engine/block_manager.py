@@ -85,13 +85,11 @@ class BlockManager:
             self._nodes[page] = (next(self._node_ids), key)
             self._pages[key] = page
 
-    def release(self, pages: list[int], *, keep: bool = True) -> None:
-        """Drop one reference to each page; what nobody refers to is free. `keep`: its content may serve others."""
+    def release(self, pages: list[int]) -> None:
+        """Drop one reference to each page; what nobody refers to is free, and kept if it can serve others."""
         for page in reversed(pages):  # the end of a prefix is of less use than its beginning
             assert self._references[page] > 0, f"page {page} was freed twice"
             self._references[page] -= 1
-            if not keep:
-                self._forget(page)
             if self._references[page] == 0:
                 (self._kept if page in self._nodes else self._blank)[page] = None
 

@@ -100,6 +100,8 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
     pages: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    """Pages, from the first, that prompts which begin alike can find."""
 
     @property
     def num_prompt(self) -> int:

@@ -112,10 +112,10 @@ class Scheduler:
     def _advance(self, sequence: Sequence, token_id: int | None) -> TokenEvent:
         request = sequence.request
         if token_id is None:
-            self.blocks.release(sequence.pages, keep=False)  # what it computed is worth nothing to others
-            sequence.pages = []
             self.cancel(request.id)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits")
+        if self.config.prefix_cache:
+            self._register(sequence)
         if token_id in request.params.stop_ids:
             self.cancel(request.id)
             return TokenEvent(request.id, None, FinishReason.STOP)
@@ -141,6 +141,7 @@ class Scheduler:
         self._page_updates += [(sequence.row, index, page) for index, page in enumerate(shared)]
         sequence.pages = shared
         sequence.num_computed = len(shared) * self.config.page_size
+        sequence.num_registered = len(shared)
         self.num_prompt_tokens += len(sequence.tokens)
         self.num_prefix_hits += sequence.num_computed
         return sequence
@@ -155,17 +156,16 @@ class Scheduler:
         if end == start or not self._reserve(sequence, end):
             return 0
         sequence.num_computed = end
-        if self.config.prefix_cache:
-            self._register(sequence, start, end)
         chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), sample=end == len(sequence.tokens))
         shares.append((sequence, chunk))
         return end - start
 
-    def _register(self, sequence: Sequence, start: int, end: int) -> None:
-        """Let others find the pages that this step fills. Even in this step: each layer writes all keys, then reads."""
+    def _register(self, sequence: Sequence) -> None:
+        """Let others find the full pages of a sequence, now that a sampled token has shown them to be finite."""
         size = self.config.page_size
-        for index in range(start // size, end // size):
+        for index in range(sequence.num_registered, sequence.num_computed // size):
             self.blocks.register(sequence.pages, index, sequence.tokens[index * size : (index + 1) * size])
+        sequence.num_registered = sequence.num_computed // size
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for its first num_tokens tokens, if need be at the cost of younger ones."""

@@ -26,16 +26,12 @@ from llama_tp.parallel.plan import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_O
 class ReplicatedHeads(ParallelStyle):
     """Column-parallel over fewer heads than ranks: each kv head lives on `replicas` neighbouring ranks."""
 
-    def __init__(self, num_kv_heads: int) -> None:
+    def __init__(self, num_kv_heads: int, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.num_kv_heads = num_kv_heads
+        shape = (num_kv_heads, mesh.size() // num_kv_heads)
+        self.mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("kv_head", "replica"))
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        replicas = device_mesh.size() // self.num_kv_heads
-        mesh = init_device_mesh(
-            device_mesh.device_type, (self.num_kv_heads, replicas), mesh_dim_names=("kv_head", "replica")
-        )
-
         def shard(_name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
             weight = distribute_tensor(cast(Tensor, linear.weight), mesh, [Shard(0), Replicate()])
             linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -47,7 +43,7 @@ class ReplicatedHeads(ParallelStyle):
             return output.to_local()
 
         # distribute_module's annotation has its hooks return None; their results are what counts.
-        return distribute_module(module, mesh, shard, cast(Any, to_mesh), cast(Any, to_local))
+        return distribute_module(module, self.mesh, shard, cast(Any, to_mesh), cast(Any, to_local))
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
@@ -57,12 +53,10 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """
     args = model.args
     check_tp_size(args, mesh.size())
-    styles: dict[str, ParallelStyle] = {}
-    for pattern, sharding in LLAMA_TP_PLAN.items():
-        if sharding == COLUMN and pattern.endswith(("wk", "wv")) and mesh.size() > args.n_kv_heads:
-            styles[pattern] = ReplicatedHeads(args.n_kv_heads)
-        else:
-            styles[pattern] = _STYLES[sharding]()
+    styles = {pattern: _STYLES[sharding]() for pattern, sharding in LLAMA_TP_PLAN.items()}
+    if mesh.size() > args.n_kv_heads:
+        heads = ReplicatedHeads(args.n_kv_heads, mesh)
+        styles |= {pattern: heads for pattern in styles if pattern.endswith((".wk", ".wv"))}
     parallelize_module(model, mesh, styles)
     model.tie_embeddings()
     return model

@@ -81,21 +81,32 @@ class SharedMemoryComm:
         return None if out is None else out.view(*x.shape[:-1], -1)
 
     def publish(self, message: bytes | None) -> bytes:
-        self._enter()
-        slot = self._slots[torch.uint8][self._epoch % 2, self.leader]
         if message is not None:
-            framed = bytearray(len(message).to_bytes(8, "little") + message)
-            assert len(framed) <= _SLOT, "a plan is bounded by max_batched_tokens and fits a slot"
-            slot[: len(framed)] = torch.frombuffer(framed, dtype=torch.uint8)
-        else:
-            self._wait(self.leader, self._epoch)
-            length = int.from_bytes(slot[:8].numpy().tobytes(), "little")
-            message = slot[8 : 8 + length].numpy().tobytes()
-        self._announce()
-        return message
+            framed = memoryview(bytearray(len(message).to_bytes(8, "little") + message))
+            for start in range(0, len(framed), _SLOT):
+                piece = torch.frombuffer(framed[start : start + _SLOT], dtype=torch.uint8)
+                self._enter()
+                self._slots[torch.uint8][self._epoch % 2, self.leader, : piece.numel()] = piece
+                self._announce()
+            return message
+        head = self._receive(_SLOT, framed=True)
+        length = 8 + int.from_bytes(head[:8], "little")
+        pieces = [head, *(self._receive(length - start) for start in range(_SLOT, length, _SLOT))]
+        return b"".join(pieces)[8:]
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+    def _receive(self, size: int, *, framed: bool = False) -> bytes:
+        """The leader's next piece: at most a slot of `size` bytes, or as many as the frame at its beginning says."""
+        self._enter()
+        self._wait(self.leader, self._epoch)
+        slot = self._slots[torch.uint8][self._epoch % 2, self.leader]
+        if framed:
+            size = 8 + int.from_bytes(slot[:8].numpy().tobytes(), "little")
+        data = slot[: min(size, _SLOT)].numpy().tobytes()
+        self._announce()
+        return data
 
     def _exchange(self, x: Tensor, *, wait: bool = True) -> Tensor:
         """Show x (n,) to the group. All ranks' values (ranks, n), complete if this rank waits for them."""
@@ -153,26 +164,38 @@ def _pieces(rows: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _map_together(size: int, leader: int) -> mmap.mmap:
-    """Map one new zeroed file on every rank; its name is gone when this returns. OSError on all ranks or none."""
+    """Map one new zeroed file on every rank; its name is gone when this returns. OSError on all ranks or on none."""
     name: list[str | None] = [None]
-    failure = ""
-    if dist.get_rank() == leader:
-        try:
-            descriptor, path = tempfile.mkstemp(prefix="llama_tp.", dir="/dev/shm")
-            name = [path]
-            os.posix_fallocate(descriptor, 0, size)  # ENOSPC here, not SIGBUS later
-            os.close(descriptor)
-        except OSError as error:
-            failure = str(error)
-            if name[0]:
-                os.unlink(name[0])
-            name = [None]
+    mapping = problem = None
+    try:
+        if dist.get_rank() == leader:
+            name[0] = _new_file(size)
+    except OSError as error:
+        problem = str(error)
     dist.broadcast_object_list(name, src=leader)
-    if name[0] is None:
-        raise OSError(f"no shared memory of {size} bytes on the leader {failure}".rstrip())
-    with open(name[0], "r+b") as file:
-        mapping = mmap.mmap(file.fileno(), size)
-    dist.barrier()
-    if dist.get_rank() == leader:
+    try:
+        if name[0] is not None:
+            with open(name[0], "r+b") as file:
+                mapping = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if dist.get_rank() == leader and name[0] is not None:
         os.unlink(name[0])
+    if first := next(filter(None, problems), None):
+        raise OSError(f"no shared memory of {size} bytes: {first}")
+    assert mapping is not None
     return mapping
+
+
+def _new_file(size: int) -> str:
+    descriptor, path = tempfile.mkstemp(prefix="llama_tp.", dir="/dev/shm")
+    try:
+        os.posix_fallocate(descriptor, 0, size)  # ENOSPC here, not SIGBUS later
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return path

@@ -128,7 +128,7 @@ class LlamaService:
                 for event in self._loop.poll(remaining):
                     self._take(event)
             replies, self._immediate = self._immediate, []
-            replies += [self._reply(key, active) for key, active in list(self._active.items()) if active.has_reply]
+            replies += [self._safely(key, active) for key, active in list(self._active.items()) if active.has_reply]
             remaining = deadline - monotonic()
             if replies or remaining <= 0 or not self._active:
                 return replies
@@ -197,6 +197,17 @@ class LlamaService:
             active.error = ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
         elif event.finish_reason is FinishReason.ERROR:
             active.error = ApiError(500, event.error or "internal_error", _WHY.get(event.error or "", _WHY[""]))
+
+    def _safely(self, request_id: str, active: _Active) -> Reply:
+        """The reply; should making it fail, an error for this request alone."""
+        is_first = not active.has_replied
+        try:
+            return self._reply(request_id, active)
+        except Exception as error:
+            log.error("request %s failed in replying: %s", request_id, type(error).__name__)
+            self.close(request_id)
+            failure = ApiError(500, "internal_error", "the server failed to put the answer into words")
+            return Reply(request_id, native.stream_error(failure), is_first, status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
         """What the client gets now. The request is over if that is all."""

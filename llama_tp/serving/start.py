@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
+from llama_tp.checkpoint.agree import one_line
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
-from llama_tp.parallel.launch import Group, join
+from llama_tp.parallel.launch import Group, die_with_parent, join, resolve_device
 from llama_tp.serve_config import ModelConfig
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
@@ -23,11 +25,14 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
 
     RuntimeError with the same text on every rank if any of them failed.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     problem: str | None = None
     try:
         config, args, engine_config, tokenizer, chat = _read(yaml_config, Path(model_dir))
-    except (ValueError, OSError) as error:
-        problem = str(error)
+        resolve_device(engine_config.device)
+    except Exception as error:
+        problem = one_line(error)
         engine_config = EngineConfig(device="cpu")  # enough to meet the others and say so
     group = join(engine_config.device, timeout_s=engine_config.collective_timeout_s, lead=lead)
     _fail_together(group, problem)
@@ -35,9 +40,8 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
         folder = str(Path(model_dir, config.handler.converted_ckpt_dir))
         thread = EngineThread()
         engine = thread.call(lambda: load_engine(folder, args, engine_config, group))
-    except Exception as error:  # out of memory, too: the others must hear of it
-        line = (str(error).splitlines() or [""])[0]
-        problem = line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+    except Exception as error:
+        problem = one_line(error)
     _fail_together(group, problem)
     if not lead:
         thread.run(engine.follow)
@@ -98,5 +102,5 @@ def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | 
 
 def _fail_together(group: Group, problem: str | None) -> None:
     if first := group.agree(problem):
-        log.error("the model was not loaded: %s", first)
+        log.error("the model was not loaded: %s", "; ".join(first.splitlines()))
         raise RuntimeError(first)

@@ -67,8 +67,12 @@ class TokenizerJson(Vocabulary):
         return self._library.encode(text, add_special_tokens=False).ids
 
 
+SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+"""Files that a tokenizer.json may have beside it, and that belong to it."""
+
+
 class _Siblings:
-    """The optional files beside a tokenizer.json."""
+    """What the optional files beside a tokenizer.json say."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer_config = _read_json(folder / "tokenizer_config.json")
@@ -78,7 +82,12 @@ class _Siblings:
         template_file = folder / "chat_template.jinja"
         template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if not isinstance(template, (str, type(None))):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: chat_template must be text, not {type(template).__name__}"
+            )
         self.chat_template = template_file.read_text("utf-8") if template_file.is_file() else template
 
     def token_id(self, name: str, vocab: Mapping[str, int], guesses: Sequence[str]) -> int | None:

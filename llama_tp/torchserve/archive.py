@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llama_tp.config import ConfigError
 from llama_tp.serve_config import ModelConfig
+from llama_tp.text.tokenizer_json import SIBLINGS
 
 
 def build_archive(
@@ -80,8 +81,7 @@ def _run_archiver(model_name: str, version: str, handler: str | Path, config_fil
 
 def _tokenizer_files(tokenizer: Path) -> list[Path]:
     """The file, and what a tokenizer.json needs beside it: the chat template and the special tokens."""
-    siblings = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    beside = [tokenizer.with_name(name) for name in siblings] if tokenizer.suffix == ".json" else []
+    beside = [tokenizer.with_name(name) for name in SIBLINGS] if tokenizer.suffix == ".json" else []
     return [tokenizer, *(path for path in beside if path.is_file())]
 
 

@@ -8,11 +8,13 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -46,6 +48,7 @@ class TorchServe:
         self.port = port
         self.properties = Path(properties)
         self.log_config = Path(log_config).resolve()
+        self._log_start = 0  # what earlier servers logged does not concern this one
 
     @property
     def url(self) -> str:
@@ -73,6 +76,7 @@ class TorchServe:
         for offset in range(3):
             check_port(self.port + offset)
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
         config = self.run_dir / "config.properties"
         config.write_text(self._own_properties())
         torchserve = Path(sys.executable).with_name("torchserve")
@@ -111,9 +115,9 @@ class TorchServe:
     def generates(self) -> bool:
         """Whether one token comes back: the only sign of health that means anything (/ping always says Healthy)."""
         body = json.dumps({"prompt": [0], "max_new_tokens": 1, "temperature": 0}).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", **self._authorization("inference")}
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(urllib.request.Request(self.url, body, headers), timeout=30) as response:
                 return "usage" in json.load(response)
         except (OSError, ValueError):
             return False
@@ -129,7 +133,8 @@ class TorchServe:
         while (living := [p for p in (pid, *workers) if _is_alive(p)]) and monotonic() < deadline:
             sleep(0.05)
         for process in living:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self._pid_file.unlink(missing_ok=True)
         shutil.rmtree(self._tmp_dir, ignore_errors=True)
         return True
@@ -145,6 +150,9 @@ class TorchServe:
 
     def _environment(self) -> dict[str, str]:
         self._tmp_dir.mkdir(mode=0o700, exist_ok=True)
+        info = self._tmp_dir.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise ServerError(f"{self._tmp_dir} is not a private folder of yours; remove it")
         variables = {**os.environ, "TMPDIR": str(self._tmp_dir), "TEMP": str(self._tmp_dir)}
         variables["LOG_LOCATION"] = variables["METRICS_LOCATION"] = str(self.run_dir / "logs")
         variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
@@ -155,15 +163,19 @@ class TorchServe:
     def _own_properties(self) -> str:
         """The given configuration with this server's ports: later lines win."""
         grpc, grpc_management, distribution = free_ports(3)
-        return self.properties.read_text() + "".join(
-            f"{line}\n"
-            for line in (
-                f"inference_address=http://127.0.0.1:{self.port}",
-                f"management_address=http://127.0.0.1:{self.port + 1}",
-                f"metrics_address=http://127.0.0.1:{self.port + 2}",
-                f"grpc_inference_port={grpc}",
-                f"grpc_management_port={grpc_management}",
-                f"initial_distribution_port={distribution}",
+        return (
+            self.properties.read_text().rstrip("\n")
+            + "\n"
+            + "".join(
+                f"{line}\n"
+                for line in (
+                    f"inference_address=http://127.0.0.1:{self.port}",
+                    f"management_address=http://127.0.0.1:{self.port + 1}",
+                    f"metrics_address=http://127.0.0.1:{self.port + 2}",
+                    f"grpc_inference_port={grpc}",
+                    f"grpc_management_port={grpc_management}",
+                    f"initial_distribution_port={distribution}",
+                )
             )
         )
 
@@ -174,19 +186,29 @@ class TorchServe:
         return pid
 
     def _is_worker_ready(self) -> bool:
+        url = f"http://127.0.0.1:{self.port + 1}/models/{self.model_name}"
+        request = urllib.request.Request(url, headers=self._authorization("management"))
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.port + 1}/models/{self.model_name}", timeout=5
-            ) as reply:
+            with urllib.request.urlopen(request, timeout=5) as reply:
                 workers = json.load(reply)[0].get("workers", [])
         except (OSError, ValueError, LookupError):
             return False
         return bool(workers) and all(worker.get("status") == "READY" for worker in workers)
 
+    def _authorization(self, kind: str) -> dict[str, str]:
+        """The header that a server with tokens wants; it writes them to key_file.json in its working folder."""
+        try:
+            key = json.loads((self.run_dir / "key_file.json").read_text())[kind]["key"]
+        except (OSError, ValueError, LookupError):
+            return {}
+        return {"Authorization": f"Bearer {key}"}
+
     def _refusal(self) -> str | None:
         """What the ranks said when they refused to load."""
         try:
-            found = re.findall(r"the model was not loaded: (.*)", self.log_file.read_text(errors="replace"))
+            with open(self.log_file, errors="replace") as log:
+                log.seek(self._log_start)
+                found = re.findall(r"the model was not loaded: (.*)", log.read())
         except OSError:
             return None
         return found[-1] if found else None
@@ -250,9 +272,11 @@ def _is_alive(pid: int) -> bool:
 def _descendants(pid: int) -> list[int]:
     """All processes below one, from /proc."""
     parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+            parents.setdefault(int(status.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(status.parent.name)
+            )
         except OSError:
             continue
     found, queue = [], [pid]

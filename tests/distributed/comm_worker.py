@@ -33,6 +33,9 @@ def main() -> None:
     for number in range(300):  # plans of changing length, faster than followers may read them
         message = bytes([number % 251]) * (1 + number * 37 % 9000)
         assert comm.publish(message if comm.is_leader else None) == message
+    for size in (2**20 - 9, 2**20 - 8, 2**20 - 7, 2**21 - 8, 5_000_000):  # about and over the size of a slot
+        message = bytes(range(251)) * (size // 251) + bytes(size % 251)
+        assert comm.publish(message if comm.is_leader else None) == message
     start = time.monotonic()
     if comm.is_leader:
         time.sleep(4)  # silent for longer than the timeout

@@ -8,8 +8,8 @@ import signal
 import sys
 
 from llama_tp.checkpoint import convert as convert_module
-from llama_tp.checkpoint.command import run_command
 from llama_tp.checkpoint.hashing_file import HashingFile
+from llama_tp.command import run_command
 
 
 def _unreadable(*_args: object) -> None:

@@ -78,3 +78,16 @@ def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):
             PROMPTS, SamplingParams(max_new_tokens=16, temperature=0)
         )
         assert result["greedy"] == [completion.token_ids for completion in single], f"{name} over {comm}"
+
+
+@pytest.mark.parametrize("stage", ["dtype", "weights", "cache"])
+def test_when_one_rank_cannot_load_all_ranks_hear_why_at_once(tmp_path, stage):
+    """They used to wait an hour for it, in another collective than it was in."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(folder, random_model(MODELS["mha"]), num_shards=1)
+    MODELS["mha"].save(folder / "model_args.json")
+    done = torchrun(2, "tests.distributed.failed_load_worker", str(folder), stage, timeout_s=60)
+    check(done)
+    assert sorted(done.stdout.splitlines()) == [
+        f"rank {rank} heard: OutOfMemoryError: CUDA out of memory" for rank in range(2)
+    ]

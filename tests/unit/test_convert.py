@@ -13,12 +13,12 @@ import torch
 
 from llama_tp.checkpoint import convert as convert_module
 from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.command import run_command
 from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.hashing_file import HashingFile
 from llama_tp.checkpoint.manifest import load_manifest
 from llama_tp.checkpoint.staging import StagedFolder
 from llama_tp.checkpoint.verify import verify
+from llama_tp.command import run_command
 from llama_tp.config import ModelArgs
 from tests.tiny_checkpoint import PARAMS, meta_tensors, write_meta
 from tests.tiny_text import make_sentencepiece_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -363,3 +364,17 @@ def test_followers_are_released_when_a_prompt_is_refused(model):
     with pytest.raises(ValueError, match=r"prompts\[1\]"):
         leader.generate([[1], []], GREEDY)
     assert [decode(message).stop for message in comm.messages] == [True]
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_size_that_would(monkeypatch):
+    from llama_tp.engine import load
+    from llama_tp.parallel.comm import SingleComm
+    from llama_tp.parallel.launch import Group
+
+    group = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None)
+    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)  # Llama 2 7B
+    config = EngineConfig(max_seq_len=4096, max_batch_size=16, max_batched_tokens=512)
+    monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
+    with pytest.raises(ValueError, match=r"32\.0 GiB of KV cache beside 12\.6 GiB .* lower max_batch_size to 5"):
+        load.check_memory(args, config, group, torch.bfloat16)
+    load.check_memory(args, dataclasses.replace(config, max_batch_size=5), group, torch.bfloat16)

@@ -100,7 +100,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.serving.schema",
         "llama_tp.serving.native",
         "llama_tp.cli",
-        "llama_tp.checkpoint.command",
+        "llama_tp.command",
         *modules_below("llama_tp.text", "llama_tp.torchserve"),
     ],
 )

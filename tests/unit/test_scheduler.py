@@ -423,26 +423,30 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new():
     assert sequence.pages == list(range(8)), "the pages are still neighbours"
 
 
-def test_prompts_of_one_step_share_what_the_first_of_them_computes():
+def test_a_page_is_shared_once_a_sampled_token_has_proved_it_finite():
     simulation = simulation_of(prefix_cache=True, max_batched_tokens=16)
-    for index in range(3):
-        simulation.scheduler.add(Request(str(index), (1, 2, 3, 4, 5 + index), SamplingParams(max_new_tokens=1)))
+    for index in range(2):
+        simulation.scheduler.add(Request(str(index), (1, 2, 3, 4, 5 + index), SamplingParams(max_new_tokens=2)))
+    assert [start for _, start, _ in chunks_of(simulation)] == [0, 0]
+    simulation.scheduler.add(Request("later", (1, 2, 3, 4, 9), SamplingParams(max_new_tokens=2)))
     plan, _ = simulation.scheduler.plan()
-    assert sorted((chunk.start, chunk.tokens) for chunk in plan.chunks) == [
-        (0, (1, 2, 3, 4, 5)),
-        (4, (6,)),
-        (4, (7,)),
-    ]
-    assert simulation.scheduler.blocks.num_used == 2 + 3
+    assert (plan.chunks[-1].start, plan.chunks[-1].tokens) == (4, (9,))
 
 
-def test_what_a_poisoned_request_computed_serves_nobody():
-    simulation = simulation_of(prefix_cache=True)
-    for request_id in ("poisoned", "healthy"):
-        simulation.scheduler.add(Request(request_id, (1, 2, 3, 4, 5), SamplingParams(max_new_tokens=1)))
-        plan, _ = simulation.scheduler.plan()
+@pytest.mark.parametrize("end", ["poisoned", "cancelled"])
+def test_what_was_never_proved_finite_serves_nobody(end):
+    """Keys and values of a poisoned token are zeros in the cache: whoever shared them would read garbage."""
+    simulation = simulation_of(prefix_cache=True, max_batched_tokens=4)
+    for request_id in ("first", "second"):
+        simulation.scheduler.add(Request(request_id, (1, 2, 3, 4, 5, 6), SamplingParams(max_new_tokens=1)))
+        plan, sampled = simulation.scheduler.plan()
         assert [chunk.start for chunk in plan.chunks] == [0]
-        simulation.scheduler.commit([None])
+        simulation.scheduler.commit([None] * len(sampled))
+        if end == "cancelled":
+            simulation.scheduler.cancel(request_id)
+        else:
+            simulation.scheduler.plan()
+            simulation.scheduler.commit([None])
 
 
 def test_the_page_that_was_released_first_is_overwritten_first():

@@ -276,3 +276,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_a_key_that_is_not_a_string_is_refused(values):
     assert "1" in problems_of({**values, 1: 2})[0]
+
+
+def test_the_readme_names_every_key_of_the_handler_section_and_has_no_gaps():
+    readme = (ROOT / "README.md").read_text()
+    assert "@@" not in readme
+    assert [key for key in HandlerSection.model_fields if f"`{key}`" not in readme] == []

@@ -1,0 +1,37 @@
+"""One rank of which rank 1 cannot load. Usage: torchrun ... -m tests.distributed.failed_load_worker FOLDER STAGE"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.engine import load, runner
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.launch import join
+
+
+def no_memory(*_args: object, **_kwargs: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def main() -> None:
+    folder, stage = sys.argv[1:]
+    group = join("cpu")
+    if group.comm.rank == 1:
+        if stage == "weights":
+            Transformer.to_empty = no_memory  # type: ignore[assignment]
+        elif stage == "cache":
+            runner.KVCache.__init__ = no_memory  # type: ignore[method-assign]
+        else:
+            load.resolve_dtype = no_memory  # type: ignore[assignment]
+    try:
+        load.load_engine(folder, ModelArgs.load(f"{folder}/model_args.json"), EngineConfig(device="cpu"), group)
+    except ValueError as error:
+        print(f"rank {group.comm.rank} heard: {error}")
+    group.comm.close()
+
+
+if __name__ == "__main__":
+    main()
