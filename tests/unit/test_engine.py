@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from llama_tp.config import EngineConfig
+from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
