@@ -3,6 +3,9 @@
 The model does not know that it is parallel: the number of local heads comes from the tensors, and the two places
 of a layer where ranks must meet (`wo`, `w2`) are modules that a sharding plan may replace. State is passed in.
 
+Unlike Meta's, the residual stream is float32 whatever the dtype of the weights: 60 roundings to bfloat16 are enough to
+flip a greedy token of a small model, and ranks that add up partial sums would flip another one than a single rank.
+
 Legend: T tokens, D model dim, H heads, K kv heads, d head dim, F hidden dim of the feed-forward, V vocabulary.
 """
 
@@ -37,7 +40,7 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor | None:
         """Float32 logits (rows, V), None if no row is sampled; the batch's keys and values go into the cache."""
-        x = self.tok_embeddings(batch.tokens)  # (T, D)
+        x = self.tok_embeddings(batch.tokens).float()  # (T, D), the residual stream
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, batch, layer_cache)
         # What was not finite never reached the cache, so that it harms nobody else; its own sequence must end by it.
@@ -106,7 +109,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (arXiv:1910.07467), computed in float32."""
+    """Root mean square layer normalisation (arXiv:1910.07467), from float32 to the model's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -114,4 +117,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)

@@ -66,9 +66,9 @@ class SharedMemoryComm:
         self._slots = {dtype: slots.view(dtype) for dtype in _DTYPES}
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        for piece in x.view(-1).split(_SLOT // x.element_size()):
-            torch.sum(self._exchange(piece), dim=0, out=piece)
-        return x
+        pieces = x.view(-1).split(_SLOT // x.element_size())
+        sums = [torch.sum(self._exchange(piece), dim=0, dtype=torch.float32) for piece in pieces]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).view(x.shape)
 
     def gather(self, x: Tensor) -> Tensor | None:
         width = x.size(-1)

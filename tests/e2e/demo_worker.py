@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import llama_tp
+from llama_tp.text.chat import Message
 
 PROMPTS = ["Once upon a time", "The capital of France is", "def fibonacci(n):", "Water boils at"]
+
+QUESTION = "What is the capital of France?"
 
 
 def main() -> None:
@@ -18,7 +21,8 @@ def main() -> None:
     config = llama_tp.EngineConfig(max_seq_len=256, dtype="float32", device="cpu")
     args = llama_tp.ModelArgs.load(Path(checkpoint, "model_args.json"))
     engine = llama_tp.load_engine(checkpoint, args, config, group)
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    chat = llama_tp.chat_format("auto", tokenizer)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS] + [chat.encode([Message("user", QUESTION)])]
     completions = engine.generate(prompts, llama_tp.SamplingParams(max_new_tokens=48, temperature=0))
     if engine.is_leader:
         Path(out).write_text(json.dumps([[p, c.token_ids] for p, c in zip(prompts, completions, strict=True)]))

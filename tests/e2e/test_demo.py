@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import llama_tp
 from llama_tp.checkpoint import demo
 from llama_tp.checkpoint.convert import convert
 from tests.distributed.torchrun import check, torchrun
@@ -44,6 +45,12 @@ def greedy(checkpoint, weights):
 def test_greedy_tokens_are_the_same_on_one_rank_and_on_three(greedy):
     assert greedy[1] == greedy[3]
     assert all(len(generated) == 48 for _, generated in greedy[1])
+
+
+def test_the_capital_of_france_is_paris(greedy, weights):
+    tokenizer = llama_tp.load_tokenizer(weights)
+    for pairs in greedy.values():
+        assert tokenizer.decode(pairs[-1][1]).startswith("The capital of France is Paris.")
 
 
 def test_greedy_tokens_are_those_of_transformers(greedy, tmp_path):
