@@ -35,8 +35,8 @@ install() {
     local log=$1
     shift
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
-    if grep -qiE 'name resolution|connection (refused|error)|network is unreachable|max retries|timed out|newconnectionerror' "$log"; then
-        fail "the package index cannot be reached, so pip could not install $*; see $log"
+    if grep -qiE 'name resolution|connection (refused|error)|network is unreachable|max retries|timed out|newconnectionerror|from versions: none' "$log"; then
+        fail "no package index can be reached (or it has none of this), so pip could not install $*; see $log"
     fi
     fail "pip could not install $*: $(grep -E '^ERROR' "$log" | tail -n 1); see $log"
 }
