@@ -44,7 +44,7 @@ def main() -> None:
         comm.publish(None)
     except PeerLost as error:
         assert 1.9 < time.monotonic() - start < 3.5, time.monotonic() - start
-        print(f"noticed: {error}")
+        print(f"noticed: {error}\n", end="")
         return
     raise AssertionError("nobody noticed that the leader is silent")
 

@@ -29,7 +29,8 @@ def main() -> None:
     try:
         load.load_engine(folder, ModelArgs.load(f"{folder}/model_args.json"), EngineConfig(device="cpu"), group)
     except ValueError as error:
-        print(f"rank {group.comm.rank} heard: {error}")
+        # The ranks share a pipe, and torchrun runs them unbuffered: print would write the newline by itself.
+        print(f"rank {group.comm.rank} heard: {error}\n", end="")
     group.comm.close()
 
 

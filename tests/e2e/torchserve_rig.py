@@ -191,9 +191,13 @@ class TorchServe:
         return "\n".join(shown)
 
     def stop(self, grace_s: float = 10) -> list[str]:
-        """End the server; its ranks have to follow by themselves. What had to be killed after grace_s, as text."""
+        """End the server; what it started has to follow by itself. What had to be killed after grace_s, as text.
+
+        As `torchserve --stop` does, this tells Java alone. A torchrun agent that were told at the same time could end
+        first, and Java would start another, whose ranks wait half a minute for a frontend that is gone.
+        """
         for process in self.processes():
-            if _variable(process, "LOCAL_RANK") is None:
+            if "org.pytorch.serve.ModelServer" in _command(process):
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         deadline = time.monotonic() + grace_s
