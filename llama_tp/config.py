@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,8 +206,17 @@ class EngineConfig:
     """Tokens computed in one step, at most: longer prompts are prefilled in chunks of this size."""
     page_size: int = 16
     """Tokens of one page of KV cache."""
+    cache_pages: int = 0
+    """Pages of the whole KV cache. 0: so many that max_batch_size sequences can grow to max_seq_len."""
+    kv_cache_memory: int | float | str | None = None
+    """What loading derives cache_pages from, for one rank: bytes ("6GiB"), or, below 1, a share of what is free beside
+    the weights."""
+    max_waiting: int = 1024
+    """Sequences that may wait for a place in the batch; more are refused."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share pages."""
+    deterministic: bool = False
+    """Whether a request's tokens are the same to the bit in any company and any chunks, in every dtype."""
     dtype: str = "auto"
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     device: str = "auto"
@@ -219,7 +229,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)!r} must be a positive integer"
-            for name in ("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size")
+            for name in ("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size", "max_waiting")
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1
         ]
         if self.dtype not in DTYPES:
@@ -236,6 +246,11 @@ class EngineConfig:
                 f"heartbeat_s={self.heartbeat_s!r} must be more than 0 and less than "
                 f"collective_timeout_s={self.collective_timeout_s!r}"
             )
+        if self.kv_cache_memory is not None:
+            try:
+                parse_memory(self.kv_cache_memory)
+            except ValueError as error:
+                problems.append(f"kv_cache_memory={self.kv_cache_memory!r} {error}")
         if problems:
             raise ConfigError(problems)
 
@@ -246,8 +261,36 @@ class EngineConfig:
 
     @property
     def num_pages(self) -> int:
-        """Pages of the whole cache: every sequence may grow to max_seq_len."""
-        return self.max_batch_size * self.pages_per_sequence
+        """Pages of the whole KV cache."""
+        return self.cache_pages or self.max_batch_size * self.pages_per_sequence
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that fit into the whole KV cache."""
+        return self.num_pages * self.page_size
+
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_memory(value: float | str) -> int | float:
+    """Bytes as an int, or a share of what is free as a float in (0, 1). ValueError says what it must be."""
+    constraint = 'must be bytes (6442450944, "6GiB"), or a share of what is free, more than 0 and less than 1 (0.9)'
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(constraint)
+    if isinstance(value, str):
+        number, unit = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value), ""
+        if number is not None:
+            unit = number[2].upper()
+        try:
+            value = float(number[1] if number else "") * _UNITS[unit]
+        except (ValueError, KeyError):
+            raise ValueError(constraint) from None
+    if 0 < value < 1:
+        return float(value)
+    if not 1 <= value < float("inf"):
+        raise ValueError(constraint)
+    return int(value)
 
 
 def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:

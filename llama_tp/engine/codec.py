@@ -1,7 +1,8 @@
 """StepPlan <-> bytes, as 32-bit integers in the machine's order: the group is of one kind of machine.
 Step numbers wrap at 2**31.
 
-Layout: [step, stop, chunks, updates], then per chunk [row, start, sample, n, token * n], then per update three.
+Layout: [step, stop, chunks, updates, freed, has digest, digest], then per chunk [row, start, sample, n, token * n], per
+update three, and the freed rows.
 """
 
 from __future__ import annotations
@@ -10,28 +11,35 @@ from array import array
 
 from llama_tp.engine.request import Chunk, StepPlan
 
+_HEAD = 7
+
 
 def encode(plan: StepPlan) -> bytes:
-    words = array("i", (plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates)))
+    digest = plan.digest or 0
+    words = array("i", (plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates), len(plan.freed)))
+    words.extend((plan.digest is not None, digest - (1 << 32) if digest >> 31 else digest))
     for chunk in plan.chunks:
         words.extend((chunk.row, chunk.start, chunk.sample, len(chunk.tokens)))
         words.extend(chunk.tokens)
     for update in plan.page_updates:
         words.extend(update)
+    words.extend(plan.freed)
     return words.tobytes()
 
 
 def decode(message: bytes) -> StepPlan:
     words = array("i")
     words.frombytes(message)
-    step, stop, num_chunks, num_updates = words[:4]
-    at = 4
+    step, stop, num_chunks, num_updates, num_freed, has_digest, digest = words[:_HEAD]
+    at = _HEAD
     chunks = []
     for _ in range(num_chunks):
         row, start, sample, n = words[at : at + 4]
         at += 4
         chunks.append(Chunk(row, start, tuple(words[at : at + n]), bool(sample)))
         at += n
-    updates = tuple((words[i], words[i + 1], words[i + 2]) for i in range(at, at + 3 * num_updates, 3))
-    assert at + 3 * num_updates == len(words), "a plan arrived truncated"
-    return StepPlan(step, tuple(chunks), updates, bool(stop))
+    end = at + 3 * num_updates
+    updates = tuple((words[i], words[i + 1], words[i + 2]) for i in range(at, end, 3))
+    freed = tuple(words[end : end + num_freed])
+    assert end + num_freed == len(words), "a plan arrived truncated"
+    return StepPlan(step, tuple(chunks), updates, freed, digest & 0xFFFFFFFF if has_digest else None, bool(stop))

@@ -6,25 +6,40 @@ The leader calls `add`, `step` and `cancel`, or just `generate`; every other ran
 
 from __future__ import annotations
 
+import zlib
+from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from torch import Tensor
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine import codec
-from llama_tp.engine.request import FinishReason, Request, SamplingParams, StepPlan, TokenEvent
+from llama_tp.engine.request import FinishReason, Logprobs, Request, SamplingParams, StepPlan, TokenEvent
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.stats import EngineStats, Histogram
 from llama_tp.parallel.comm import Comm
+
+DIGEST_EVERY = 64
+"""Steps between two comparisons of what the ranks have executed."""
+
+
+class GroupDiverged(RuntimeError):
+    """The ranks have not executed the same plans: their caches differ, and no further token can be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What `Engine.generate` made of one prompt."""
+    """What `Engine.generate` made of one prompt, or one of the n outputs it made."""
 
     token_ids: list[int]
     finish_reason: FinishReason
     error: str | None = None
+    logprobs: list[Logprobs] | None = None
+    """One for each token, where asked for."""
 
 
 class Engine:
@@ -36,6 +51,9 @@ class Engine:
         self.config = config
         self.scheduler = Scheduler(config)
         self.sampler = Sampler()
+        self._digest = 0  # of all plans that this rank has executed
+        self._step_seconds = Histogram()
+        self._tokens_out = 0
 
     @property
     def is_leader(self) -> bool:
@@ -46,12 +64,18 @@ class Engine:
         """Requests that have not ended."""
         return len(self.scheduler)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. ValueError if it can never run; nothing else is affected."""
+    def check(self, request: Request) -> None:
+        """ValueError if a request can never run."""
         vocab_size = self.runner.model.args.vocab_size
-        strangers = [token for token in request.prompt if not 0 <= token < vocab_size]
-        if strangers:
-            raise ValueError(f"token id {strangers[0]} is outside the vocabulary of {vocab_size}")
+        for name, tokens in (("token id", request.prompt), ("logit_bias: token id", request.params.logit_bias)):
+            strangers = [token for token in tokens if not 0 <= token < vocab_size]
+            if strangers:
+                raise ValueError(f"{name} {strangers[0]} is outside the vocabulary of {vocab_size}")
+        self.scheduler.check(request)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError if it can never run, QueueFull if too many wait; nothing else is affected."""
+        self.check(request)
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> bool:
@@ -61,22 +85,26 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Compute one step of whatever is to do. What it meant for each request that got a token or ended."""
+        start = perf_counter()
         plan, sequences = self.scheduler.plan()
-        if self.comm.size > 1:
-            self.comm.publish(codec.encode(plan))
-        logits = self.runner.execute(plan)
+        logits = self._execute(plan)
         if logits is None:
-            return []
-        events = self.scheduler.commit(self.sampler.sample(logits, sequences))
+            events = []
+        else:
+            ids = self.sampler.sample(logits, sequences)
+            events = self.scheduler.commit(ids, self.sampler.logprobs(logits, ids, sequences))
         for event in events:
-            if event.finish_reason is not None:
+            self._tokens_out += event.token_id is not None
+            if event.finish_reason is not None and event.request_id not in self.scheduler:
                 self.sampler.forget(event.request_id)
+        if plan.chunks:
+            self._step_seconds.add(perf_counter() - start)
         return events
 
     def heartbeat(self) -> None:
-        """Tell idle followers that the leader lives."""
-        if self.comm.size > 1:
-            self.comm.publish(codec.encode(StepPlan(0)))
+        """Tell idle followers that the leader lives, and which rows are free."""
+        assert not self.num_requests, "a step is due"
+        self._execute(self.scheduler.plan()[0])
 
     def release(self) -> None:
         """Let followers return from `follow`."""
@@ -84,14 +112,51 @@ class Engine:
             self.comm.publish(codec.encode(StepPlan(0, stop=True)))
 
     def follow(self) -> None:
-        """Execute the leader's plans until it releases us. PeerLost when it falls silent."""
-        while not (plan := codec.decode(self.comm.publish(None))).stop:
+        """Execute the leader's plans until it releases us. PeerLost when it falls silent, GroupDiverged when this rank
+        has not executed what the leader has."""
+        while True:
+            message = self.comm.publish(None)
+            plan = codec.decode(message)
+            if plan.stop:
+                return
+            if plan.digest not in (None, self._digest):
+                raise GroupDiverged(
+                    f"rank {self.comm.rank}: before step {plan.step} the leader's plans had the digest "
+                    f"{plan.digest:08x}, those of this rank {self._digest:08x}"
+                )
+            self._digest = zlib.crc32(message, self._digest)
             self.runner.execute(plan)
+
+    def stats(self) -> EngineStats:
+        """How things stand. May be called from any thread, at any time: it reads, and takes no lock."""
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.blocks.num_used,
+            pages_total=self.config.num_pages,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            prefix_hit_tokens=scheduler.num_prefix_hits,
+            tokens_out=self._tokens_out,
+            step_seconds=self._step_seconds.snapshot(),
+        )
+
+    def _execute(self, plan: StepPlan) -> Tensor | None:
+        """The plan, on every rank."""
+        if self.comm.size > 1:
+            if plan.step % DIGEST_EVERY == 0:
+                plan = replace(plan, digest=self._digest)
+            message = codec.encode(plan)
+            self._digest = zlib.crc32(message, self._digest)
+            self.comm.publish(message)
+        return self.runner.execute(plan)
 
     def generate(self, prompts: Items[Items[int]], params: SamplingParams | Items[SamplingParams]) -> list[Completion]:
         """Continue each prompt of token ids. Call it on every rank; only the leader gets completions, others [].
 
-        Prompts of any lengths run together, without padding. ValueError names the first prompt that can never run.
+        The n completions of a prompt stand side by side. Prompts of any lengths and number run together, without
+        padding. ValueError names the first prompt that can never run.
         """
         if not self.is_leader:
             self.follow()
@@ -105,21 +170,30 @@ class Engine:
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(prompts):
             raise ValueError(f"{len(every)} params for {len(prompts)} prompts; pass one for each, or one for all")
-        completions: dict[str, Completion] = {}
-        token_ids: dict[str, list[int]] = {}
+        requests = []
         for index, (prompt, one) in enumerate(zip(prompts, every, strict=True)):
+            request = Request(str(index), tuple(prompt), one)
             try:
-                self.add(Request(str(index), tuple(prompt), one))
+                self.check(request)
             except ValueError as error:
-                for request_id in token_ids:
-                    self.cancel(request_id)
                 raise ValueError(f"prompts[{index}]: {error}") from None
-            token_ids[str(index)] = []
-        while self.num_requests:
+            requests.append(request)
+        events: dict[tuple[str, int], list[TokenEvent]] = {
+            (request.id, index): [] for request in requests for index in range(request.params.n)
+        }
+        queue = deque(requests)
+        while queue or self.num_requests:
+            while queue and self.scheduler.has_room:
+                self.add(queue.popleft())
             for event in self.step():
-                ids = token_ids[event.request_id]
-                if event.token_id is not None:
-                    ids.append(event.token_id)
-                if event.finish_reason is not None:
-                    completions[event.request_id] = Completion(ids, event.finish_reason, event.error)
-        return [completions[request_id] for request_id in token_ids]
+                events[event.request_id, event.index].append(event)
+        return [_completion(one) for one in events.values()]
+
+
+def _completion(events: list[TokenEvent]) -> Completion:
+    tokens = [event for event in events if event.token_id is not None]
+    logprobs = [event.logprobs for event in tokens if event.logprobs is not None]
+    last = events[-1]
+    assert last.finish_reason is not None
+    ids = [event.token_id for event in tokens if event.token_id is not None]
+    return Completion(ids, last.finish_reason, last.error, logprobs if len(logprobs) == len(ids) > 0 else None)

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
+from llama_tp.engine.scheduler import QueueFull
+from llama_tp.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._notes: list[Callable[[], None]] = []  # what the server wants of the engine; run between two steps
         self._events: list[TokenEvent] = []
+        self._deadlines: list[tuple[float, Request]] = []  # in no order: requests with a timeout are few
         self._last_contact = time.monotonic()
         self._stopping = False
         self._thread = thread or EngineThread()
@@ -86,8 +89,12 @@ class EngineLoop:
         self._ended = self._thread.run(self._run)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; a request that can never run comes back as an event with finish_reason "error"."""
-        self._leave(lambda: self._add(request))
+        """Queue a request; one that cannot run, or not now, comes back as an event with finish_reason "error".
+
+        Its timeout counts from here.
+        """
+        arrival = time.monotonic()
+        self._leave(lambda: self._add(request, arrival))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. Events it already caused may still be polled."""
@@ -101,6 +108,10 @@ class EngineLoop:
             self._last_contact = time.monotonic()
             events, self._events = self._events, []
             return events
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing."""
+        return self.engine.stats()
 
     def stop(self) -> None:
         """End the loop and let the followers go."""
@@ -130,18 +141,25 @@ class EngineLoop:
             for note in notes:
                 note()
             self._cancel_abandoned()
+            self._end_late()
             if self.engine.num_requests:
                 self._tell(self.engine.step())
             else:
                 self.engine.heartbeat()
         self.engine.release()
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, arrival: float) -> None:
         try:
             self.engine.add(request)
+        except QueueFull:
+            log.info("request %s refused: the queue is full", request.id)
+            self._tell(_ends(request, FinishReason.ERROR, "queue_full"))
         except ValueError as error:
             log.error("request %s cannot run: %s", request.id, error)
-            self._tell([TokenEvent(request.id, None, FinishReason.ERROR, "cannot_run")])
+            self._tell(_ends(request, FinishReason.ERROR, "cannot_run"))
+        else:
+            if request.timeout_s is not None:
+                self._deadlines.append((arrival + request.timeout_s, request))
 
     def _cancel(self, request_id: str) -> None:
         if self.engine.cancel(request_id):
@@ -152,14 +170,35 @@ class EngineLoop:
         if self.engine.num_requests and time.monotonic() - self._last_contact > self._abandon_after_s:
             log.info("nobody has polled for %g s: cancelling all requests", self._abandon_after_s)
             for request_id in self.engine.scheduler.request_ids():
-                self.engine.cancel(request_id)
-                self._tell([TokenEvent(request_id, None, FinishReason.CANCELLED)])
+                self._end(request_id, FinishReason.CANCELLED)
+
+    def _end_late(self) -> None:
+        """End the requests whose time is up; what they have generated stands."""
+        if not self._deadlines:
+            return
+        now = time.monotonic()
+        scheduler = self.engine.scheduler
+        for deadline, request in self._deadlines:
+            if deadline <= now and scheduler.is_of(request):
+                log.info("request %s ended after its %g s", request.id, request.timeout_s)
+                self._end(request.id, FinishReason.TIMEOUT)
+        self._deadlines = [late for late in self._deadlines if scheduler.is_of(late[1])]
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        living = self.engine.scheduler.living(request_id)
+        self.engine.cancel(request_id)
+        self._tell([TokenEvent(request_id, None, reason, index=index) for index in living])
 
     def _tell(self, events: list[TokenEvent]) -> None:
         if events:
             with self._changed:
                 self._events.extend(events)
                 self._changed.notify_all()
+
+
+def _ends(request: Request, reason: FinishReason, error: str) -> list[TokenEvent]:
+    """The end of each of a request's outputs."""
+    return [TokenEvent(request.id, None, reason, error, index) for index in range(request.params.n)]
 
 
 def _or_die(run: Callable[[], None]) -> None:

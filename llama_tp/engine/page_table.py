@@ -46,6 +46,16 @@ class PageTable:
         self._is_run[row] = index == 0 or (self._is_run[row] and page == pages[-1] + 1)
         pages.append(page)
 
+    def free(self, row: int) -> None:
+        """The row holds no sequence any more."""
+        self._pages[row] = []
+        self._is_run[row] = True
+
+    @property
+    def num_used(self) -> int:
+        """Pages that rows refer to."""
+        return len({page for row in self._pages for page in row})
+
     def slots(self, row: int, positions: range) -> list[int]:
         """Where a row's tokens at these positions live."""
         pages, size = self._pages[row], self._page_size

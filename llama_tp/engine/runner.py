@@ -57,6 +57,8 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
         """Compute one step. Float32 logits of the chunks that sample, in order, on the leader; else None."""
+        for row in plan.freed:
+            self.page_table.free(row)
         for row, index, page in plan.page_updates:
             self.page_table.set(row, index, page)
             if index == 0:

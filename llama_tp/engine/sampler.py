@@ -1,57 +1,178 @@
 """Logits and per-request parameters -> token ids.
 
-Order of operations: temperature, then top_k, then top_p, then min_p, each on what the one before it left, then one
-draw. Every request has a generator of its own, so its draws do not depend on who shares the batch. Greedy rows touch
-no generator.
+Order of operations: the penalties, logit_bias, min_new_tokens (`edit`); then temperature, top_k, top_p, min_p, each on
+what the one before it left (`probabilities`); then one draw. Every sequence has a generator of its own, so its draws do
+not depend on who shares the batch. Greedy rows touch no generator. All of it is vectorised over the rows that ask for
+it, and rows that ask for nothing cost nothing.
 
 Legend: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llama_tp.engine.request import SamplingParams, Sequence
+from llama_tp.engine.request import Logprobs, SamplingParams, Sequence
+
+
+@dataclass(slots=True)
+class _State:
+    """What the sampler remembers of a sequence. Grows with each token, so that no step looks at all of them."""
+
+    generator: torch.Generator | None = None
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    """Distinct token ids of prompt and output."""
+    counts: array[float] = field(default_factory=lambda: array("f"))
+    """How often each of them is in the output."""
+    places: dict[int, int] = field(default_factory=dict)
+    """Where each of them is in `tokens`."""
+    num_seen: int = 0
+
+    def see(self, sequence: Sequence) -> None:
+        """Take in what the sequence got since the last time."""
+        for at in range(self.num_seen, len(sequence.tokens)):
+            token = sequence.tokens[at]
+            place = self.places.get(token)
+            if place is None:
+                place = self.places[token] = len(self.tokens)
+                self.tokens.append(token)
+                self.counts.append(0.0)
+            if at >= sequence.num_prompt:
+                self.counts[place] += 1
+        self.num_seen = len(sequence.tokens)
 
 
 class Sampler:
-    """Keeps one generator per sampled request."""
+    """Keeps one generator, and the token counts that penalties need, per sequence."""
 
     def __init__(self) -> None:
-        self._generators: dict[str, torch.Generator] = {}
+        self._states: dict[str, dict[int, _State]] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is remembered."""
+        return not self._states
 
     def sample(self, logits: Tensor, sequences: Items[Sequence]) -> list[int | None]:
         """One id per row of float32 logits (R, V); None where the row's logits are not finite."""
         best, ids = logits.max(dim=-1)  # a NaN or +inf anywhere in a row shows in its maximum
         finite = best.isfinite()
+        edited = self.edit(logits, sequences)
+        if edited is not logits:
+            ids = edited.argmax(dim=-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
             params = [sequences[row].request.params for row in drawn]
-            probs = probabilities(logits[rows], params)
+            probs = probabilities(edited[rows], params)
             noise = torch.stack([self._noise(sequences[row], probs) for row in drawn])
             ids[rows] = (probs / noise).argmax(dim=-1)  # the winner of an exponential race is a draw from probs
-        return [token if ok else None for token, ok in zip(ids.tolist(), finite.tolist(), strict=True)]
+        # One copy from the device: the only time that the host waits for it.
+        return [None if token < 0 else token for token in ids.masked_fill_(~finite, -1).tolist()]
+
+    def logprobs(self, logits: Tensor, token_ids: Items[int | None], sequences: Items[Sequence]) -> dict[int, Logprobs]:
+        """By row, for the rows that ask: what the unmodified logits (R, V) say of the sampled ids."""
+        asked = [
+            row
+            for row, sequence in enumerate(sequences)
+            if sequence.request.params.logprobs is not None and token_ids[row] is not None
+        ]
+        if not asked:
+            return {}
+        counts = [sequences[row].request.params.logprobs or 0 for row in asked]
+        logs = torch.log_softmax(logits[asked], dim=-1)
+        ids = torch.tensor([[token_ids[row]] for row in asked], device=logits.device)
+        chosen = logs.gather(-1, ids).squeeze(-1).tolist()
+        values, tokens = (part.tolist() for part in logs.topk(min(max(counts), logs.size(-1)), dim=-1))
+        return {
+            row: Logprobs(chosen[i], tuple(zip(tokens[i][:count], values[i][:count], strict=True)))
+            for i, (row, count) in enumerate(zip(asked, counts, strict=True))
+        }
+
+    def edit(self, logits: Tensor, sequences: Items[Sequence]) -> Tensor:
+        """The logits (R, V) after penalties, logit_bias and min_new_tokens: themselves where no row asks for any.
+
+        Only the logits of tokens that a sequence holds, or that a request names, are looked at.
+        """
+        params = [sequence.request.params for sequence in sequences]
+        penalized = [row for row, one in enumerate(params) if one.has_penalty]
+        biased = [row for row, one in enumerate(params) if one.logit_bias]
+        too_short = [
+            row
+            for row, sequence in enumerate(sequences)
+            if sequence.num_generated < params[row].min_new_tokens and params[row].stop_ids
+        ]
+        if not (penalized or biased or too_short):
+            return logits
+        edited = logits.clone()
+        flat = edited.view(-1)
+        if penalized:
+            self._penalize(flat, [(row, sequences[row]) for row in penalized], edited.size(-1))
+        if biased:
+            where = [row * edited.size(-1) + token for row in biased for token in params[row].logit_bias]
+            bias = [value for row in biased for value in params[row].logit_bias.values()]
+            flat.index_add_(0, _on(flat, where), torch.tensor(bias, dtype=flat.dtype).to(flat.device))
+        if too_short:
+            where = [row * edited.size(-1) + token for row in too_short for token in params[row].stop_ids]
+            flat.index_fill_(0, _on(flat, where), float("-inf"))
+        return edited
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        self._generators.pop(request_id, None)
+        self._states.pop(request_id, None)
+
+    def _penalize(self, flat: Tensor, rows: list[tuple[int, Sequence]], vocab_size: int) -> None:
+        """Change the logits of the tokens that each row's sequence holds, in place."""
+        states, sizes = [], []
+        for _, sequence in rows:
+            state = self._state(sequence)
+            state.see(sequence)
+            states.append(state)
+            sizes.append(len(state.tokens))
+        repeats = torch.tensor(sizes)
+        # Copies, made here and now: an array that lends its memory cannot grow.
+        tokens = torch.cat([torch.frombuffer(state.tokens, dtype=torch.int64) for state in states])
+        counts = torch.cat([torch.frombuffer(state.counts, dtype=torch.float32) for state in states]).to(flat.device)
+        firsts = torch.tensor([row * vocab_size for row, _ in rows]).repeat_interleave(repeats)
+        where = (tokens + firsts).to(flat.device)
+        repetition, presence, frequency = (
+            torch.tensor(
+                [
+                    (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+                    for p in (sequence.request.params for _, sequence in rows)
+                ]
+            )
+            .repeat_interleave(repeats, dim=0)
+            .to(flat.device)
+            .unbind(-1)
+        )
+        values = flat[where]
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        flat[where] = values - presence * (counts > 0) - frequency * counts
+
+    def _state(self, sequence: Sequence) -> _State:
+        return self._states.setdefault(sequence.request.id, {}).setdefault(sequence.index, _State())
 
     def _noise(self, sequence: Sequence, like: Tensor) -> Tensor:
-        """Exponential(1) variates (V,) from the request's generator."""
-        request = sequence.request
-        generator = self._generators.get(request.id)
-        if generator is None:
-            generator = torch.Generator(like.device)
-            if request.params.seed is None:
-                generator.seed()
+        """Exponential(1) variates (V,) from the sequence's generator."""
+        state = self._state(sequence)
+        if state.generator is None:
+            state.generator = torch.Generator(like.device)
+            seed = sequence.request.params.seed
+            if seed is None:
+                state.generator.seed()
             else:
-                generator.manual_seed(request.params.seed)
-            self._generators[request.id] = generator
-        return torch.empty(like.size(-1), device=like.device).exponential_(generator=generator)
+                state.generator.manual_seed((seed + sequence.index) % 2**63)
+        return torch.empty(like.size(-1), device=like.device).exponential_(generator=state.generator)
+
+
+def _on(like: Tensor, indices: list[int]) -> Tensor:
+    return torch.tensor(indices).to(like.device, non_blocking=True)
 
 
 def probabilities(logits: Tensor, params: Items[SamplingParams]) -> Tensor:

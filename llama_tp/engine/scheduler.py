@@ -3,18 +3,25 @@
 One rule serves prefill, chunked prefill and decode: a step gives every scheduled sequence a number of its
 uncomputed tokens, under a budget of tokens per step. Decodes come first, then prompts, first come first served.
 A sequence that gets no page makes the youngest one give its pages up and start over later; none ever fails. A prompt
-that begins like an earlier one, or like the conversation so far, shares its pages.
+that begins like an earlier one, or like the conversation so far, shares its pages; so do the n outputs of one request,
+of which the first computes the prompt for all.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from types import MappingProxyType
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import BlockManager
-from llama_tp.engine.request import Chunk, FinishReason, Request, Sequence, StepPlan, TokenEvent
+from llama_tp.engine.request import Chunk, FinishReason, Logprobs, Request, Sequence, StepPlan, TokenEvent
+
+
+class QueueFull(ValueError):
+    """As many sequences wait as may wait."""
 
 
 class Scheduler:
@@ -25,7 +32,7 @@ class Scheduler:
         self.blocks = BlockManager(config.num_pages, config.page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
-        self._by_id: dict[str, Sequence] = {}
+        self._by_id: dict[str, list[Sequence]] = {}  # those that have not ended
         self._free_rows = list(range(config.max_batch_size))  # a heap: the lowest row first
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -35,20 +42,36 @@ class Scheduler:
         self._step = 0
         self._sampled: list[Sequence] = []
         self._page_updates: list[tuple[int, int, int]] = []
+        self._freed: list[int] = []  # rows
 
     def __len__(self) -> int:
         """Requests that have not ended."""
         return len(self._by_id)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether the request is here and has not ended."""
+        return request_id in self._by_id
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may wait."""
+        return len(self.waiting) < self.config.max_waiting
+
     def request_ids(self) -> list[str]:
         """Of the requests that have not ended, in order of arrival."""
         return list(self._by_id)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. ValueError if it can never run."""
+    def living(self, request_id: str) -> list[int]:
+        """Which of a request's outputs have not ended."""
+        return [sequence.index for sequence in self._by_id.get(request_id, ())]
+
+    def is_of(self, request: Request) -> bool:
+        """Whether this very request is here: its id may have been used again."""
+        return any(sequence.request is request for sequence in self._by_id.get(request.id, ()))
+
+    def check(self, request: Request) -> None:
+        """ValueError if a request can never run."""
         total = len(request.prompt) + request.params.max_new_tokens
-        if request.id in self._by_id:
-            raise ValueError(f"request id {request.id!r} is already in use")
         if not request.prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
         if total > self.config.max_seq_len:
@@ -61,19 +84,28 @@ class Scheduler:
                 f"prompt of {len(request.prompt)} tokens + max_new_tokens={request.params.max_new_tokens} exceeds "
                 f"the whole KV cache of {self.config.num_pages * self.config.page_size} tokens"
             )
-        sequence = Sequence(request, list(request.prompt))
-        self._by_id[request.id] = sequence
-        self.waiting.append(sequence)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError if it can never run, QueueFull if too many wait already."""
+        if request.id in self._by_id:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        self.check(request)
+        if not self.has_room:
+            raise QueueFull(f"max_waiting={self.config.max_waiting} sequences wait already; try again later")
+        first, *forks = sequences = [Sequence(request, list(request.prompt), i) for i in range(request.params.n)]
+        first.forks = forks
+        self._by_id[request.id] = sequences
+        self.waiting.append(first)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free what it holds, now. False if there is none of that id."""
-        sequence = self._by_id.pop(request_id, None)
-        if sequence is None:
+        sequences = self._by_id.pop(request_id, None)
+        if sequences is None:
             return False
-        if sequence.row < 0:
-            self.waiting.remove(sequence)
-        else:
-            self._evict(sequence)
+        unborn = {fork for sequence in sequences for fork in sequence.forks}
+        for sequence in sequences:
+            if sequence not in unborn:
+                self._leave(sequence)
         return True
 
     def plan(self) -> tuple[StepPlan, list[Sequence]]:
@@ -94,36 +126,56 @@ class Scheduler:
         shares.sort(key=lambda share: len(share[1].tokens) > 1)
         self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
         updates, self._page_updates = tuple(self._page_updates), []
-        return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates), self._sampled
+        freed, self._freed = tuple(self._freed), []
+        return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self._sampled
 
-    def commit(self, token_ids: Items[int | None]) -> list[TokenEvent]:
-        """Take what was sampled for the planned sequences; None: their logits were not finite.
+    def commit(
+        self, token_ids: Items[int | None], logprobs: Mapping[int, Logprobs] = MappingProxyType({})
+    ) -> list[TokenEvent]:
+        """Take what was sampled for the planned sequences; None: their logits were not finite. logprobs: by row.
 
         Sequences that were cancelled since the plan are passed over.
         """
         assert len(token_ids) == len(self._sampled)
         events = []
-        for sequence, token_id in zip(self._sampled, token_ids, strict=True):
-            if self._by_id.get(sequence.request.id) is sequence:
-                events.append(self._advance(sequence, token_id))
+        for row, (sequence, token_id) in enumerate(zip(self._sampled, token_ids, strict=True)):
+            if sequence in self._by_id.get(sequence.request.id, ()):
+                events.append(self._advance(sequence, token_id, logprobs.get(row)))
         self._sampled = []
         return events
 
-    def _advance(self, sequence: Sequence, token_id: int | None) -> TokenEvent:
-        request = sequence.request
-        if token_id is None:
-            self.cancel(request.id)
-            return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits")
-        if self.config.prefix_cache:
+    def _advance(self, sequence: Sequence, token_id: int | None, logprobs: Logprobs | None) -> TokenEvent:
+        request, index = sequence.request, sequence.index
+        if token_id is not None and (self.config.prefix_cache or sequence.forks):
             self._register(sequence)
+        forks, sequence.forks = sequence.forks, []
+        self.waiting.extendleft(reversed(forks))
+        if token_id is None:
+            self._end(sequence)
+            return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits", index)
         if token_id in request.params.stop_ids:
-            self.cancel(request.id)
-            return TokenEvent(request.id, None, FinishReason.STOP)
+            self._end(sequence)
+            return TokenEvent(request.id, None, FinishReason.STOP, index=index)
         sequence.tokens.append(token_id)
-        if sequence.num_generated < request.params.max_new_tokens:
-            return TokenEvent(request.id, token_id)
-        self.cancel(request.id)
-        return TokenEvent(request.id, token_id, FinishReason.LENGTH)
+        reason = None
+        if sequence.num_generated >= request.params.max_new_tokens:
+            self._end(sequence)
+            reason = FinishReason.LENGTH
+        return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs)
+
+    def _end(self, sequence: Sequence) -> None:
+        """The sequence has its last token; its request ends with the last of its sequences."""
+        siblings = self._by_id[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_id[sequence.request.id]
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.row < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._evict(sequence)
 
     def _admit(self) -> Sequence | None:
         """Let the next in line run, if there is a row and there are pages for all it knows so far, so that it is not
@@ -131,7 +183,8 @@ class Scheduler:
         if not self.waiting or not self._free_rows:
             return None
         sequence = self.waiting[0]
-        shared = self.blocks.match(sequence.tokens) if self.config.prefix_cache else []
+        can_share = self.config.prefix_cache or sequence.index > 0
+        shared = self.blocks.match(sequence.tokens) if can_share else []
         if self._num_pages(len(sequence.tokens)) - len(shared) > self.blocks.num_free_after(shared):
             return None
         self.waiting.popleft()
@@ -193,6 +246,8 @@ class Scheduler:
     def _evict(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.pages)
         sequence.pages = []
+        self._page_updates = [update for update in self._page_updates if update[0] != sequence.row]
+        self._freed.append(sequence.row)
         heapq.heappush(self._free_rows, sequence.row)
         sequence.row = -1
         self.running.remove(sequence)

@@ -16,6 +16,8 @@ plans = st.builds(
     step=words,
     chunks=st.lists(chunks, max_size=6).map(tuple),
     page_updates=st.lists(st.tuples(words, words, words), max_size=12).map(tuple),
+    freed=st.lists(words, max_size=6).map(tuple),
+    digest=st.none() | st.integers(0, 2**32 - 1),
     stop=st.booleans(),
 )
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.codec import decode
-from llama_tp.engine.engine import Engine
+from llama_tp.engine.engine import Engine, GroupDiverged
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.scheduler import QueueFull
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import lower
 from llama_tp.parallel.comm import SingleComm
@@ -23,17 +23,6 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPTS = [[5, 6, 7], [9] * 33, [1], list(range(2, 90)), [44, 45] * 10]
 POISON = 100
 """A token of `poisoned_model` whose embedding is not a number: whoever feeds it gets NaN in cache and logits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmallCache(EngineConfig):
-    """With fewer pages than all sequences could need."""
-
-    pages: int
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages
 
 
 class RecordingComm(SingleComm):
@@ -101,7 +90,7 @@ def runner_of(model, config):
 
 
 def small_engine(model, **settings):
-    config = SmallCache(**{"max_seq_len": 128, "max_batch_size": 4, **settings})
+    config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **settings})
     return Engine(runner_of(model, config), SingleComm(), config)
 
 
@@ -124,7 +113,7 @@ def is_clean(engine):
     return (
         engine.num_requests == 0
         and engine.scheduler.blocks.num_free == engine.config.num_pages
-        and not engine.sampler._generators
+        and engine.sampler.is_idle
     )
 
 
@@ -161,7 +150,7 @@ def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(model):
 def test_preemption_changes_no_token(model, sampled):
     params = SamplingParams(temperature=0.9 if sampled else 0, seed=3, max_new_tokens=40)
     prompts = [[5, 6, 7] * 8, [9] * 20, [1], list(range(2, 42))]
-    engine = small_engine(model, pages=11, page_size=8)  # any one of them fits
+    engine = small_engine(model, cache_pages=11, page_size=8)  # any one of them fits
     completions = engine.generate(prompts, params)
     assert engine.scheduler.num_preemptions > 2
     assert completions == engine_of(model).generate(prompts, params)
@@ -248,7 +237,7 @@ def test_a_poisoned_prompt_does_no_harm_while_it_is_read_in_chunks_beside_others
     healthy = [list(range(2, 39)), [5, 6, 7]]
     prompts = [*healthy[:at], [POISON] + [9] * 60, *healthy[at:]]
     expected = engine_of(model).generate(healthy, GREEDY)
-    engine = small_engine(poisoned_model, pages=32, page_size=4, max_batched_tokens=6)
+    engine = small_engine(poisoned_model, cache_pages=32, page_size=4, max_batched_tokens=6)
     completions = engine.generate(prompts, GREEDY)
     assert completions.pop(at).error == "nan_logits"
     assert completions == expected
@@ -297,6 +286,115 @@ def test_cancelling_in_mid_way_frees_everything_and_changes_no_neighbour(model, 
     assert is_clean(engine)
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=7, max_new_tokens=12)], ids=["greedy", "seeded"])
+def test_n_outputs_are_those_of_n_requests_and_compute_their_prompt_once(model, prefix_cache, params):
+    prompts = [list(range(2, 90)), [9] * 33]
+    seeds = [None] * 3 if params.is_greedy else range(7, 10)
+    solo = [engine_of(model).generate([prompt], params.but(seed=seed))[0] for prompt in prompts for seed in seeds]
+    engine = engine_of(model, prefix_cache=prefix_cache, max_batched_tokens=32)
+    assert engine.generate(prompts, params.but(n=3)) == solo
+    assert engine.stats().prefix_hit_tokens == 2 * 80 + 2 * 32, (
+        "full pages, for the second and third"
+    )
+    assert is_clean(engine)
+
+
+def test_cancelling_one_of_n_outputs_requests_frees_all_of_them(model):
+    engine = engine_of(model, max_batch_size=2)
+    for steps in range(4):  # before the first has forked, and after
+        engine.add(Request("a", (1, 2, 3), SamplingParams(n=5, seed=1, max_new_tokens=50)))
+        for _ in range(steps):
+            engine.step()
+        assert engine.cancel("a")
+        assert is_clean(engine)
+
+
+def test_an_output_that_ends_early_leaves_its_siblings_to_go_on(model):
+    params = SamplingParams(seed=3, n=4, max_new_tokens=30)
+    whole = engine_of(model).generate([[5, 6, 7]], params)
+    stop = whole[0].token_ids[4]
+    cut = engine_of(model).generate([[5, 6, 7]], params.but(stop_ids=frozenset({stop})))
+    for before, after in zip(whole, cut, strict=True):
+        end = before.token_ids.index(stop) if stop in before.token_ids else 30
+        assert after.token_ids == before.token_ids[:end]
+
+
+def test_more_prompts_than_may_wait_are_all_continued(model, alone):
+    engine = engine_of(model, max_batch_size=1, max_waiting=1)
+    assert engine.generate(PROMPTS, GREEDY) == alone
+    engine.add(Request("a", (1,), GREEDY))
+    with pytest.raises(QueueFull, match="max_waiting=1 sequences wait already"):
+        engine.add(Request("b", (1,), GREEDY))
+    engine.step()
+    engine.add(Request("b", (1,), GREEDY))
+
+
+def test_logprobs_come_with_every_token(model):
+    plain, asked = engine_of(model).generate([PROMPTS[0]] * 2, [GREEDY, GREEDY.but(logprobs=2)])
+    assert plain.logprobs is None
+    assert asked.token_ids == plain.token_ids
+    assert [one.top[0] for one in asked.logprobs] == [
+        (token, one.chosen) for token, one in zip(asked.token_ids, asked.logprobs, strict=True)
+    ], "greedy takes the most probable one"
+    assert all(0 > one.top[0][1] > one.top[1][1] for one in asked.logprobs)
+
+
+def test_a_minimum_length_is_kept_against_a_stop_id(model, alone):
+    stops = frozenset(alone[0].token_ids)
+    params = GREEDY.but(stop_ids=stops, min_new_tokens=5)
+    (completion,) = engine_of(model).generate(PROMPTS[:1], params)
+    assert len(completion.token_ids) >= 5
+    assert not stops & set(completion.token_ids)
+
+
+def test_the_statistics_are_those_of_what_was_done(model):
+    engine = engine_of(model, max_batch_size=2)
+    for i in range(3):
+        engine.add(Request(str(i), (1, 2, 3), GREEDY))
+    engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used, stats.tokens_out) == (2, 1, 2, 2)
+    drain(engine)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+    assert (stats.prompt_tokens, stats.tokens_out, stats.pages_total) == (9, 36, engine.config.num_pages)
+    assert sum(stats.step_seconds.counts) == 24
+    assert stats.step_seconds.total > 0
+
+
+def test_a_follower_whose_page_table_is_empty_again_has_heard_it_from_the_plans(model):
+    config = EngineConfig(max_seq_len=128, max_batch_size=4, page_size=8)
+    comm = RecordingComm()
+    leader = Engine(runner_of(model, config), comm, config)
+    leader.add(Request("a", (1,) * 20, GREEDY))
+    leader.add(Request("b", (2,) * 20, GREEDY))
+    leader.step()
+    leader.cancel("a")
+    follower = runner_of(model, config)
+    for message in comm.messages:
+        follower.execute(decode(message))
+    assert follower.page_table.num_used == 6
+    drain(leader)
+    leader.heartbeat()
+    for message in comm.messages[1:]:
+        follower.execute(decode(message))
+    assert follower.page_table.num_used == leader.runner.page_table.num_used == 0
+
+
+def test_a_follower_that_missed_a_plan_ends_at_the_next_comparison(model):
+    config = EngineConfig(max_seq_len=128, max_batch_size=4)
+    comm = RecordingComm()
+    leader = Engine(runner_of(model, config), comm, config)
+    leader.generate([[5, 6, 7]] * 2, GREEDY.but(max_new_tokens=100))
+    messages = comm.messages
+    Engine(runner_of(model, config), ReplayingComm(messages), config).follow()
+    again = messages[:3] + messages[2:]  # one plan twice: the cache is the same, and still it is not the leader's
+    for wrong in (again, messages[:40] + messages[41:]):
+        with pytest.raises(GroupDiverged, match="before step 64 the leader's plans had the digest"):
+            Engine(runner_of(model, config), ReplayingComm(wrong), config).follow()
+
+
 def test_cancelling_a_waiting_request_lets_the_next_one_in(model, alone):
     engine = engine_of(model, max_batch_size=1)
     for i in range(3):
@@ -325,7 +423,7 @@ def test_a_step_with_nothing_to_do_does_nothing(model):
 
 def test_a_follower_that_hears_the_plans_holds_the_leader_s_cache(model):
     """Step by step, over prefill in chunks, preemption and cancels."""
-    config = SmallCache(max_seq_len=128, max_batch_size=4, max_batched_tokens=16, page_size=8, pages=16)
+    config = EngineConfig(max_seq_len=128, max_batch_size=4, max_batched_tokens=16, page_size=8, cache_pages=16)
     comm = RecordingComm()
     leader = Engine(runner_of(model, config), comm, config)
     follower = runner_of(model, config)
@@ -376,5 +474,37 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_size_that_would(monkeypat
     config = EngineConfig(max_seq_len=4096, max_batch_size=16, max_batched_tokens=512)
     monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
     with pytest.raises(ValueError, match=r"32\.0 GiB of KV cache beside 12\.6 GiB .* lower max_batch_size to 5"):
-        load.check_memory(args, config, group, torch.bfloat16)
-    load.check_memory(args, dataclasses.replace(config, max_batch_size=5), group, torch.bfloat16)
+        load.num_pages_that_fit(args, config, group, torch.bfloat16)
+    five = dataclasses.replace(config, max_batch_size=5)
+    assert load.num_pages_that_fit(args, five, group, torch.bfloat16) == 5 * 256
+
+
+@pytest.mark.parametrize(
+    ("memory", "pages", "words"),
+    [
+        ("8GiB", 1024, ""),  # a page of 7B: 16 tokens of 512 KiB
+        (2**33, 1024, ""),
+        (0.5, 732, ""),  # half of what the weights leave of 24 GiB
+        ("1GiB", 0, r"holds 2048 tokens on a rank, not one sequence of max_seq_len=4096; raise"),
+        ("20GiB", 0, r"kv_cache_memory='20GiB' asks for 20\.0 GiB .* 24\.0 GiB are free; lower it"),
+    ],
+)
+def test_the_cache_may_be_sized_in_bytes_or_as_a_share_of_what_is_free(monkeypatch, memory, pages, words):
+    from llama_tp.engine import load
+    from llama_tp.parallel.launch import Group
+
+    group = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None)
+    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)  # Llama 2 7B
+    config = EngineConfig(max_seq_len=4096, max_batch_size=16, kv_cache_memory=memory)
+    monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            load.num_pages_that_fit(args, config, group, torch.bfloat16)
+    else:
+        assert load.num_pages_that_fit(args, config, group, torch.bfloat16) == pages
+
+
+@pytest.mark.parametrize("memory", ["", "6 GiBs", "lots", 0, -1, 1.0 - 1, True, "nan", float("inf")])
+def test_a_cache_of_no_size_is_refused_by_name(memory):
+    with pytest.raises(ConfigError, match=r"^kv_cache_memory=.* must be bytes \(6442450944, "):
+        EngineConfig(kv_cache_memory=memory)

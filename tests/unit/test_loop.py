@@ -217,8 +217,67 @@ def test_a_loop_that_stops_lets_its_followers_go(start, model):
     assert not any(plan.stop for plan in plans[:-1])
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_whose_time_is_up_ends_with_what_it_has(start, n):
+    loop = start(max_seq_len=32_000, max_batch_size=4)
+    loop.submit(Request("late", (1, 2, 3), LONG.but(n=n), timeout_s=0.3))
+    loop.submit(request_of("patient", params=LONG))
+    events, ended = [], set()
+    deadline = time.monotonic() + PATIENCE_S
+    while len(ended) < n and time.monotonic() < deadline:
+        events += [event for event in loop.poll(0.1) if event.request_id == "late"]
+        ended = {event.index for event in events if event.finish_reason is FinishReason.TIMEOUT}
+    assert ended == set(range(n))
+    assert sum(event.token_id is not None for event in events) > n
+    assert loop.stats().running == 1
+    loop.cancel("patient")
+
+
+def test_waiting_counts_against_the_timeout(start):
+    loop = start(max_seq_len=32_000, max_batch_size=1)
+    loop.submit(request_of("first", params=LONG))
+    loop.submit(Request("waits", (1, 2, 3), GREEDY, timeout_s=0.05))
+    events = collect_only(loop, "waits")
+    assert events == [TokenEvent("waits", None, FinishReason.TIMEOUT)]
+    loop.cancel("first")
+
+
+def test_an_id_that_is_used_again_does_not_inherit_a_deadline(start):
+    loop = start(max_seq_len=32_000)
+    loop.submit(Request("a", (1, 2, 3), LONG, timeout_s=0.2))
+    loop.cancel("a")
+    loop.submit(request_of("a", params=LONG))
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        assert not any(event.finish_reason for event in loop.poll(0.05))
+    loop.cancel("a")
+
+
+def test_a_request_that_finds_the_queue_full_is_told_so_and_the_others_go_on(start):
+    loop = start(max_seq_len=32_000, max_batch_size=1, max_waiting=1)
+    loop.submit(request_of("first", params=LONG))
+    wait_until(lambda: loop.stats().running == 1)
+    loop.submit(request_of("second"))
+    loop.submit(request_of("third", params=GREEDY.but(n=2)))
+    events = collect_only(loop, "third", ends=2)
+    assert events == [TokenEvent("third", None, FinishReason.ERROR, "queue_full", index) for index in range(2)]
+    loop.cancel("first")
+    assert len(collect_only(loop, "second")) == 6
+
+
+def collect_only(loop, request_id, ends=1):
+    """Events of one request up to its end, whatever else comes."""
+    events: list[TokenEvent] = []
+    deadline = time.monotonic() + PATIENCE_S
+    while sum(event.finish_reason is not None for event in events) < ends:
+        assert time.monotonic() < deadline, f"no end: {events}"
+        events += [event for event in loop.poll(0.1) if event.request_id == request_id]
+    return events
+
+
 def heartbeats(comm):
-    return sum(decode(message) == StepPlan(0) for message in comm.messages)
+    plans = [decode(message) for message in comm.messages]
+    return sum(not plan.chunks and not plan.stop for plan in plans)
 
 
 def test_an_idle_leader_lets_its_followers_know_that_it_lives(start, model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -203,14 +204,14 @@ def test_a_request_that_has_ended_leaves_no_generator_behind():
     sampler.forget("a")
     assert [sampler.sample(logits, [row_of("a", seed=3)])[0] for _ in range(5)] == first
     sampler.forget("a")
-    assert sampler._generators == {}
+    assert sampler.is_idle
 
 
 def test_greedy_takes_the_first_of_the_most_probable_tokens_and_draws_no_random_number():
     logits = torch.tensor([[1.0, 4.0, 4.0], [2.0, 0.0, 1.0]])
     sampler, state = Sampler(), torch.get_rng_state()
     assert sampler.sample(logits, [row_of("a", temperature=0), row_of("b", temperature=9e-6)]) == [1, 0]
-    assert sampler._generators == {}
+    assert sampler.is_idle
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -241,9 +242,151 @@ def test_logits_are_left_as_they_were():
     assert torch.equal(logits, before)
 
 
+def holding(request_id, prompt, output, **params):
+    """A sequence that has already generated."""
+    return Sequence(Request(request_id, tuple(prompt), SamplingParams(**params)), [*prompt, *output])
+
+
+def edited_by_the_book(logits, sequence):
+    """One row in plain Python: penalties, then logit_bias, then min_new_tokens."""
+    params, prompt = sequence.request.params, sequence.request.prompt
+    output = sequence.tokens[len(prompt) :]
+    logits = list(logits)
+    for token in set(sequence.tokens):
+        penalty = params.repetition_penalty
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token in set(output):
+        logits[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    if len(output) < params.min_new_tokens:
+        for token in params.stop_ids:
+            logits[token] = -INF
+    return logits
+
+
+EDITS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"presence_penalty": 0.8},
+    {"frequency_penalty": -0.6},
+    {"logit_bias": {3: 5.0, 49: -100.0, 7: 0.5}},
+    {"min_new_tokens": 9, "stop_ids": frozenset({2, 7}), "max_new_tokens": 20},
+    {"min_new_tokens": 4, "stop_ids": frozenset({2, 7}), "max_new_tokens": 20},  # it has 6 already
+    {
+        "repetition_penalty": 2.0,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.4,
+        "logit_bias": {7: 9.0, 11: 2.0},
+        "min_new_tokens": 7,
+        "stop_ids": frozenset({7}),
+    },
+]
+
+
+def test_penalties_biases_and_minimum_lengths_are_those_of_the_book_row_by_row():
+    rows = [holding(str(i), (5, 7, 7, 11), (9, 9, 5, 30, 9, 7), **one) for i, one in enumerate(EDITS)]
+    logits = random_logits(len(rows), 50)
+    edited = Sampler().edit(logits, rows)
+    for row, sequence in enumerate(rows):
+        expected = torch.tensor(edited_by_the_book(logits[row].tolist(), sequence))
+        torch.testing.assert_close(edited[row], expected, atol=1e-6, rtol=1e-6, msg=str(EDITS[row]))
+        alone = Sampler().edit(logits[row : row + 1], [sequence])
+        assert torch.equal(alone[0], edited[row]), "the company has changed a row"
+
+
+def test_counts_follow_the_sequence_as_it_grows():
+    sampler, params = Sampler(), {"frequency_penalty": 1.0, "presence_penalty": 0.25, "repetition_penalty": 1.5}
+    growing = holding("a", (1, 2), (), **params)
+    logits = random_logits(1, 12)
+    for token in (3, 3, 1, 9, 3, 1):
+        expected = torch.tensor([edited_by_the_book(logits[0].tolist(), growing)])
+        torch.testing.assert_close(sampler.edit(logits, [growing]), expected, atol=1e-6, rtol=1e-6)
+        growing.tokens.append(token)
+
+
+def test_rows_that_ask_for_nothing_cost_nothing():
+    logits = random_logits(2, 9)
+    assert Sampler().edit(logits, [row_of("a"), row_of("b", seed=1, min_new_tokens=3)]) is logits
+
+
+def test_greedy_takes_the_best_of_the_edited_logits():
+    logits = torch.tensor([[1.0, 4.0, 3.0], [1.0, 4.0, 3.0], [1.0, 4.0, 3.0]])
+    rows = [
+        row_of("a", temperature=0, logit_bias={1: -2.0}),
+        holding("b", (2,), (1,), temperature=0, repetition_penalty=4.0),
+        row_of("c", temperature=0, min_new_tokens=1, stop_ids=frozenset({1})),
+    ]
+    assert Sampler().sample(logits, rows) == [2, 0, 2]
+
+
+def test_penalised_draws_follow_the_edited_distribution():
+    """10,000 draws; chi-square with 5 degrees of freedom exceeds 20.5 once in 1000."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 1.2, 0.0, -0.4])
+    one = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.2, "logit_bias": {5: 1.0}}
+    sampler, counts = Sampler(), [0] * 6
+    rows = [holding(f"r{i}", (1, 4), (2, 2, 3), seed=i, **one) for i in range(50)]
+    for _ in range(200):
+        for token in sampler.sample(logits.expand(50, -1), rows):
+            counts[token] += 1
+    expected = reference(edited_by_the_book(logits.tolist(), rows[0]), SamplingParams())
+    assert chi_square(counts, expected) < 20.5
+
+
+def test_a_poisoned_row_is_noticed_before_it_is_edited():
+    logits = torch.tensor([[1.0, INF, 0.0], [1.0, 3.0, 2.0]])
+    rows = [row_of(name, temperature=0, min_new_tokens=1, stop_ids=frozenset({1})) for name in "ab"]
+    assert Sampler().sample(logits, rows) == [None, 2]
+
+
+def test_log_probabilities_are_those_of_the_unmodified_distribution():
+    logits = random_logits(4, 30)
+    rows = [
+        row_of("none"),
+        row_of("chosen", temperature=0, logprobs=0, logit_bias={3: 100.0}),
+        row_of("three", temperature=0.1, top_k=1, logprobs=3),
+        row_of("all", temperature=0, logprobs=100),
+    ]
+    sampler = Sampler()
+    ids = sampler.sample(logits, rows)
+    assert ids[1] == 3
+    logprobs = sampler.logprobs(logits, ids, rows)
+    logs = torch.log_softmax(logits.double(), dim=-1)
+    assert logprobs.keys() == {1, 2, 3}
+    assert [len(logprobs[row].top) for row in (1, 2, 3)] == [0, 3, 30]
+    for row, one in logprobs.items():
+        assert one.chosen == pytest.approx(logs[row, ids[row]].item(), abs=1e-5)
+        best = logs[row].argsort(descending=True)[: len(one.top)].tolist()
+        assert [token for token, _ in one.top] == best
+        assert [value for _, value in one.top] == pytest.approx([logs[row, token].item() for token in best], abs=1e-5)
+    assert sampler.logprobs(logits, [1, None, 1, 1], rows).keys() == {2, 3}, "a poisoned row has none"
+
+
+def test_the_outputs_of_one_request_draw_as_requests_of_successive_seeds_do():
+    logits = random_logits(1, 300)[0]
+    sampler = Sampler()
+    request = Request("a", (1,), SamplingParams(seed=5, n=3))
+    outputs = [Sequence(request, [1], index) for index in range(3)]
+    drawn = [sampler.sample(logits.expand(3, -1), outputs) for _ in range(20)]
+    for index in range(3):
+        assert [step[index] for step in drawn] == draws("b", logits, count=20, seed=5 + index)
+    sampler.forget("a")
+    assert sampler.is_idle
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", INF),
+        ("presence_penalty", NAN),
+        ("frequency_penalty", -INF),
+        ("logit_bias", {1: NAN}),
+        ("n", 0),
+        ("logprobs", -1),
         ("max_new_tokens", 0),
         ("temperature", -0.1),
         ("temperature", INF),
@@ -259,5 +402,5 @@ def test_logits_are_left_as_they_were():
     ],
 )
 def test_parameters_that_mean_nothing_are_refused_by_name_value_and_constraint(name, value):
-    with pytest.raises(ValueError, match=f"^{name}={value!r} must be "):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r}')} must be "):
         SamplingParams(**{name: value})

@@ -19,17 +19,6 @@ from llama_tp.engine.scheduler import Scheduler
 STOP_ID = 7
 
 
-@dataclass(frozen=True, kw_only=True)
-class SmallCache(EngineConfig):
-    """With fewer pages than all sequences could need."""
-
-    pages: int
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages
-
-
 @dataclass
 class Follower:
     """Knows the plans and nothing else: a page table, and what has been written to each slot of the cache."""
@@ -219,13 +208,13 @@ def configs(draw):
     page_size = draw(st.integers(1, 4))
     max_seq_len = draw(st.integers(2, 24))
     per_sequence = -(-max_seq_len // page_size)
-    return SmallCache(
+    return EngineConfig(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batch_size + draw(st.integers(0, 12)),
         page_size=page_size,
         prefix_cache=draw(st.booleans()),
-        pages=draw(st.integers(per_sequence, max_batch_size * per_sequence)),
+        cache_pages=draw(st.integers(per_sequence, max_batch_size * per_sequence)),
     )
 
 
@@ -293,7 +282,7 @@ def simulation_of(*, pages=None, stops=0.0, **config):
         **config,
     }
     pages = EngineConfig(**settings).num_pages if pages is None else pages
-    return Simulation(SmallCache(**settings, pages=pages), random.Random(1), stops=stops)
+    return Simulation(EngineConfig(**settings, cache_pages=pages), random.Random(1), stops=stops)
 
 
 def chunks_of(simulation):
