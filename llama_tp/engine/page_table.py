@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_tp.engine.request import Chunk
@@ -16,6 +17,8 @@ from llama_tp.model.attention import Run, Span
 
 _CALL_BYTES = 1 << 18
 """Reading so many bytes of keys and values takes about as long as one more attention call."""
+_BUCKET = 64
+"""In deterministic mode a query at position p is shown so many keys, times the least factor that covers p."""
 
 
 class PageTable:
@@ -30,7 +33,9 @@ class PageTable:
         bytes_per_slot: int,
         dtype: torch.dtype,
         device: torch.device,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._num_slots = num_pages * page_size
         self._page_size = page_size
         self._waste = _CALL_BYTES // bytes_per_slot  # keys read in vain that cost as much as a call
@@ -66,6 +71,11 @@ class PageTable:
         spans = []
         at = first = 0
         while at < len(chunks):
+            if self._deterministic:
+                spans += self._fixed_spans(chunks[at], first)
+                first += len(chunks[at].tokens)
+                at += 1
+                continue
             together = self._group(chunks, at)
             rows = slice(first, first + sum(len(chunk.tokens) for chunk in together))
             spans.append(self._span_of_one(together[0], rows) if len(together) == 1 else self._span(together, rows))
@@ -93,6 +103,27 @@ class PageTable:
         distance = first - self._pages[before][0]
         is_even = end - at == 1 or distance == self._pages[before][0] - self._pages[chunks[end - 2].row][0]
         return distance > 0 and is_even and first * self._page_size + longest <= self._num_slots
+
+    def _fixed_spans(self, chunk: Chunk, first: int) -> list[Span]:
+        """Calls in which each query of a chunk sees a number of keys that depends on its position and nothing else."""
+        spans = []
+        position, end = chunk.start, chunk.start + len(chunk.tokens)
+        while position < end:
+            length = position // _BUCKET * _BUCKET + _BUCKET
+            count = min(end, length) - position
+            keys: Run | Tensor
+            start = self._pages[chunk.row][0] * self._page_size
+            if self._is_run[chunk.row] and start + length <= self._num_slots:
+                keys = Run(start, length, count=count)  # all of them read the same slots: no stride
+            else:
+                slots = self._all_slots([chunk.row], position + count)[:, :length]
+                keys = F.pad(slots, (0, length - slots.size(1))).expand(count, length)
+            positions = torch.arange(position, position + count, device=self._device)
+            hidden = torch.arange(length, device=self._device) > positions.unsqueeze(1)
+            rows = slice(first + position - chunk.start, first + position - chunk.start + count)
+            spans.append(Span(rows, keys, mask=self._hide(hidden)[:, None, None, :], aligned=True))
+            position += count
+        return spans
 
     def _span_of_one(self, chunk: Chunk, rows: slice) -> Span:
         length = chunk.start + len(chunk.tokens)

@@ -1,9 +1,16 @@
 """Executes plans: the same code with the same plans on every rank, so all ranks' caches stay alike.
 
+In deterministic mode a step is computed in tiles of exactly TILE tokens, filled up with tokens that write to a page of
+nobody's, and every query attends alone: so each reduction has a fixed shape, and a token's numbers are the same to the
+bit in any company and in any chunks. Kernels choose how to add up by the shape of what they are given.
+
 Decides nothing. Its only memory between steps is the KV cache and the page table that the plans describe.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
@@ -11,10 +18,14 @@ from torch import Tensor
 from llama_tp.config import EngineConfig
 from llama_tp.engine.page_table import PageTable
 from llama_tp.engine.request import Chunk, StepPlan
-from llama_tp.model.attention import Batch
+from llama_tp.model.attention import Batch, Run, Span
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
+
+
+TILE = 16
+"""Tokens of a tile: as many as a CPU multiplies in about the time that it reads the weights."""
 
 
 class ModelRunner:
@@ -33,9 +44,11 @@ class ModelRunner:
         self.config = config
         self.dtype = dtype
         self.device = device
+        self._nobody = config.max_batch_size  # a row, and behind all pages a slot, for what fills up a tile
+        self._nowhere = config.num_pages * config.page_size
         self.cache = KVCache(
             n_layers=model.args.n_layers,
-            num_pages=config.num_pages,
+            num_pages=config.num_pages + config.deterministic,
             page_size=config.page_size,
             num_kv_heads=num_kv_heads,
             head_dim=model.args.head_dim,
@@ -43,7 +56,7 @@ class ModelRunner:
             device=device,
         )
         # A prompt may be poisoned in one step and sampled in a later one.
-        self._poisoned = torch.zeros(config.max_batch_size, dtype=torch.int32, device=device)
+        self._poisoned = torch.zeros(config.max_batch_size + 1, dtype=torch.int32, device=device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self.page_table = PageTable(
             num_rows=config.max_batch_size,
@@ -52,6 +65,7 @@ class ModelRunner:
             bytes_per_slot=2 * num_kv_heads * model.args.head_dim * dtype.itemsize,
             dtype=dtype,
             device=device,
+            deterministic=config.deterministic,
         )
 
     @torch.inference_mode()
@@ -65,10 +79,20 @@ class ModelRunner:
                 self._poisoned[row] = 0
         if not plan.chunks:
             return None
+        if self.config.deterministic:
+            return self._execute_in_tiles(plan.chunks)
         return self.model(self.prepare(plan.chunks), self.cache)
 
-    def prepare(self, chunks: tuple[Chunk, ...]) -> Batch:
-        """The tensors of one step. The page table must know the chunks' pages."""
+    def _execute_in_tiles(self, chunks: tuple[Chunk, ...]) -> Tensor | None:
+        parts = []
+        for tile in _tiles(chunks):
+            logits = self.model(self.prepare(tile, size=TILE), self.cache)
+            if logits is not None:
+                parts.append(logits[: sum(chunk.sample for chunk in tile)])
+        return torch.cat(parts) if parts else None
+
+    def prepare(self, chunks: Items[Chunk], size: int = 0) -> Batch:
+        """The tensors of one step, filled up to `size` tokens. The page table must know the chunks' pages."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -82,6 +106,15 @@ class ModelRunner:
             slots.extend(self.page_table.slots(chunk.row, span))
             if chunk.sample:
                 sampled.append(len(tokens) - 1)
+        spans = self.page_table.spans(chunks)
+        if missing := max(0, size - len(tokens)):
+            spans = (*spans, Span(slice(len(tokens), size), Run(self._nowhere, 1, count=missing)))
+            tokens += [0] * missing
+            positions += [0] * missing
+            slots += [self._nowhere] * missing
+            rows += [self._nobody] * missing
+        if sampled:
+            sampled += [0] * (size - len(sampled))
         packed = torch.tensor([tokens, positions, slots, rows]).to(self.device, non_blocking=True)
         return Batch(
             tokens=packed[0],
@@ -89,6 +122,24 @@ class ModelRunner:
             slots=packed[2],
             rows=packed[3],
             poisoned=self._poisoned,
-            spans=self.page_table.spans(chunks),
+            spans=spans,
             sampled=torch.tensor(sampled, dtype=torch.int64).to(self.device, non_blocking=True),
         )
+
+
+def _tiles(chunks: Items[Chunk]) -> Iterator[list[Chunk]]:
+    """The same tokens in the same order, TILE at a time."""
+    tile: list[Chunk] = []
+    room = TILE
+    for chunk in chunks:
+        at, end = 0, len(chunk.tokens)
+        while at < end:
+            take = min(room, end - at)
+            last = at + take == end
+            tile.append(Chunk(chunk.row, chunk.start + at, chunk.tokens[at : at + take], chunk.sample and last))
+            at, room = at + take, room - take
+            if room == 0:
+                yield tile
+                tile, room = [], TILE
+    if tile:
+        yield tile

@@ -39,6 +39,13 @@ class Span:
     """Additive, broadcastable to the scores; None: every query sees every key."""
     causal: bool = False
     """Query i sees keys 0 .. i: a prompt from its beginning."""
+    aligned: bool = False
+    """Give every kv head a multiple of _ALIGNED queries, so that it does not matter which thread computes it."""
+
+
+_ALIGNED = 16
+"""SDPA's scratch memory of a thread lies behind that of the thread before it, and has a size in proportion to the
+queries: with 3 of them it is aligned otherwise than its neighbour's, and BLAS adds up in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,10 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
     if q.size(0) == b:
         # One query each: the G heads that share a kv head become G queries of it, so no key is read twice.
         groups = q.view(b, num_kv_heads, -1, d)  # (B, K, G, d)
+        if span.aligned:
+            size = groups.size(2)
+            groups = F.pad(groups, (0, 0, 0, -size % _ALIGNED))
+            return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask)[:, :, :size].reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
