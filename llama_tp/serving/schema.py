@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 MAX_DEPTH = 32
@@ -31,6 +32,9 @@ MAX_NEW_TOKENS = 2**24
 MAX_TOP_K = 2**31 - 1
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_BIAS = 100
 
 ABSENT: Any = None
 """Default of a model's field that may be left out, but may not be null."""
@@ -52,10 +56,14 @@ class ApiError(Exception):
         self.message = cut(message, MAX_MESSAGE)
         self.param = param
 
+    def fields(self) -> dict[str, str | None]:
+        """What the error is, as a value for JSON."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+
     def body(self) -> bytes:
         """The error as OpenAI's clients read it: one line of JSON in UTF-8."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return to_json({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+        return to_json({"error": self.fields()})
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -308,6 +316,40 @@ def _list_of_stops(value: object) -> object:
     return value
 
 
+def token_ids(value: object) -> tuple[int, ...]:
+    """AfterValidator for a list of token ids, of which only the upper bound is left to check."""
+    # Not a list of pydantic's: that makes an error of each of a hundred thousand wrong ids.
+    if not isinstance(value, list):
+        raise PydanticCustomError("invalid_type", "must be a list of token ids")
+    for at, token in enumerate(value):
+        if type(token) is not int:  # a bool is an int, too
+            raise PydanticCustomError("invalid_type", "must be an integer", {"at": at})
+        if token < 0:
+            raise PydanticCustomError("token_out_of_range", "is negative, which no token id is", {"at": at})
+    return tuple(value)
+
+
+def _few_token_ids(value: object) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > MAX_STOP_IDS:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_STOP_IDS} entries")
+    return token_ids(value)
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("invalid_type", "must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_BIASES} entries")
+    for key, bias in value.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,18}", key):
+            raise PydanticCustomError("invalid_value", 'must have a token id as its key, such as "42"', {"at": key})
+        if type(bias) not in (int, float):
+            raise PydanticCustomError("invalid_type", "must be a number", {"at": key})
+        if abs(bias) > MAX_BIAS:
+            raise PydanticCustomError("invalid_value", f"must be from -{MAX_BIAS} to {MAX_BIAS}", {"at": key})
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
 def must_be_text(value: object) -> object:
     """BeforeValidator for a Literal: a value of another type is of the wrong type, not just none of the choices."""
     if not isinstance(value, str):
@@ -316,11 +358,19 @@ def must_be_text(value: object) -> object:
 
 
 MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
+MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOP_K)]
 MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[Any, AfterValidator(_biases)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
 ]
+StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+NumOutputs = Annotated[int, Field(ge=1, le=16)]
+TimeoutS = Annotated[float, Field(gt=0, le=3600)]

@@ -7,13 +7,14 @@ with its last reply. Nothing here raises for what a user sent: that is a reply, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving import native
-from llama_tp.serving.native import NativeDefaults, NativeRequest
+from llama_tp.serving.native import NativeDefaults, NativeRequest, Part
 from llama_tp.serving.schema import ApiError, shown
 from llama_tp.text.chat import ChatError, ChatFormat, Message
 from llama_tp.text.detokenizer import TextStream
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 
 FORM: object = object()
 """Stands for a body that the HTTP server has taken apart as form fields."""
-MAX_TOKENS_PER_CHUNK = 64
-"""Tokens of one chunk of a stream, so that no chunk reaches native.MAX_CHUNK_BYTES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,63 @@ class Reply:
     content_type: str = "application/json"
 
 
+class _Output:
+    """One of a request's outputs: how far it is, and what of it no reply holds yet."""
+
+    def __init__(self, tokenizer: Tokenizer, request: NativeRequest, index: int) -> None:
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.error: ApiError | None = None
+        self.is_told = False
+        """Whether a reply holds its end."""
+        self._index = None if request.n == 1 else index
+        self._token_bytes = tokenizer.token_bytes
+        self._stream = TextStream(tokenizer, request.stop, min_tokens=request.min_new_tokens)
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._logprobs: list[dict[str, Any]] | None = None if request.logprobs is None else []
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._ids) or (self.finish_reason is not None and not self.is_told)
+
+    def take(self, event: TokenEvent) -> None:
+        """What a step meant for it. An output that has ended takes nothing: the engine is ahead of a stop string."""
+        if self.finish_reason is not None:
+            return
+        if event.token_id is not None:
+            self.num_tokens += 1
+            self._ids.append(event.token_id)
+            self._text.append(self._stream.push(event.token_id))
+            if self._logprobs is not None and event.logprobs is not None:
+                self._logprobs.append(native.token_logprobs(event.token_id, event.logprobs, self._token_bytes))
+            if self._stream.stopped:
+                self.finish_reason = FinishReason.STOP
+        if event.finish_reason is not None and self.finish_reason is None:
+            self._text.append(self._stream.flush())
+            self.error = _error_in(event)
+            self.finish_reason = event.finish_reason if self.error is None else FinishReason.ERROR
+
+    def tell(self, limit: int) -> Part:
+        """What no reply holds yet, of at most `limit` tokens; the end, too, where no token is left then."""
+        ids, self._ids = self._ids[:limit], self._ids[limit:]
+        self.is_told = self.finish_reason is not None and not self._ids
+        # A token's text is where its push put it; what flush added belongs to the last part.
+        num_texts = len(self._text) if self.is_told else len(ids)
+        text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
+        logprobs = self._logprobs
+        if logprobs is not None:
+            logprobs, self._logprobs = logprobs[:limit], logprobs[limit:]
+        return Part(
+            index=self._index,
+            text=text,
+            ids=ids,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason if self.is_told else None,
+            error=self.error if self.is_told else None,
+        )
+
+
 @dataclass(slots=True)
 class _Active:
     """A request whose last reply has not been made."""
@@ -48,19 +104,18 @@ class _Active:
     key: str
     """Its id in the engine, which is ahead of us: events of an id that was used before must find nobody."""
     num_prompt: int
-    stream: TextStream
-    num_tokens: int = 0
+    outputs: list[_Output]
+    chunk_tokens: int
+    """Tokens of one output that a reply may hold."""
     has_replied: bool = False
-    text: list[str] = field(default_factory=list)
-    """Text that no reply holds yet."""
-    ids: list[int] = field(default_factory=list)
-    """Tokens that no reply holds yet."""
-    finish_reason: FinishReason | None = None
-    error: ApiError | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
 
     @property
     def has_reply(self) -> bool:
-        return self.finish_reason is not None or (self.request.stream and bool(self.ids))
+        return self.has_ended or (self.request.stream and any(output.has_news for output in self.outputs))
 
 
 class LlamaService:
@@ -135,6 +190,7 @@ class LlamaService:
 
     def _start(self, request_id: str, body: object) -> None:
         request = native.parse_native(body, self._defaults)
+        native.check_vocabulary(request, self._vocab_size)
         prompt, stop_ids = self._encode(request)
         max_new_tokens = native.check_context(
             len(prompt),
@@ -142,18 +198,21 @@ class LlamaService:
             self._max_seq_len,
             request.max_new_tokens_explicit,
             param="prompt" if request.dialog is None else "dialog",
+            min_new_tokens=request.min_new_tokens,
         )
+        native.check_answer_size(request, max_new_tokens)
         params = request.sampling_params(stop_ids=stop_ids, max_new_tokens=max_new_tokens)
         self._num_started += 1
         key = f"{request_id}#{self._num_started}"
         self._id_of[key] = request_id
-        self._active[request_id] = _Active(request, key, len(prompt), TextStream(self._tokenizer, request.stop))
-        self._loop.submit(Request(key, tuple(prompt), params))
+        outputs = [_Output(self._tokenizer, request, index) for index in range(request.n)]
+        chunk_tokens = native.chunk_tokens(request, self._longest_token) if request.stream else max_new_tokens
+        self._active[request_id] = _Active(request, key, len(prompt), outputs, chunk_tokens)
+        self._loop.submit(Request(key, tuple(prompt), params, request.timeout_s))
 
     def _encode(self, request: NativeRequest) -> tuple[list[int], frozenset[int]]:
         """Prompt ids, and the ids that end the answer."""
         if isinstance(request.prompt, tuple):
-            native.check_token_ids(request.prompt, self._vocab_size)
             return list(request.prompt), self._tokenizer.stop_ids
         texts = [request.prompt] if request.prompt is not None else [content for _, content in request.dialog or ()]
         self._refuse_hopeless(texts, "prompt" if request.dialog is None else "dialog")
@@ -181,28 +240,19 @@ class LlamaService:
 
     def _take(self, event: TokenEvent) -> None:
         active = self._active.get(self._id_of.get(event.request_id, ""))
-        if active is None or active.finish_reason is not None:
-            return  # closed, or ended by a stop string, while the engine was ahead of us
-        if event.token_id is not None:
-            active.num_tokens += 1
-            active.ids.append(event.token_id)
-            active.text.append(active.stream.push(event.token_id))
-            if active.stream.stopped:
-                self._loop.cancel(event.request_id)
-                active.finish_reason = FinishReason.STOP
-        if event.finish_reason is not None and active.finish_reason is None:
-            active.text.append(active.stream.flush())
-            active.finish_reason = event.finish_reason
-        if event.finish_reason is FinishReason.CANCELLED:
-            active.error = ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
-        elif event.finish_reason is FinishReason.ERROR:
-            active.error = ApiError(500, event.error or "internal_error", _WHY.get(event.error or "", _WHY[""]))
+        if active is None or active.has_ended:
+            return  # closed, or ended by stop strings, while the engine was ahead of us
+        active.outputs[event.index].take(event)
+        if active.has_ended:
+            self._loop.cancel(active.key)  # the engine goes on with outputs that a stop string has ended
 
     def _safely(self, request_id: str, active: _Active) -> Reply:
         """The reply; should making it fail, an error for this request alone."""
         is_first = not active.has_replied
         try:
             return self._reply(request_id, active)
+        except ApiError as error:
+            return Reply(request_id, native.stream_error(error), is_first, status=error.status)
         except Exception as error:
             log.error("request %s failed in replying: %s", request_id, type(error).__name__)
             self.close(request_id)
@@ -210,28 +260,36 @@ class LlamaService:
             return Reply(request_id, native.stream_error(failure), is_first, status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
-        """What the client gets now. The request is over if that is all."""
-        backlog = active.request.stream and len(active.ids) > MAX_TOKENS_PER_CHUNK
+        """What the client gets now. The request is over if that is all. ApiError if it comes to nothing."""
         is_first, active.has_replied = not active.has_replied, True
-        if active.finish_reason is None or backlog:
-            # A token's text is where its push put it; what flush added belongs to the last chunk.
-            ids, active.ids = active.ids[:MAX_TOKENS_PER_CHUNK], active.ids[MAX_TOKENS_PER_CHUNK:]
-            text, active.text = "".join(active.text[: len(ids)]), active.text[len(ids) :]
-            return Reply(request_id, native.chunk(text, ids), is_first, is_last=False, content_type=_LINES)
+        parts = [output.tell(active.chunk_tokens) for output in active.outputs if output.has_news]
+        if not all(output.is_told for output in active.outputs):
+            return Reply(request_id, native.lines(parts), is_first, is_last=False, content_type=_LINES)
         del self._active[request_id]
         del self._id_of[active.key]
-        if active.error is not None:
-            return Reply(request_id, native.stream_error(active.error), is_first, status=active.error.status)
-        text = "".join(active.text)
-        usage = (active.finish_reason, active.num_prompt, active.num_tokens)
+        errors = [output.error for output in active.outputs if output.error is not None]
+        if len(errors) == len(active.outputs):
+            raise errors[0]
+        usage = native.usage(active.num_prompt, sum(output.num_tokens for output in active.outputs))
         if active.request.stream:
-            return Reply(request_id, native.last_chunk(text, active.ids, *usage), is_first, content_type=_LINES)
-        return Reply(request_id, native.answer(text, *usage))
+            return Reply(request_id, native.lines(parts, usage), is_first, content_type=_LINES)
+        return Reply(request_id, native.answer(parts, usage))
+
+
+def _error_in(event: TokenEvent) -> ApiError | None:
+    """Why an output has come to nothing."""
+    if event.finish_reason is FinishReason.CANCELLED:
+        return ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
+    if event.finish_reason is FinishReason.ERROR:
+        code = event.error or "internal_error"
+        return ApiError(429 if code == "queue_full" else 500, code, _WHY.get(code, _WHY["internal_error"]))
+    return None
 
 
 _LINES = "application/jsonl"
 
 _WHY = {
     "nan_logits": "the model produced numbers that are not finite for this request; other requests are not affected",
-    "": "the engine could not run this request",
+    "queue_full": "too many requests are waiting already; try again later",
+    "internal_error": "the engine could not run this request",
 }

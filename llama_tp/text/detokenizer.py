@@ -32,12 +32,14 @@ class Detokenizer:
 class TextStream:
     """A Detokenizer that ends at the first stop string to be complete; of several complete at once, the longest.
 
-    Text that may be the beginning of a stop string is held back until that is decided.
+    Text that may be the beginning of a stop string is held back until that is decided. The text of the first min_tokens
+    tokens is not searched: no stop string ends or begins in it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._matchers = [_Matcher(s) for s in stop]
+        self._num_exempt = min_tokens
         self._held = ""
         self._stopped = False
 
@@ -48,7 +50,13 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Text that is now known to precede every stop string."""
-        return "" if self._stopped else self._release(self._detokenizer.push(token_id))
+        if self._stopped:
+            return ""
+        text = self._detokenizer.push(token_id)
+        if self._num_exempt > 0:
+            self._num_exempt -= 1
+            return text
+        return self._release(text)
 
     def flush(self) -> str:
         """The rest, held-back text included, when the generation ended without a stop string. Call once."""

@@ -239,6 +239,70 @@ def test_the_spelling_of_a_special_token_is_text(server: TorchServe, tokenizer: 
     assert chat.usage["prompt_tokens"] == 1 + len(tokenizer.encode(f"[INST] a{special}b [/INST]"))
 
 
+def test_the_log_probabilities_of_a_text_known_by_heart_are_almost_0(server: TorchServe, tokenizer: Tokenizer) -> None:
+    request = {**PASSAGE_REQUEST, "logprobs": True, "top_logprobs": 5}
+
+    answer = server.post(request).json()
+    with server.stream({**request, "stream": True}) as stream:
+        streamed = [record for _, chunk in stream for record in chunk["logprobs"]]
+
+    records = answer["logprobs"]
+    assert answer["text"] == REST_OF_PASSAGE
+    assert [record["id"] for record in streamed] == [record["id"] for record in records]
+    assert tokenizer.decode([record["id"] for record in records]) == REST_OF_PASSAGE
+    for record in records:
+        assert -0.5 < record["logprob"] <= 0
+        assert len(record["top_logprobs"]) == 5
+        assert record["top_logprobs"][0] == {name: record[name] for name in ("id", "token", "bytes", "logprob")}
+
+
+def test_several_outputs_are_those_of_several_seeds(server: TorchServe) -> None:
+    request = {"prompt": "My dear", "max_new_tokens": 40, "temperature": 2.0, "seed": 5}
+
+    alone = [ask(server, {**request, "seed": 5 + i}).text for i in range(3)]
+    answer = server.post({**request, "n": 3}).json()
+    with server.stream({**request, "n": 3, "stream": True}) as stream:
+        chunks = [chunk for _, chunk in stream]
+
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(alone))
+    for index, text in enumerate(alone):
+        assert "".join(chunk["text"] for chunk in chunks if chunk["index"] == index) == text
+    assert [chunk["usage"] for chunk in chunks if "usage" in chunk] == [answer["usage"]]
+
+
+def test_an_answer_goes_on_beyond_its_end_where_that_is_asked_for(server: TorchServe) -> None:
+    whole = ask(server, PASSAGE_REQUEST)
+    num_more = whole.usage["completion_tokens"] + 5
+
+    longer = ask(server, {**PASSAGE_REQUEST, "min_new_tokens": num_more})
+    ignoring = ask(server, {**PASSAGE_REQUEST, "max_new_tokens": num_more, "ignore_eos": True})
+
+    assert longer.usage["completion_tokens"] >= num_more
+    assert (ignoring.finish_reason, ignoring.usage["completion_tokens"]) == ("length", num_more)
+
+
+def test_a_bias_and_a_stop_id_act_on_their_tokens(server: TorchServe, tokenizer: Tokenizer) -> None:
+    tock = tokenizer.encode(ENDLESS)[1]
+    request = {"prompt": ENDLESS, "max_new_tokens": 10, "temperature": 0}
+
+    stopped = ask(server, {**request, "stop_token_ids": [tock]})
+    banned = ask(server, {**request, "logit_bias": {str(tock): -100}})
+    penalized = ask(server, {**request, "frequency_penalty": 2, "presence_penalty": 2, "repetition_penalty": 10})
+
+    assert (stopped.text, stopped.finish_reason) == ("tick", "stop")
+    assert "tock" not in banned.text
+    assert penalized.text != ask(server, request).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_time_is_up_is_what_there_is(server: TorchServe, stream: bool) -> None:
+    answer = ask(server, {**LONG_REQUEST, "stream": stream, "timeout_s": 0.5})
+
+    assert answer.finish_reason == "timeout"
+    assert answer.text.startswith("tick tock tick")
+    assert 0 < answer.usage["completion_tokens"] < LONG_REQUEST["max_new_tokens"]
+
+
 # --- many at once
 
 MIXED = [
@@ -312,9 +376,21 @@ INVALID: dict[str, list[object]] = {
     "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
     "unknown_field": [prompt(max_tokens=5), prompt(promt="b"), {"dialog": [user()], "messages": []}],
     "missing_field": [{}, {"max_new_tokens": 5}, {"mode": "text_completion"}],
-    "conflicting_fields": [prompt(dialog=[user()]), prompt(mode="chat"), {**chat(user()), "mode": "text_completion"}],
+    "conflicting_fields": [
+        prompt(dialog=[user()]),
+        prompt(mode="chat"),
+        {**chat(user()), "mode": "text_completion"},
+        prompt(top_logprobs=5),
+    ],
     "empty_prompt": [{"prompt": ""}, {"prompt": []}],
-    "token_out_of_range": [{"prompt": [1, 10**6]}, {"prompt": [-1]}, {"prompt": [10**18]}],
+    "token_out_of_range": [
+        {"prompt": [1, 10**6]},
+        {"prompt": [-1]},
+        {"prompt": [10**18]},
+        prompt(stop_token_ids=[10**6]),
+        prompt(logit_bias={"1000000": 1}),
+    ],
+    "answer_too_large": [prompt(logprobs=True, top_logprobs=20, n=16, max_new_tokens=4000)],
     "invalid_unicode": [b'{"prompt": "\\ud800"}', b'{"prompt": "a", "stop": "\\udfff"}', b'{"\\ud800": 1}'],
     "context_length_exceeded": [
         {"prompt": [5] * MAX_SEQ_LEN},
@@ -328,6 +404,7 @@ INVALID: dict[str, list[object]] = {
         chat(user("water " * MAX_SEQ_LEN)),
         chat(user("whale" * 180_000)),
         {**chat(user()), "max_new_tokens": MAX_SEQ_LEN},
+        prompt(min_new_tokens=MAX_SEQ_LEN),
     ],
     "empty_messages": [{"dialog": []}],
     "invalid_role": [chat({"role": "pirate", "content": "Hi"}), chat(user(), {"role": "tool", "content": "Hi"})],
@@ -355,6 +432,9 @@ INVALID: dict[str, list[object]] = {
         *(prompt(seed=value) for value in (1.5, "1", True)),
         *(prompt(stop=value) for value in ([1], 1, {}, None, [None])),
         *(prompt(stream=value) for value in ("true", 1, None)),
+        *(prompt(logprobs=value) for value in (1, None)),
+        *(prompt(n=value) for value in (1.0, None)),
+        prompt(logit_bias=[1]),
         *(prompt(mode=value) for value in (1, None)),
         *({"dialog": value} for value in (None, "Hi", 5, {}, [123], [None], [{}], ["Hi"])),
         *(chat(user(content)) for content in (None, 5, [], {})),
@@ -372,6 +452,11 @@ INVALID: dict[str, list[object]] = {
         *(prompt(min_p=value) for value in (2, -0.5)),
         *(prompt(seed=value) for value in (2**64, -1)),
         *(prompt(stop=value) for value in ("", [""], "a" * 10_000, ["a", "b" * 10_000])),
+        *(prompt(n=value) for value in (0, 17)),
+        *(prompt(timeout_s=value) for value in (0, 3601)),
+        *(prompt(repetition_penalty=value) for value in (0, 11)),
+        prompt(min_new_tokens=6, max_new_tokens=5),
+        prompt(logit_bias={"fox": 1}),
         prompt(mode="poem"),
     ],
 }

@@ -146,6 +146,17 @@ def test_nothing_is_emitted_after_a_stop_string():
     assert stream.flush() == ""
 
 
+@quick
+@given(text=few_letters, stops=stop_lists, min_tokens=st.integers(0, 12), kind=st.sampled_from(KINDS))
+def test_the_first_min_tokens_tokens_are_not_searched(text, stops, min_tokens, kind):
+    tokenizer = tiny(kind)
+    ids = tokenizer.encode(text)
+    emitted = run(TextStream(tokenizer, stops, min_tokens=min_tokens), ids)
+    plain = run(TextStream(tokenizer), ids)
+    assert emitted[:min_tokens] == plain[:min_tokens]
+    assert "".join(emitted[min_tokens:]) == until_first_stop("".join(plain[min_tokens:]), stops)
+
+
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="stop string is empty"):
         TextStream(tiny("tiktoken"), ["ok", ""])

@@ -1,24 +1,33 @@
 """The dialect of /predictions/llama."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.engine.request import FinishReason, SamplingParams
+from llama_tp.engine.request import FinishReason, Logprobs, SamplingParams
 from llama_tp.serving.native import (
+    MAX_ANSWER_BYTES,
     MAX_CHUNK_BYTES,
+    MAX_CHUNK_TOKENS,
+    MAX_LOGPROBS,
     NativeDefaults,
     NativeRequest,
+    Part,
     answer,
+    check_answer_size,
     check_context,
     check_token_ids,
-    chunk,
-    last_chunk,
+    check_vocabulary,
+    chunk_tokens,
+    lines,
     parse_native,
     stream_error,
+    token_logprobs,
+    usage,
 )
 from llama_tp.serving.schema import ApiError
 
@@ -48,12 +57,22 @@ def test_the_originals_sample_text_is_a_completion() -> None:
         dialog=None,
         max_new_tokens=50,
         max_new_tokens_explicit=True,
+        min_new_tokens=0,
         temperature=0.6,
         top_p=0.9,
         top_k=7,
         min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias={},
         seed=42,
         stop=(),
+        stop_token_ids=(),
+        ignore_eos=False,
+        logprobs=None,
+        n=1,
+        timeout_s=None,
         stream=False,
     )
 
@@ -68,11 +87,18 @@ def test_the_originals_sample_dialog_is_a_chat() -> None:
 def test_what_a_request_says_goes_before_the_defaults() -> None:
     said: dict[str, Any] = {
         "max_new_tokens": 1,
+        "min_new_tokens": 1,
         "temperature": 0,
         "top_p": 1,
         "top_k": 0,
         "min_p": 1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
         "seed": 0,
+        "ignore_eos": True,
+        "n": 16,
+        "timeout_s": 0.5,
         "stream": True,
     }
     request = parse(prompt="x", stop=["a", "b"], **said)
@@ -86,6 +112,37 @@ def test_what_a_request_leaves_open_is_the_defaults() -> None:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
     assert [getattr(request, name) for name in names] == [getattr(DEFAULTS, name) for name in names]
     assert (request.stop, request.stream, request.max_new_tokens_explicit) == ((), False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_logprobs_are_reported_where_asked_for(fields: dict[str, Any], logprobs: int | None) -> None:
+    assert parse(prompt="x", **fields).logprobs == logprobs
+
+
+def test_a_bias_is_by_token_id() -> None:
+    assert parse(prompt="x", logit_bias={"0": -100, "31999": 0.5}).logit_bias == {0: -100.0, 31999: 0.5}
+
+
+def test_min_new_tokens_may_be_max_new_tokens_and_raises_a_default() -> None:
+    assert parse(prompt="x", min_new_tokens=7, max_new_tokens=7).max_new_tokens == 7
+    raised = parse(prompt="x", min_new_tokens=DEFAULTS.max_new_tokens + 1)
+    assert (raised.max_new_tokens, raised.max_new_tokens_explicit) == (DEFAULTS.max_new_tokens + 1, False)
+    assert parse(prompt="x", min_new_tokens=1).max_new_tokens == DEFAULTS.max_new_tokens
+
+
+def test_fields_that_contradict_each_other_are_both_named() -> None:
+    error = refusal({"prompt": "x", "min_new_tokens": 6, "max_new_tokens": 5})
+    assert error.message == "min_new_tokens=6 must be at most max_new_tokens=5"
+    assert "logprobs=true" in refusal({"prompt": "x", "top_logprobs": 5}).message
 
 
 def test_saying_the_default_length_makes_it_explicit() -> None:
@@ -206,6 +263,38 @@ def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: 
         ({"prompt": "x", "stop": list("abcde")}, "too_many_stops", "stop"),
         ({"prompt": "x", "stop": "a" * 10_000}, "invalid_value", "stop"),
         ({"prompt": "x", "stop": 5}, "invalid_type", "stop"),
+        ({"prompt": "x", "min_new_tokens": -1}, "invalid_value", "min_new_tokens"),
+        ({"prompt": "x", "min_new_tokens": 1e9}, "invalid_value", "min_new_tokens"),
+        ({"prompt": "x", "min_new_tokens": 2.0}, "invalid_type", "min_new_tokens"),
+        ({"prompt": "x", "min_new_tokens": 6, "max_new_tokens": 5}, "invalid_value", "min_new_tokens"),
+        ({"prompt": "x", "repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+        ({"prompt": "x", "repetition_penalty": 10.1}, "invalid_value", "repetition_penalty"),
+        ({"prompt": "x", "repetition_penalty": None}, "invalid_type", "repetition_penalty"),
+        ({"prompt": "x", "presence_penalty": -2.1}, "invalid_value", "presence_penalty"),
+        ({"prompt": "x", "presence_penalty": "1"}, "invalid_type", "presence_penalty"),
+        ({"prompt": "x", "frequency_penalty": 2.1}, "invalid_value", "frequency_penalty"),
+        ({"prompt": "x", "frequency_penalty": True}, "invalid_type", "frequency_penalty"),
+        ({"prompt": "x", "logit_bias": None}, "invalid_type", "logit_bias"),
+        ({"prompt": "x", "logit_bias": [[5, 1]]}, "invalid_type", "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"fox": 1}}, "invalid_value", "logit_bias.fox"),
+        ({"prompt": "x", "logit_bias": {"7": True}}, "invalid_type", "logit_bias.7"),
+        ({"prompt": "x", "stop_token_ids": 5}, "invalid_type", "stop_token_ids"),
+        ({"prompt": "x", "stop_token_ids": None}, "invalid_type", "stop_token_ids"),
+        ({"prompt": "x", "stop_token_ids": [1, "2"]}, "invalid_type", "stop_token_ids[1]"),
+        ({"prompt": "x", "stop_token_ids": [-1]}, "token_out_of_range", "stop_token_ids[0]"),
+        ({"prompt": "x", "stop_token_ids": [5] * 65}, "invalid_value", "stop_token_ids"),
+        ({"prompt": "x", "ignore_eos": 1}, "invalid_type", "ignore_eos"),
+        ({"prompt": "x", "ignore_eos": None}, "invalid_type", "ignore_eos"),
+        ({"prompt": "x", "logprobs": 5}, "invalid_type", "logprobs"),
+        ({"prompt": "x", "top_logprobs": 5}, "conflicting_fields", "top_logprobs"),
+        ({"prompt": "x", "top_logprobs": 0, "logprobs": False}, "conflicting_fields", "top_logprobs"),
+        ({"prompt": "x", "top_logprobs": 21, "logprobs": True}, "invalid_value", "top_logprobs"),
+        ({"prompt": "x", "n": 0}, "invalid_value", "n"),
+        ({"prompt": "x", "n": 17}, "invalid_value", "n"),
+        ({"prompt": "x", "n": None}, "invalid_type", "n"),
+        ({"prompt": "x", "timeout_s": 0}, "invalid_value", "timeout_s"),
+        ({"prompt": "x", "timeout_s": 3601}, "invalid_value", "timeout_s"),
+        ({"prompt": "x", "timeout_s": None}, "invalid_type", "timeout_s"),
         ({"prompt": "x", "stream": 1}, "invalid_type", "stream"),
         ({"prompt": "x", "stream": "true"}, "invalid_type", "stream"),
         ({"prompt": "x", "stream": None}, "invalid_type", "stream"),
@@ -292,6 +381,14 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     assert all(number in caught.value.message for number in numbers)
 
 
+def test_a_default_is_clipped_to_no_less_than_min_new_tokens() -> None:
+    assert check_context(60, 50, 100, explicit=False, min_new_tokens=40) == 40
+    with pytest.raises(ApiError) as caught:
+        check_context(60, 50, 100, explicit=False, min_new_tokens=41)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "min_new_tokens")
+    assert caught.value.message.startswith("min_new_tokens=41 does not fit")
+
+
 def test_the_context_check_speaks_the_callers_dialect() -> None:
     with pytest.raises(ApiError) as caught:
         check_context(51, 50, 100, explicit=True, param="messages", limit_param="max_tokens")
@@ -312,6 +409,34 @@ def test_an_id_outside_the_vocabulary_is_refused_and_named(ids: tuple[int, ...],
     assert "31999" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [1, 32000]}, "prompt[1]"),
+        ({"prompt": "x", "stop_token_ids": [0, 31999, 32000]}, "stop_token_ids[2]"),
+        ({"prompt": "x", "logit_bias": {"0": 1, "32000": 1}}, "logit_bias.32000"),
+    ],
+)
+def test_an_id_anywhere_outside_the_vocabulary_is_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_vocabulary(parse(**fields), 32000)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "token_out_of_range", param)
+    assert "0 to 31999" in caught.value.message
+    check_vocabulary(parse(**fields), 32001)
+
+
+def test_an_answer_in_one_piece_holds_so_many_logprobs_at_most() -> None:
+    fields: dict[str, Any] = {"prompt": "x", "logprobs": True, "top_logprobs": 15, "n": 2}
+    most = MAX_LOGPROBS // (2 * 16)
+    check_answer_size(parse(**fields), most)
+    check_answer_size(parse(**fields, stream=True), most + 1)
+    check_answer_size(parse(prompt="x", n=16), 2**24)
+    with pytest.raises(ApiError) as caught:
+        check_answer_size(parse(**fields), most + 1)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "answer_too_large", "logprobs")
+    assert all(number in caught.value.message for number in ("n=2", str(most + 1), "top_logprobs=15", "stream"))
+
+
 def test_sampling_takes_the_request_the_stop_ids_and_what_fits() -> None:
     request = parse(prompt="x", temperature=0, seed=3)
     params = request.sampling_params(stop_ids=frozenset({2}), max_new_tokens=5)
@@ -320,11 +445,48 @@ def test_sampling_takes_the_request_the_stop_ids_and_what_fits() -> None:
     )
 
 
+def test_sampling_takes_everything_that_a_request_may_ask_for() -> None:
+    fields: dict[str, Any] = {
+        "min_new_tokens": 2,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "n": 3,
+    }
+    request = parse(prompt="x", logit_bias={"9": 1.5}, logprobs=True, top_logprobs=4, **fields)
+    params = request.sampling_params(stop_ids=frozenset(), max_new_tokens=5)
+    assert {name: getattr(params, name) for name in fields} == fields
+    assert (params.logit_bias, params.logprobs) == ({9: 1.5}, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop_ids"),
+    [
+        ({}, {2}),
+        ({"stop_token_ids": [7, 8, 7]}, {2, 7, 8}),
+        ({"ignore_eos": True}, set()),
+        ({"ignore_eos": True, "stop_token_ids": [2, 7]}, {2, 7}),
+    ],
+)
+def test_what_ends_an_answer_is_the_format_s_and_the_request_s_to_say(
+    fields: dict[str, Any], stop_ids: set[int]
+) -> None:
+    request = parse(prompt="x", **fields)
+    assert request.sampling_params(stop_ids=frozenset({2}), max_new_tokens=5).stop_ids == stop_ids
+
+
+def part(text: str = "", ids: Sequence[int] = (), finish_reason: FinishReason | None = None, **others: Any) -> Part:
+    return Part(
+        **{"index": None, "logprobs": None, "error": None, **others}, text=text, ids=ids, finish_reason=finish_reason
+    )
+
+
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+FAILED = ApiError(500, "nan_logits", "not finite")
 
 
 def test_an_answer_is_one_object_on_one_line() -> None:
-    reply = answer("Grüße\n😀", FinishReason.STOP, 5, 2)
+    reply = answer([part("Grüße\n😀", (1, 2), FinishReason.STOP)], usage(5, 2))
     assert reply.endswith(b"}\n")
     assert reply.count(b"\n") == 1
     assert "Grüße\\n😀".encode() in reply
@@ -332,12 +494,79 @@ def test_an_answer_is_one_object_on_one_line() -> None:
 
 
 def test_a_stream_is_lines_of_json_and_the_last_says_why_it_ended() -> None:
-    stream = chunk("a\n", (1,)) + chunk("", ()) + last_chunk("b", [2], FinishReason.LENGTH, 5, 2)
+    stream = lines([part("a\n", (1,))]) + lines([part()]) + lines([part("b", [2], FinishReason.LENGTH)], USAGE)
     assert [json.loads(line) for line in stream.splitlines()] == [
         {"text": "a\n", "ids": [1]},
         {"text": "", "ids": []},
         {"text": "b", "ids": [2], "finish_reason": "length", "usage": USAGE},
     ]
+
+
+def test_an_answer_of_several_outputs_is_a_list_of_choices() -> None:
+    parts = [part("a", (1,), FinishReason.STOP, index=0), part("", (), FinishReason.ERROR, index=1, error=FAILED)]
+    assert json.loads(answer(parts, USAGE)) == {
+        "choices": [
+            {"index": 0, "text": "a", "finish_reason": "stop"},
+            {"index": 1, "text": "", "finish_reason": "error", "error": FAILED.fields()},
+        ],
+        "usage": USAGE,
+    }
+
+
+def test_the_usage_of_several_outputs_is_in_the_last_of_all_lines() -> None:
+    stream = lines([part("a", (1,), FinishReason.STOP, index=1), part("b", (2,), FinishReason.STOP, index=0)], USAGE)
+    assert [json.loads(line) for line in stream.splitlines()] == [
+        {"index": 1, "text": "a", "ids": [1], "finish_reason": "stop"},
+        {"index": 0, "text": "b", "ids": [2], "finish_reason": "stop", "usage": USAGE},
+    ]
+
+
+WORDS = {5: b" fox", 6: "é".encode()[:1], 7: b""}
+
+
+def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
+    record = token_logprobs(5, Logprobs(-0.5, ((5, -0.5), (6, -2.0), (7, float("-inf")))), WORDS.__getitem__)
+    assert record == {
+        "id": 5,
+        "token": " fox",
+        "bytes": [32, 102, 111, 120],
+        "logprob": -0.5,
+        "top_logprobs": [
+            {"id": 5, "token": " fox", "bytes": [32, 102, 111, 120], "logprob": -0.5},
+            {"id": 6, "token": "\ufffd", "bytes": [0xC3], "logprob": -2.0},
+            {"id": 7, "token": "", "bytes": [], "logprob": -9999.0},
+        ],
+    }
+    assert json.loads(answer([part("a", (5,), FinishReason.STOP, logprobs=[record])], USAGE))["logprobs"] == [record]
+    assert json.loads(lines([part("a", (5,), logprobs=[record])]))["logprobs"] == [record]
+
+
+@pytest.mark.parametrize("longest", [1, 16, 128])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}], ids=str)
+@pytest.mark.parametrize("byte", [b"\0", b"\xff", b'"'])
+def test_so_many_tokens_fit_into_a_line_however_long_they_are(
+    fields: dict[str, Any], longest: int, byte: bytes
+) -> None:
+    request = parse(prompt="x", stream=True, **fields)
+    count = chunk_tokens(request, longest)
+    assert 1 <= count <= MAX_CHUNK_TOKENS
+    logprob = -1.2345678901234567e-05
+    logprobs = Logprobs(logprob, ((2**17, logprob),) * (request.logprobs or 0))
+    record = token_logprobs(2**17, logprobs, lambda _: byte * longest)
+    text = (byte * longest * count).decode("utf-8", "replace") + "\0" * 256
+    records = None if request.logprobs is None else [record] * count
+    line = part(text, [2**17] * count, FinishReason.LENGTH, index=15, logprobs=records)
+    assert len(lines([line], usage(2**17, 2**17))) <= MAX_CHUNK_BYTES
+
+
+def test_plain_chunks_hold_64_tokens() -> None:
+    assert chunk_tokens(parse(prompt="x", stream=True), 128) == MAX_CHUNK_TOKENS == 64
+
+
+def test_an_answer_over_the_limit_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ApiError) as caught:
+        answer([part("x" * MAX_ANSWER_BYTES, (1,), FinishReason.LENGTH)], USAGE)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "answer_too_large", "stream")
 
 
 def test_a_stream_that_fails_says_so_in_its_last_line() -> None:
@@ -347,18 +576,20 @@ def test_a_stream_that_fails_says_so_in_its_last_line() -> None:
 
 
 def test_replies_are_valid_utf8_even_for_text_that_is_not() -> None:
-    for reply in (answer("\ud800", FinishReason.STOP, 1, 1), chunk("\udfff", (1,))):
+    for reply in (answer([part("\ud800", (), FinishReason.STOP)], USAGE), lines([part("\udfff", (1,))])):
         assert json.loads(reply.decode())["text"] == "?"
 
 
 def test_a_chunk_over_the_limit_is_a_broken_promise() -> None:
-    frame = len(chunk("", (1,)))
-    assert len(chunk("x" * (MAX_CHUNK_BYTES - frame), (1,))) == MAX_CHUNK_BYTES
+    frame = len(lines([part("", (1,))]))
+    assert len(lines([part("x" * (MAX_CHUNK_BYTES - frame), (1,))])) == MAX_CHUNK_BYTES
     with pytest.raises(AssertionError):
-        chunk("é" * ((MAX_CHUNK_BYTES - frame) // 2 + 1), (1,))
+        lines([part("é" * ((MAX_CHUNK_BYTES - frame) // 2 + 1), (1,))])
 
 
 FIELDS = ("prompt", "dialog", "mode", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+FIELDS += ("min_new_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "n")
+FIELDS += ("stop_token_ids", "ignore_eos", "logprobs", "top_logprobs", "timeout_s")
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 json_values = st.recursive(
     scalars,
@@ -370,6 +601,13 @@ likely = {
     "prompt": st.text(min_size=1) | st.lists(st.integers(-1, 9)),
     "dialog": st.lists(messages | st.just(HI[0]), max_size=3),
     "max_new_tokens": st.integers(-1, 2**32),
+    "min_new_tokens": st.integers(-1, 200),
+    "repetition_penalty": st.floats(0, 11),
+    "logit_bias": st.dictionaries(st.text("0123456789-x", max_size=3), st.floats(-101, 101), max_size=3),
+    "stop_token_ids": st.lists(st.integers(-1, 9), max_size=3),
+    "logprobs": st.booleans(),
+    "top_logprobs": st.integers(0, 21),
+    "n": st.integers(0, 17),
     "temperature": st.floats(-0.1, 2.1),
     "stop": st.lists(st.text(max_size=3), max_size=5) | st.text(max_size=3),
 }

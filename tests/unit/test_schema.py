@@ -12,18 +12,28 @@ from pydantic import FailFast
 
 from llama_tp.serving.schema import (
     ABSENT,
+    MAX_BIASES,
     MAX_DEPTH,
     MAX_ECHO,
     MAX_NEW_TOKENS,
+    MAX_STOP_IDS,
     MAX_TOP_K,
     ApiError,
+    LogitBias,
     MaxNewTokens,
+    MinNewTokens,
     MinP,
+    NumOutputs,
+    Penalty,
+    RepetitionPenalty,
     Seed,
     StopStrings,
+    StopTokenIds,
     StrictModel,
     Temperature,
+    TimeoutS,
     TopK,
+    TopLogprobs,
     TopP,
     parse_json,
     shown,
@@ -239,6 +249,14 @@ class Everything(StrictModel):
     top_p: TopP = ABSENT
     top_k: TopK = ABSENT
     min_p: MinP = ABSENT
+    min_new_tokens: MinNewTokens = ABSENT
+    repetition_penalty: RepetitionPenalty = ABSENT
+    penalty: Penalty = ABSENT
+    logit_bias: LogitBias = ABSENT
+    stop_token_ids: StopTokenIds = ABSENT
+    top_logprobs: TopLogprobs = ABSENT
+    n: NumOutputs = ABSENT
+    timeout_s: TimeoutS = ABSENT
     seed: Seed = ABSENT
     stop: StopStrings = ABSENT
     flag: bool = ABSENT
@@ -264,6 +282,18 @@ class Needy(StrictModel):
         ("top_k", MAX_TOP_K),
         ("min_p", 0),
         ("min_p", 1.0),
+        ("min_new_tokens", 0),
+        ("min_new_tokens", MAX_NEW_TOKENS),
+        ("repetition_penalty", 5e-324),
+        ("repetition_penalty", 10),
+        ("penalty", -2),
+        ("penalty", 2.0),
+        ("top_logprobs", 0),
+        ("top_logprobs", 20),
+        ("n", 1),
+        ("n", 16),
+        ("timeout_s", 5e-324),
+        ("timeout_s", 3600),
         ("seed", 0),
         ("seed", 2**63 - 1),
         ("stop", []),
@@ -278,6 +308,18 @@ def test_a_value_at_the_edge_of_its_range_is_accepted(name: str, value: object) 
 
 def test_a_lone_stop_string_is_a_list_of_one() -> None:
     assert validate(Everything, {"stop": "a"}).stop == ["a"]
+
+
+def test_biases_are_by_token_id() -> None:
+    assert validate(Everything, {"logit_bias": {}}).logit_bias == {}
+    assert validate(Everything, {"logit_bias": {"0": -100, "42": 100.0}}).logit_bias == {0: -100.0, 42: 100.0}
+    biases = {str(token): 1 for token in range(MAX_BIASES)}
+    assert len(validate(Everything, {"logit_bias": biases}).logit_bias) == MAX_BIASES
+
+
+def test_stop_token_ids_are_a_list_of_ids() -> None:
+    assert validate(Everything, {"stop_token_ids": []}).stop_token_ids == ()
+    assert validate(Everything, {"stop_token_ids": [0] * MAX_STOP_IDS}).stop_token_ids == (0,) * MAX_STOP_IDS
 
 
 @pytest.mark.parametrize(
@@ -316,6 +358,47 @@ def test_a_lone_stop_string_is_a_list_of_one() -> None:
         ("min_p", 2, "invalid_value", ""),
         ("min_p", -0.1, "invalid_value", ""),
         ("min_p", {}, "invalid_type", ""),
+        ("min_new_tokens", -1, "invalid_value", ""),
+        ("min_new_tokens", 10**9, "invalid_value", ""),
+        ("min_new_tokens", 1e9, "invalid_value", ""),
+        ("min_new_tokens", True, "invalid_type", ""),
+        ("repetition_penalty", 0, "invalid_value", ""),
+        ("repetition_penalty", 10.5, "invalid_value", ""),
+        ("repetition_penalty", "1", "invalid_type", ""),
+        ("penalty", -2.5, "invalid_value", ""),
+        ("penalty", 3, "invalid_value", ""),
+        ("penalty", None, "invalid_type", ""),
+        ("logit_bias", None, "invalid_type", ""),
+        ("logit_bias", [1], "invalid_type", ""),
+        ("logit_bias", {"": 1}, "invalid_value", "."),
+        ("logit_bias", {"-1": 1}, "invalid_value", ".-1"),
+        ("logit_bias", {"07": 1}, "invalid_value", ".07"),
+        ("logit_bias", {"7 ": 1}, "invalid_value", ".7 "),
+        ("logit_bias", {"7\n": 1}, "invalid_value", ".7\n"),
+        ("logit_bias", {"٧": 1}, "invalid_value", ".٧"),
+        ("logit_bias", {"1.5": 1}, "invalid_value", ".1.5"),
+        ("logit_bias", {"9" * 50: 1}, "invalid_value", "." + "9" * 50),
+        ("logit_bias", {"7": 1, "8": "1"}, "invalid_type", ".8"),
+        ("logit_bias", {"7": None}, "invalid_type", ".7"),
+        ("logit_bias", {"7": False}, "invalid_type", ".7"),
+        ("logit_bias", {"7": 100.5}, "invalid_value", ".7"),
+        ("logit_bias", {"7": -101}, "invalid_value", ".7"),
+        ("logit_bias", {str(token): 1 for token in range(MAX_BIASES + 1)}, "invalid_value", ""),
+        ("stop_token_ids", None, "invalid_type", ""),
+        ("stop_token_ids", 7, "invalid_type", ""),
+        ("stop_token_ids", [7, True], "invalid_type", "[1]"),
+        ("stop_token_ids", [7.0], "invalid_type", "[0]"),
+        ("stop_token_ids", [7] * (MAX_STOP_IDS + 1), "invalid_value", ""),
+        ("top_logprobs", -1, "invalid_value", ""),
+        ("top_logprobs", 21, "invalid_value", ""),
+        ("top_logprobs", True, "invalid_type", ""),
+        ("n", 0, "invalid_value", ""),
+        ("n", 17, "invalid_value", ""),
+        ("n", 1.0, "invalid_type", ""),
+        ("timeout_s", 0, "invalid_value", ""),
+        ("timeout_s", -1, "invalid_value", ""),
+        ("timeout_s", 3600.5, "invalid_value", ""),
+        ("timeout_s", "5", "invalid_type", ""),
         ("seed", 2**64, "invalid_value", ""),
         ("seed", 2**63, "invalid_value", ""),
         ("seed", -1, "invalid_value", ""),

@@ -13,8 +13,9 @@ import torch
 
 from llama_tp.config import ModelArgs
 from llama_tp.engine.loop import EngineLoop
+from llama_tp.serving import native
 from llama_tp.serving.native import NativeDefaults
-from llama_tp.serving.service import FORM, MAX_TOKENS_PER_CHUNK, LlamaService
+from llama_tp.serving.service import FORM, LlamaService
 from llama_tp.text.chat import chat_format
 from tests.tiny_model import engine_of, random_model
 from tests.unit.text_fixtures import tiny
@@ -118,7 +119,7 @@ def stream(service, **body):
     replies = collect(service, request_id)[request_id]
     assert {reply.content_type for reply in replies} == {"application/jsonl"}
     assert {reply.status for reply in replies} == {200}
-    return [json.loads(reply.body) for reply in replies]
+    return [json.loads(line) for reply in replies for line in reply.body.splitlines()]
 
 
 SAMPLED = {"temperature": 1.0, "top_k": 30, "seed": 7, "max_new_tokens": 60}
@@ -200,6 +201,161 @@ def test_a_stop_string_ends_the_answer_wherever_the_tokens_are_cut(service, toke
         assert stop not in tokenizer.decode(ids[: num_tokens - 1])
 
 
+def test_until_min_new_tokens_nothing_stops_an_answer(service, tokenizer):
+    chunks = stream(service, prompt=PROMPT, **SAMPLED)
+    ids = [token for chunk in chunks for token in chunk["ids"]]
+    whole = tokenizer.decode(ids)
+    stop = whole[5]  # one character, so that one token completes it
+    _, stopped = ask(service, prompt=PROMPT, stop=stop, **SAMPLED)
+    least = stopped["usage"]["completion_tokens"]
+    _, answer = ask(service, prompt=PROMPT, stop=stop, min_new_tokens=least, **SAMPLED)
+    rest = whole.removeprefix(tokenizer.decode(ids[:least]))
+    assert answer["text"] == tokenizer.decode(ids[:least]) + rest.split(stop)[0]
+    assert ask(service, prompt=PROMPT, stop=stop, min_new_tokens=least - 1, **SAMPLED)[1] == stopped
+    body = {"prompt": PROMPT, "stop_token_ids": [ids[3]], **SAMPLED}
+    assert ask(service, **body)[1]["usage"]["completion_tokens"] == ids.index(ids[3])
+    assert ask(service, min_new_tokens=50, **body)[1]["usage"]["completion_tokens"] >= 50
+
+
+def test_min_new_tokens_raise_a_default_of_max_new_tokens(service):
+    _, answer = ask(service, prompt=PROMPT, min_new_tokens=30)
+    assert answer["usage"]["completion_tokens"] == 30 > DEFAULTS.max_new_tokens
+
+
+def test_stop_token_ids_end_an_answer_and_are_no_part_of_it(service, tokenizer):
+    ids = [token for chunk in stream(service, prompt=PROMPT, **SAMPLED) for token in chunk["ids"]]
+    before = ids[: ids.index(ids[20])]
+    _, answer = ask(service, prompt=PROMPT, stop_token_ids=[ids[20]], ignore_eos=True, **SAMPLED)
+    assert (answer["text"], answer["finish_reason"]) == (tokenizer.decode(before), "stop")
+    assert answer["usage"]["completion_tokens"] == len(before)
+
+
+@pytest.mark.parametrize("asked", [{"prompt": PROMPT}, {"dialog": DIALOG}], ids=str)
+def test_an_ignored_eos_does_not_end_an_answer(service, tokenizer, asked):
+    body = {**asked, "logit_bias": {str(tokenizer.eos_id): 100}, "max_new_tokens": 5}
+    _, answer = ask(service, **body)
+    assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 0)
+    _, answer = ask(service, ignore_eos=True, **body)
+    assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 5)
+    _, answer = ask(service, ignore_eos=True, stop_token_ids=[tokenizer.eos_id], **body)
+    assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"repetition_penalty": 2}, {"presence_penalty": 2}, {"frequency_penalty": 2}, {"logit_bias": {"7": 50}}],
+    ids=str,
+)
+def test_what_changes_the_logits_changes_the_answer(service, asked):
+    body = {"prompt": PROMPT, "max_new_tokens": 60}
+    assert ask(service, **asked, **body)[1]["text"] != ask(service, **body)[1]["text"]
+
+
+@pytest.mark.parametrize("top", [None, 0, 3])
+def test_logprobs_are_those_of_the_generated_tokens(service, tokenizer, top):
+    body = {"prompt": PROMPT, "logprobs": True, **({} if top is None else {"top_logprobs": top}), **SAMPLED}
+    _, plain = ask(service, prompt=PROMPT, **SAMPLED)
+    _, answer = ask(service, **body)
+    chunks = stream(service, **body)
+    logprobs = answer.pop("logprobs")
+    assert answer == plain
+    assert [record["id"] for record in logprobs] == [token for chunk in chunks for token in chunk["ids"]]
+    assert [record for chunk in chunks for record in chunk["logprobs"]] == logprobs
+    assert all(len(chunk["logprobs"]) == len(chunk["ids"]) for chunk in chunks)
+    joined = b"".join(bytes(record["bytes"]) for record in logprobs)
+    assert joined.removeprefix(b" ").decode("utf-8", "replace") == answer["text"]
+    for record in logprobs:
+        assert bytes(record["bytes"]) == tokenizer.token_bytes(record["id"])
+        assert len(record["top_logprobs"]) == (top or 0)
+        top_values = [one["logprob"] for one in record["top_logprobs"]]
+        assert top_values == sorted(top_values, reverse=True)
+        assert record["logprob"] <= max(top_values, default=0)
+
+
+def test_a_backlog_with_logprobs_is_sent_in_smaller_chunks(service):
+    body = {"prompt": PROMPT, "logprobs": True, "top_logprobs": 20, **SAMPLED, "max_new_tokens": 200}
+    open_one(service, "one", stream=True, **body)
+    wait_until(lambda: len(service._loop._events) == 200)
+    replies = collect(service, "one")["one"]
+    sizes = [len(json.loads(reply.body)["ids"]) for reply in replies]
+    assert 1 <= sizes[0] < 64
+    assert set(sizes[:-1]) == {sizes[0]}
+    assert sum(sizes) == 200
+    assert max(len(reply.body) for reply in replies) <= native.MAX_CHUNK_BYTES
+
+
+def test_an_answer_too_large_to_be_sent_is_refused_with_the_remedy(service, monkeypatch):
+    monkeypatch.setattr(native, "MAX_ANSWER_BYTES", 100)
+    assert refusal(service, prompt=PROMPT, **SAMPLED) == (400, "answer_too_large", "stream")
+    assert service.open_ids == set()
+    assert stream(service, prompt=PROMPT, **SAMPLED)[-1]["finish_reason"] == "length"
+
+
+def several(chunks):
+    """The choices and the usage that the chunks of a stream amount to; what every line promises is checked."""
+    choices = {}
+    for chunk in chunks:
+        index = chunk.get("index", 0)
+        choice = choices.setdefault(index, {"index": index, "text": ""})
+        assert "finish_reason" not in choice, "a line after an output's last"
+        choice["text"] += chunk["text"]
+        choice |= {name: chunk[name] for name in ("finish_reason", "error") if name in chunk}
+    assert all("usage" not in chunk for chunk in chunks[:-1])
+    assert all("finish_reason" in choice for choice in choices.values())
+    return [choices[index] for index in sorted(choices)], chunks[-1]["usage"]
+
+
+@pytest.mark.parametrize("asked", [{"prompt": PROMPT}, {"dialog": DIALOG}], ids=str)
+def test_several_outputs_are_those_of_several_requests(service, asked):
+    _, answer = ask(service, n=3, **asked, **SAMPLED)
+    alone = [ask(service, **asked, **{**SAMPLED, "seed": SAMPLED["seed"] + i})[1] for i in range(3)]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [choice["text"] for choice in answer["choices"]] == [one["text"] for one in alone]
+    assert answer["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == sum(one["usage"]["completion_tokens"] for one in alone)
+    assert several(stream(service, n=3, **asked, **SAMPLED)) == (answer["choices"], answer["usage"])
+    _, with_logprobs = ask(service, n=3, logprobs=True, **asked, **SAMPLED)
+    assert [len(choice["logprobs"]) for choice in with_logprobs["choices"]] == [60] * 3
+
+
+def test_one_output_is_answered_as_ever(service):
+    assert ask(service, n=1, prompt=PROMPT, **SAMPLED) == ask(service, prompt=PROMPT, **SAMPLED)
+    assert stream(service, n=1, prompt=PROMPT)[-1].keys() == {"text", "ids", "finish_reason", "usage"}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_ends_its_output_alone(service, streaming):
+    body = {"prompt": PROMPT, "n": 3, **SAMPLED}
+    texts = [choice["text"] for choice in ask(service, **body)[1]["choices"]]
+    stop = next(
+        texts[0][at : at + 2]
+        for at in range(3, 50)
+        if "\ufffd" not in texts[0][at : at + 2] and any(texts[0][at : at + 2] not in text for text in texts)
+    )
+    if streaming:
+        choices, usage = several(stream(service, stop=stop, **body))
+    else:
+        answer = ask(service, stop=stop, **body)[1]
+        choices, usage = answer["choices"], answer["usage"]
+    for i, (choice, text) in enumerate(zip(choices, texts, strict=True)):
+        reason = "stop" if stop in text else "length"
+        assert choice == {"index": i, "text": text.split(stop)[0], "finish_reason": reason}
+    alone = [ask(service, **{**body, "n": 1, "seed": SAMPLED["seed"] + i}, stop=stop)[1] for i in range(3)]
+    assert usage["completion_tokens"] == sum(one["usage"]["completion_tokens"] for one in alone)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_request_whose_outputs_have_all_stopped_frees_its_place_in_the_engine(make_service, streaming):
+    service = make_service(max_seq_len=32_768)
+    open_one(
+        service, "one", prompt=PROMPT, stop=list("aeio"), stream=streaming, n=3, **{**SAMPLED, "max_new_tokens": 9000}
+    )
+    *_, last = collect(service, "one")["one"][-1].body.splitlines()
+    assert json.loads(last)["usage"]["completion_tokens"] < 3000
+    wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert ask(service, prompt=PROMPT)[0] == 200
+
+
 def test_the_first_half_of_a_stop_string_is_not_lost_when_the_answer_ends_with_it(service):
     _, answer = ask(service, prompt=PROMPT, **SAMPLED)
     last = answer["text"][-1]
@@ -232,7 +388,6 @@ def test_a_backlog_is_sent_in_chunks_of_at_most_64_tokens(service, tokenizer):
     wait_until(lambda: len(service._loop._events) == 200)
     chunks = [json.loads(reply.body) for reply in collect(service, "one")["one"]]
     assert [len(chunk["ids"]) for chunk in chunks] == [64, 64, 64, 8]
-    assert MAX_TOKENS_PER_CHUNK == 64
     check_alignment(chunks, tokenizer)
     _, answer = ask(service, prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 200})
     assert "".join(chunk["text"] for chunk in chunks) == answer["text"]
@@ -269,6 +424,14 @@ def test_a_default_of_max_new_tokens_is_clipped_and_an_explicit_one_is_kept_or_r
         ({"dialog": [{"role": "robot", "content": "a"}]}, 400, "invalid_role", "dialog[0].role"),
         ({"dialog": [{"role": "user", "content": "[INST]"}]}, 400, "special_tags_not_allowed", "dialog[0].content"),
         ({"dialog": []}, 400, "empty_messages", "dialog"),
+        ({"prompt": "a", "stop_token_ids": [2, 400]}, 400, "token_out_of_range", "stop_token_ids[1]"),
+        ({"prompt": "a", "logit_bias": {"2": 1, "400": 1}}, 400, "token_out_of_range", "logit_bias.400"),
+        ({"prompt": "a", "logit_bias": {"two": 1}}, 400, "invalid_value", "logit_bias.two"),
+        ({"prompt": "a", "min_new_tokens": 511}, 400, "context_length_exceeded", "min_new_tokens"),
+        (
+            {"prompt": "a", "logprobs": True, "top_logprobs": 20, "n": 16, "max_new_tokens": 100},
+            *(400, "answer_too_large", "logprobs"),
+        ),
     ],
 )
 def test_what_is_wrong_with_a_request_is_its_only_reply(service, body, status, code, param):
@@ -401,25 +564,31 @@ def test_requests_at_once_get_what_they_get_alone(make_service):
         assert text == ask(service, **{**body, "stream": False})[1]["text"]
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
-def test_a_request_whose_logits_go_bad_ends_with_500_and_leaves_its_neighbour_alone(service, streaming):
+def poison(service, *outputs):
+    """Spoil the logits of these outputs of requests for [1, 2, 3], once each has three tokens."""
     engine = service._loop.engine
-    execute, num_poisoned = engine.runner.execute, 0
+    execute = engine.runner.execute
 
     def execute_badly(plan):
-        nonlocal num_poisoned
         logits = execute(plan)
-        rows = [sequence.row for sequence in engine.scheduler.running if sequence.request.prompt == (1, 2, 3)]
+        victims = {
+            sequence.row
+            for sequence in engine.scheduler.running
+            if sequence.request.prompt == (1, 2, 3) and sequence.index in outputs and sequence.num_generated >= 3
+        }
         sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
-        if set(rows) & set(sampled):
-            num_poisoned += 1
-            if num_poisoned > 3:
-                logits = logits.clone()
-                logits[sampled.index(rows[0])] = math.nan
+        if bad := [at for at, row in enumerate(sampled) if row in victims]:
+            logits = logits.clone()
+            logits[bad] = math.nan
         return logits
 
-    expected = ask(service, prompt=PROMPT, **SAMPLED)
     engine.runner.execute = execute_badly
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_request_whose_logits_go_bad_ends_with_500_and_leaves_its_neighbour_alone(service, streaming):
+    expected = ask(service, prompt=PROMPT, **SAMPLED)
+    poison(service, 0)
     open_one(service, "good", prompt=PROMPT, **SAMPLED)
     open_one(service, "bad", prompt=[1, 2, 3], stream=streaming, **{**SAMPLED, "max_new_tokens": 400})
     replies = collect(service, "good", "bad")
@@ -428,6 +597,70 @@ def test_a_request_whose_logits_go_bad_ends_with_500_and_leaves_its_neighbour_al
     assert (error["code"], error["type"], error["param"]) == ("nan_logits", "server_error", None)
     if not streaming:
         assert replies["bad"][0].status == 500
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_an_output_whose_logits_go_bad_is_one_bad_choice_among_good_ones(service, streaming):
+    body = {"prompt": [1, 2, 3], "n": 3, **SAMPLED}
+    _, expected = ask(service, **body)
+    poison(service, 1)
+    if streaming:
+        choices, usage = several(stream(service, **body))
+    else:
+        status, answer = ask(service, **body)
+        assert status == 200
+        choices, usage = answer["choices"], answer["usage"]
+    assert [choices[i] for i in (0, 2)] == [expected["choices"][i] for i in (0, 2)]
+    assert choices[1]["finish_reason"] == "error"
+    assert (choices[1]["error"]["code"], choices[1]["error"]["type"]) == ("nan_logits", "server_error")
+    assert expected["choices"][1]["text"].startswith(choices[1]["text"])
+    assert usage["completion_tokens"] == 60 + 3 + 60
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_outputs_whose_logits_all_go_bad_are_a_failed_request(service, streaming):
+    poison(service, 0, 1)
+    open_one(service, "bad", prompt=[1, 2, 3], n=2, stream=streaming, **SAMPLED)
+    last = collect(service, "bad")["bad"][-1]
+    assert (last.status, json.loads(last.body)["error"]["code"]) == (500, "nan_logits")
+
+
+def test_a_request_that_finds_the_queue_full_is_told_to_come_again(make_service):
+    service = make_service(max_seq_len=32_768, max_batch_size=1, max_waiting=1)
+    long = {"prompt": PROMPT, **SAMPLED, "max_new_tokens": 30_000}
+    open_one(service, "running", **long)
+    wait_until(lambda: service._loop.engine.scheduler.running)
+    open_one(service, "waiting", **long)
+    for body in ({}, {"n": 3}, {"stream": True}):
+        open_one(service, "third", prompt=PROMPT, **body)
+        (reply,) = collect(service, "third")["third"]
+        error = json.loads(reply.body)["error"]
+        assert (reply.status, error["code"], error["type"]) == (429, "queue_full", "invalid_request_error")
+        assert "try again later" in error["message"]
+    service.close("running")
+    service.close("waiting")
+    assert ask(service, prompt=PROMPT)[0] == 200
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_request_whose_time_is_up_keeps_what_it_has(make_service, tokenizer, streaming, n):
+    service = make_service(max_seq_len=32_768)
+    body = {"prompt": PROMPT, "n": n, "timeout_s": 0.2, **SAMPLED, "max_new_tokens": 30_000}
+    if streaming:
+        choices, usage = several(stream(service, **body))
+    else:
+        status, answer = ask(service, **body)
+        assert status == 200
+        choices, usage = answer.get("choices", [answer]), answer["usage"]
+    assert [choice["finish_reason"] for choice in choices] == ["timeout"] * n
+    assert all(choice["text"] for choice in choices)
+    assert 0 < usage["completion_tokens"] < 30_000 * n
+    assert service._loop.engine.num_requests == 0
+
+
+def test_a_timeout_that_is_not_reached_changes_nothing(service):
+    assert ask(service, prompt=PROMPT, timeout_s=60, **SAMPLED) == ask(service, prompt=PROMPT, **SAMPLED)
 
 
 def test_a_flood_of_bad_requests_does_not_silence_a_good_one(service):
