@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -33,13 +34,14 @@ def verify(checkpoint: str) -> None:
     print(f"{checkpoint}: {len(manifest.files)} files are as they were written")
 
 
-def plan(model_args: str) -> None:
-    """Print the legal tensor-parallel sizes of a model, and what a rank holds at each.
+def plan(model_args: str, memory: str = "80GiB") -> None:
+    """Print the legal tensor-parallel sizes of a model, what a rank holds at each, and how many tokens fit beside it.
 
     Args:
         model_args: model_args.json or Meta's params.json (with a vocab_size)
+        memory: of one rank's device, such as 24GiB
     """
-    from llama_tp.config import ModelArgs
+    from llama_tp.config import ModelArgs, parse_memory
     from llama_tp.parallel.plan import legal_tp_sizes, num_parameters_of_rank
 
     args = ModelArgs.load(model_args)
@@ -49,12 +51,19 @@ def plan(model_args: str) -> None:
             "use the model_args.json of a converted checkpoint"
         )
     print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in bfloat16:")
-    print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}")
+    try:
+        size_of_memory = parse_memory(memory)
+    except ValueError as error:
+        raise ValueError(f"memory={memory!r} {error}") from None
+    fitting = f"tokens that fit in {memory}"
+    print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
     for size in legal_tp_sizes(args):
         weights = 2 * num_parameters_of_rank(args, size)
         token = 2 * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
         context = token * args.max_seq_len
-        print(f"{size:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB")
+        tokens = max(0, int(size_of_memory) - weights) // token
+        row = f"{size:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB"
+        print(f"{row}   {tokens:>{len(fitting)}}")
 
 
 def generate(
@@ -219,6 +228,19 @@ def stop(port: int = 8080) -> None:
     print("stopped" if server.stop() else f"no server of ours is running on port {port}")
 
 
+def follow(config: str, model_dir: str | None = None) -> None:
+    """Compute this host's share of a model that TorchServe serves on another host. Runs under torchrun.
+
+    Args:
+        config: the same model-config.yaml as on the serving host, with torchrun.nnodes and torchrun.rdzv-endpoint set
+        model_dir: folder that relative paths in it are relative to; by default the folder that it is in
+    """
+    from llama_tp.serving.follow import follow_leader
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    follow_leader(config, model_dir)
+
+
 def bench_engine(
     checkpoint: str,
     batch: int | tuple[int, ...] = (1, 4, 8, 16),
@@ -229,8 +251,19 @@ def bench_engine(
     dtype: str = "auto",
     device: str = "auto",
     max_batched_tokens: int = 512,
+    arrivals: str | None = None,
+    rate: float | str = 0,
+    requests: int = 200,
+    concurrency: int = 0,
+    max_batch_size: int = 16,
+    seed: int = 0,
+    slo_ttft_ms: float = 1000.0,
+    slo_tpot_ms: float = 100.0,
 ) -> None:
     """Measure prefill and decode rates of the engine. Under torchrun, on all its ranks. Ends with a line of JSON.
+
+    With --arrivals, what requests of mixed lengths get that arrive at random: prompts of 16 to 256 tokens and 8 to 128
+    new ones, log-uniform, clipped to the context. Prints what `vllm bench serve` does.
 
     Args:
         checkpoint: a converted checkpoint
@@ -242,10 +275,32 @@ def bench_engine(
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         max_batched_tokens: tokens of one step
+        arrivals: "poisson" runs a load of mixed requests; batch, prompt, new, runs and against do not apply to it
+        rate: of the load, requests a second; 0 or inf is all at once
+        requests: of the load
+        concurrency: requests of the load at a time, the others are held back; 0 is no limit
+        max_batch_size: requests of the load that are computed together
+        seed: of the load's prompts, lengths and arrivals
+        slo_ttft_ms: time to first token of a request that counts in the goodput
+        slo_tpot_ms: and its time per token after that
     """
-    from llama_tp.bench.engine import bench_engine as bench
+    if arrivals not in (None, "poisson"):
+        raise ValueError(f"arrivals={arrivals!r} must be poisson")
+    from llama_tp.bench import engine
+    from llama_tp.bench.load import Load, Slo, parse_rate
 
-    bench(
+    if arrivals:
+        engine.bench_load(
+            checkpoint,
+            Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
+            Slo(slo_ttft_ms, slo_tpot_ms),
+            max_batch_size=max_batch_size,
+            max_batched_tokens=max_batched_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        return
+    engine.bench_engine(
         checkpoint,
         batches=[batch] if isinstance(batch, int) else list(batch),
         prompt=prompt,
@@ -258,6 +313,79 @@ def bench_engine(
     )
 
 
+def bench_serve(
+    checkpoint: str,
+    tokenizer: str,
+    rate: float | str = 0,
+    requests: int = 200,
+    concurrency: int = 0,
+    max_batch_size: int = 16,
+    max_batched_tokens: int = 512,
+    tp: int = 1,
+    threads: int | None = None,
+    runs: int = 2,
+    seed: int = 0,
+    dtype: str = "auto",
+    slo_ttft_ms: float = 1000.0,
+    slo_tpot_ms: float = 100.0,
+    handler: str = "handler/llama_handler.py",
+    properties: str = "configs/config.properties",
+    log_config: str = "configs/log4j2.xml",
+    timeout_s: float = 1200.0,
+) -> None:
+    """Measure what TorchServe leaves of the engine on a CPU: one load through both, in turns. Ends with a line of JSON.
+
+    The load is that of `bench engine --arrivals poisson`. At a rate that the engine can keep up with, both have the
+    same throughput: compare latencies there, and throughputs at a rate of 0. Holds the model twice in memory.
+
+    Args:
+        checkpoint: a converted checkpoint
+        tokenizer: tokenizer.model or tokenizer.json
+        rate: requests a second; 0 or inf is all at once
+        requests: of the load
+        concurrency: requests at a time, the others are held back; 0 is no limit
+        max_batch_size: requests that are computed together
+        max_batched_tokens: tokens of one step
+        tp: ranks
+        threads: of each rank; by default all cores, shared out
+        runs: times that each takes its turn; run n has the prompts of seed + n
+        seed: of prompts, lengths and arrivals
+        dtype: auto, bfloat16, float16 or float32
+        slo_ttft_ms: time to first token of a request that counts in the goodput
+        slo_tpot_ms: and its time per token after that
+        handler: the handler file
+        properties: TorchServe's config.properties
+        log_config: TorchServe's log4j2.xml
+        timeout_s: of starting the server
+    """
+    from llama_tp.bench.load import Load, Slo, parse_rate
+    from llama_tp.bench.serve import Setup
+    from llama_tp.bench.serve import bench_serve as bench
+
+    if not isinstance(runs, int) or runs < 1:
+        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
+    if not isinstance(tp, int) or tp < 1:
+        raise ValueError(f"tp={tp!r} must be an integer of at least 1")
+    bench(
+        Setup(
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            max_batch_size=max_batch_size,
+            max_batched_tokens=max_batched_tokens,
+            tp=tp,
+            threads=max(1, len(os.sched_getaffinity(0)) // tp) if threads is None else threads,
+            dtype=dtype,
+        ),
+        Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
+        Slo(slo_ttft_ms, slo_tpot_ms),
+        runs=runs,
+        handler=handler,
+        properties=properties,
+        log_config=log_config,
+        timeout_s=timeout_s,
+    )
+
+
 COMMANDS: dict[str, Any] = {
     "download": download,
     "verify": verify,
@@ -267,7 +395,8 @@ COMMANDS: dict[str, Any] = {
     "package": package,
     "serve": serve,
     "stop": stop,
-    "bench": {"engine": bench_engine},
+    "follow": follow,
+    "bench": {"engine": bench_engine, "serve": bench_serve},
 }
 
 

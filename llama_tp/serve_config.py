@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
 from llama_tp.parallel.plan import legal_tp_sizes, why_illegal
 from llama_tp.serving.native import NativeDefaults
 from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP
@@ -47,8 +47,15 @@ class HandlerSection(_Section):
     """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
     page_size: PositiveInt = 16
     """Tokens of one page of KV cache."""
+    kv_cache_memory: int | float | str | None = None
+    """Size of a rank's KV cache: bytes ("6GiB"), or below 1 a share of what is free beside the weights. null: so much
+    that max_batch_size requests can grow to max_seq_len."""
+    max_waiting: PositiveInt = 1024
+    """Outputs that may wait inside the engine, such as those of requests with n > 1; more are refused with 429."""
     prefix_cache: bool = True
     """Whether prompts that begin alike, and the turns of a conversation, share pages."""
+    deterministic: bool = False
+    """Whether an answer is the same to the token in any company, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     max_new_tokens: MaxNewTokens = 128
@@ -104,13 +111,7 @@ class ModelConfig(_Section):
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
         """Read a YAML file. ConfigError says all that is wrong with it."""
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError([f"{path} does not exist"]) from None
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError([f"{path} is not a YAML file: {' '.join(str(error).split())}"]) from None
-        return cls.of(values)
+        return cls.of(read_yaml(path))
 
     @classmethod
     def of(cls, values: object) -> ModelConfig:
@@ -149,7 +150,10 @@ class ModelConfig(_Section):
             max_batch_size=max_batch_size,
             max_batched_tokens=max(handler.max_batched_tokens, max_batch_size),
             page_size=handler.page_size,
+            kv_cache_memory=handler.kv_cache_memory,
+            max_waiting=handler.max_waiting,
             prefix_cache=handler.prefix_cache,
+            deterministic=handler.deterministic,
             dtype=handler.dtype,
             device="cuda" if self.deviceType == "gpu" else "cpu",
             collective_timeout_s=handler.collective_timeout_s,
@@ -171,6 +175,11 @@ class ModelConfig(_Section):
     def _disagreements(self) -> list[str]:
         problems = []
         handler = self.handler
+        if handler.kv_cache_memory is not None:
+            try:
+                parse_memory(handler.kv_cache_memory)
+            except ValueError as error:
+                problems.append(f"handler.kv_cache_memory={handler.kv_cache_memory!r} {error}")
         if self.responseTimeout <= handler.collective_timeout_s:
             problems.append(
                 f"responseTimeout={self.responseTimeout} must be more than handler.collective_timeout_s="
@@ -185,7 +194,28 @@ class ModelConfig(_Section):
             problems.append(
                 'torchrun.rdzv-endpoint is missing: all models of this host would meet at one port; set "localhost:0"'
             )
+        if self.torchrun.nnodes > 1 and not _is_reachable(self.torchrun.rdzv_endpoint):
+            problems.append(
+                f"torchrun.rdzv-endpoint={self.torchrun.rdzv_endpoint!r}: torchrun.nnodes={self.torchrun.nnodes} hosts "
+                'meet there; set HOST:PORT of the serving host with a port that is not 0, such as "first-host:29400"'
+            )
         return problems
+
+
+def read_yaml(path: str | Path) -> object:
+    """What a YAML file holds, unchecked. ConfigError if it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError([f"{path} does not exist"]) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path} is not a YAML file: {' '.join(str(error).split())}"]) from None
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Whether it names a host and a port; a port of 0 is chosen by the host and known to nobody else."""
+    host, _, port = endpoint.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
 # Keys that TorchServe knows and that break this handler.

@@ -23,7 +23,6 @@ from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
 
-
 TILE = 16
 """Tokens of a tile: as many as a CPU multiplies in about the time that it reads the weights."""
 

@@ -74,9 +74,14 @@ class SingleComm:
 
 
 class GroupComm:
-    """torch.distributed: one group for tensors, a gloo group for plans, both with the timeout of a step."""
+    """torch.distributed: one group for tensors, a gloo group for plans, both with the timeout of a step.
 
-    def __init__(self, *, leader: int, timeout_s: float) -> None:
+    `ordered` adds up in rank order, whatever the size of the tensor: an all-reduce splits it among the ranks, and adds
+    each part up in an order of its own. It moves size / 2 times as many bytes.
+    """
+
+    def __init__(self, *, leader: int, timeout_s: float, ordered: bool = False) -> None:
+        self._ordered = ordered
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.leader = leader
@@ -86,6 +91,10 @@ class GroupComm:
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self._ordered and self.size > 2:
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x, group=self._data)
+            return torch.stack(parts).sum(dim=0, dtype=torch.float32)
         dist.all_reduce(x, group=self._data)
         return x
 

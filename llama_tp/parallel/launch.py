@@ -58,11 +58,14 @@ _LOAD_TIMEOUT = timedelta(hours=1)
 """Of the default group: ranks wait for each other while they read a checkpoint."""
 
 
-def join(device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = None) -> Group:
+def join(
+    device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = None, deterministic: bool = False
+) -> Group:
     """Join the group that torchrun's environment describes; a group of one without it.
 
     `lead`: whether this rank is the leader; exactly one must be. None: rank 0 is. A group of one leads itself and
-    starts no process group. `timeout_s` is how long a step waits for a silent peer.
+    starts no process group. `timeout_s` is how long a step waits for a silent peer. `deterministic`: add up in rank
+    order, always.
 
     From here on, a process that torchrun started dies with it.
     """
@@ -76,7 +79,7 @@ def join(device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = N
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=_LOAD_TIMEOUT)
     mesh = init_device_mesh(here.type, (dist.get_world_size(),), mesh_dim_names=("tp",))
     leader = _agree_on_leader(dist.get_rank() == 0 if lead is None else lead)
-    return Group(comm=_make_comm(here, leader, timeout_s), device=here, mesh=mesh)
+    return Group(comm=_make_comm(here, leader, timeout_s, deterministic), device=here, mesh=mesh)
 
 
 def die_with_parent() -> None:
@@ -99,11 +102,11 @@ def _agree_on_leader(lead: bool) -> int:
     return leaders[0]
 
 
-def _make_comm(device: torch.device, leader: int, timeout_s: float) -> Comm:
+def _make_comm(device: torch.device, leader: int, timeout_s: float, deterministic: bool) -> Comm:
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if device.type == "cpu" and one_host and shared_memory.is_supported():
         try:
             return shared_memory.SharedMemoryComm(leader=leader, timeout_s=timeout_s)
         except OSError as error:
             log.warning("falling back to gloo for collectives: %s", error)
-    return GroupComm(leader=leader, timeout_s=timeout_s)
+    return GroupComm(leader=leader, timeout_s=timeout_s, ordered=deterministic)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama_tp.checkpoint.agree import one_line
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.engine.engine import Engine
 from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.parallel.launch import Group, die_with_parent, join, resolve_device
@@ -20,36 +23,72 @@ from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """What a rank of the group has when all of them have loaded."""
+
+    engine: Engine
+    thread: EngineThread
+    """Where the engine was loaded and has to run."""
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatFormat | str
+    """The format of dialogs, or why there is none."""
+
+
 def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaService | None:
     """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
 
-    RuntimeError with the same text on every rank if any of them failed.
+    RuntimeError with the same text on every rank if any of them failed; it has been logged.
     """
+    rank = load_rank(lambda: yaml_config, Path(model_dir), lead=lead)
+    if not lead:
+        rank.thread.run(rank.engine.follow)
+        return None
+    sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
+    loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
+    loop.start()
+    return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.native_defaults())
+
+
+def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:
+    """Join the group and load this rank's share of the model that the configuration describes.
+
+    RuntimeError with the same text on every rank if any of them failed, reading the configuration included; it has
+    been logged.
+    """
+    try:
+        return _load_rank(read_yaml, model_dir, lead)
+    except RuntimeError as error:
+        log.error("the model was not loaded: %s", "; ".join(str(error).splitlines()))
+        raise
+
+
+def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> LoadedRank:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     problem: str | None = None
     try:
-        config, args, engine_config, tokenizer, chat = _read(yaml_config, Path(model_dir))
+        config, args, engine_config, tokenizer, chat = _read(read_yaml(), model_dir)
         resolve_device(engine_config.device)
     except Exception as error:
         problem = one_line(error)
         engine_config = EngineConfig(device="cpu")  # enough to meet the others and say so
-    group = join(engine_config.device, timeout_s=engine_config.collective_timeout_s, lead=lead)
+    group = join(
+        engine_config.device,
+        timeout_s=engine_config.collective_timeout_s,
+        lead=lead,
+        deterministic=engine_config.deterministic,
+    )
     _fail_together(group, problem)
     try:
-        folder = str(Path(model_dir, config.handler.converted_ckpt_dir))
+        folder = str(model_dir / config.handler.converted_ckpt_dir)
         thread = EngineThread()
         engine = thread.call(lambda: load_engine(folder, args, engine_config, group))
     except Exception as error:
         problem = one_line(error)
     _fail_together(group, problem)
-    if not lead:
-        thread.run(engine.follow)
-        return None
-    sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
-    loop = EngineLoop(engine, abandon_after_s=config.handler.abandon_after_s, thread=thread)
-    loop.start()
-    return LlamaService(loop, tokenizer, chat, config.native_defaults())
+    return LoadedRank(engine, thread, config, tokenizer, chat)
 
 
 def _read(
@@ -61,6 +100,7 @@ def _read(
         config = ModelConfig.of(yaml_config)
     except ConfigError as error:
         raise ConfigError(error.problems + problems) from None
+    problems += _other_number_of_hosts(config)
     if problems:
         raise ConfigError(problems)
     handler = config.handler
@@ -74,6 +114,14 @@ def _read(
         mismatch = f"{tokenizer.vocab_size} ids, but the model's embedding has {args.vocab_size} rows"
         raise ConfigError([f"handler.tokenizer_path: this tokenizer has {mismatch}: they are not of one model"])
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
+
+
+def _other_number_of_hosts(config: ModelConfig) -> list[str]:
+    """Every host has a model-config.yaml of its own, and one of them may be another."""
+    here, wanted = os.environ.get("GROUP_WORLD_SIZE"), config.torchrun.nnodes
+    if here is None or int(here) == wanted:
+        return []
+    return [f"torchrun.nnodes={wanted}, but torchrun started this group on {here} hosts; make them agree"]
 
 
 def _missing_files(yaml_config: object, model_dir: Path) -> list[str]:
@@ -102,5 +150,4 @@ def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | 
 
 def _fail_together(group: Group, problem: str | None) -> None:
     if first := group.agree(problem):
-        log.error("the model was not loaded: %s", "; ".join(first.splitlines()))
         raise RuntimeError(first)

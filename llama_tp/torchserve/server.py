@@ -127,7 +127,7 @@ class TorchServe:
         pid = self.pid
         if pid is None:
             return False
-        workers = _descendants(pid)
+        workers = descendants(pid)
         os.kill(pid, signal.SIGTERM)
         deadline = monotonic() + STOP_S
         while (living := [p for p in (pid, *workers) if _is_alive(p)]) and monotonic() < deadline:
@@ -269,7 +269,7 @@ def _is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """All processes below one, from /proc."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):

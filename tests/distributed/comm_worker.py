@@ -1,4 +1,4 @@
-"""One rank of the collectives' test. Usage: torchrun ... -m tests.distributed.comm_worker {shared|gloo}"""
+"""One rank of the collectives' test. Usage: torchrun ... -m tests.distributed.comm_worker {shared|gloo|ordered}"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llama_tp.parallel.launch import join
 
 def main() -> None:
     comm = join("cpu", timeout_s=2).comm
-    if sys.argv[1] == "gloo":
-        comm = GroupComm(leader=0, timeout_s=2)
+    if sys.argv[1] in ("gloo", "ordered"):
+        comm = GroupComm(leader=0, timeout_s=2, ordered=sys.argv[1] == "ordered")
     else:
         assert isinstance(comm, shared_memory.SharedMemoryComm)
     ranks = range(comm.size)
@@ -24,6 +24,11 @@ def main() -> None:
             mine = [torch.arange(count).remainder(97).add(rank).to(dtype) for rank in ranks]
             total = comm.all_reduce(mine[comm.rank].clone())
             torch.testing.assert_close(total.float(), sum(x.float() for x in mine), atol=0, rtol=0.01)
+        if sys.argv[1] != "gloo":  # whose order of addition depends on the size: a row is the same in any company
+            rows = torch.randn(64, 100, generator=torch.Generator().manual_seed(comm.rank)).to(dtype)
+            together = comm.all_reduce(rows.clone())
+            alone = torch.cat([comm.all_reduce(row.clone()) for row in rows.split(1)])
+            assert torch.equal(together, alone)
         for shape in ((1, 5), (3, 70_000), (9, 200_000)):
             mine = [torch.full(shape, rank + 1).to(dtype) for rank in ranks]
             gathered = comm.gather(mine[comm.rank])

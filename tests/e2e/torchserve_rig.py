@@ -83,8 +83,11 @@ def package(work: Path, *, config: Mapping[str, Any] | None = None, handler: Map
 
 
 @contextmanager
-def serve(store: Path, work: Path, *, timeout_s: float = 120) -> Iterator[TorchServe]:
-    """The running server. On exit all of its processes are gone; AssertionError if some had to be killed for that."""
+def serve(store: Path, work: Path, *, timeout_s: float = 120, wait: bool = True) -> Iterator[TorchServe]:
+    """The running server, READY unless `wait` is False.
+
+    On exit all of its processes are gone; AssertionError if some had to be killed for that.
+    """
     with ExitStack() as stack:
         # Not below `work`: the path of a unix socket has at most 108 bytes.
         tmp = Path(
@@ -92,7 +95,8 @@ def serve(store: Path, work: Path, *, timeout_s: float = 120) -> Iterator[TorchS
         )
         server = TorchServe(store, work, tmp)
         try:
-            server.wait_ready(timeout_s)
+            if wait:
+                server.wait_ready(timeout_s)
             yield server
         finally:
             killed = server.stop()
@@ -116,7 +120,9 @@ class TorchServe:
 
     def __init__(self, store: Path, work: Path, tmp: Path) -> None:
         self.logs = work / "logs"
-        self.inference_port, self.management_port, metrics_port, *grpc_ports, distribution_port = free_ports(6)
+        self.inference_port, self.management_port, metrics_port, *grpc_ports, port = free_ports(6)
+        self.distribution_port = port
+        """TorchServe's initial_distribution_port, which is part of the name of the group of ranks."""
         self._mark = uuid.uuid4().hex
         properties = {
             "inference_address": f"http://127.0.0.1:{self.inference_port}",
@@ -124,7 +130,7 @@ class TorchServe:
             "metrics_address": f"http://127.0.0.1:{metrics_port}",
             "grpc_inference_port": grpc_ports[0],
             "grpc_management_port": grpc_ports[1],
-            "initial_distribution_port": distribution_port,
+            "initial_distribution_port": port,
             "disable_token_authorization": "true",
             "disable_system_metrics": "true",
             "decode_input_request": "false",
@@ -135,7 +141,7 @@ class TorchServe:
         command += ["--models", "llama", "--ts-config", str(config)]
         command += ["--log-config", str(ROOT / "configs" / "log4j2.xml")]
         variables = {
-            **_environment(),
+            **environment(),
             "TMPDIR": str(tmp),  # torchserve's pid file
             "TEMP": str(tmp),  # Java's java.io.tmpdir: the sockets to the ranks
             "LOG_LOCATION": str(self.logs),
@@ -150,7 +156,7 @@ class TorchServe:
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive that this server started, orphans included."""
-        return [process for process in psutil.process_iter() if _variable(process, MARK) == self._mark]
+        return processes_marked(self._mark)
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the model, by local rank."""
@@ -270,6 +276,11 @@ class Stream:
         self._connection.close()
 
 
+def processes_marked(mark: str) -> list[psutil.Process]:
+    """Everything alive that has this MARK in its environment."""
+    return [process for process in psutil.process_iter() if _variable(process, MARK) == mark]
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago, all different."""
     with ExitStack() as stack:
@@ -286,19 +297,17 @@ def is_gone(process: psutil.Process) -> bool:
     return True
 
 
-def _run(command: list[str], cwd: Path) -> None:
-    command = [str(BIN / command[0]), *command[1:]]
-    done = subprocess.run(
-        command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's variables, less TorchServe's own, plus what a checkout that is not installed needs."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
     paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return {**kept, **paths, "OMP_NUM_THREADS": "1", "JAVA_HOME": _java_home()}
+
+
+def _run(command: list[str], cwd: Path) -> None:
+    command = [str(BIN / command[0]), *command[1:]]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def _java_home() -> str:

@@ -113,7 +113,8 @@ def test_plan_lists_the_legal_sizes_and_what_a_rank_holds(run, params):
     assert [row.split()[0] for row in rows] == ["1", "2", "4", "8", "16", "32"]
     # 8.03e9 * 2 bytes; 32 layers * (keys and values) * 8 heads * 128 * 2 bytes
     assert rows[0].split()[1:5] == ["14.96", "GiB", "128.0", "KiB"]
-    assert rows[0].split()[5:] == ["1024.0", "MiB"]
+    assert rows[0].split()[5:7] == ["1024.0", "MiB"]
+    assert rows[0].split()[7:] == [str((80 * 2**30 - 2 * 8_030_261_248) // 2**17)]
     assert rows[3].split()[3:5] == rows[4].split()[3:5] == ["16.0", "KiB"]  # one kv head, and a copy of it
 
 

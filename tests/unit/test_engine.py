@@ -294,9 +294,7 @@ def test_n_outputs_are_those_of_n_requests_and_compute_their_prompt_once(model, 
     solo = [engine_of(model).generate([prompt], params.but(seed=seed))[0] for prompt in prompts for seed in seeds]
     engine = engine_of(model, prefix_cache=prefix_cache, max_batched_tokens=32)
     assert engine.generate(prompts, params.but(n=3)) == solo
-    assert engine.stats().prefix_hit_tokens == 2 * 80 + 2 * 32, (
-        "full pages, for the second and third"
-    )
+    assert engine.stats().prefix_hit_tokens == 2 * 80 + 2 * 32, "full pages, for the second and third"
     assert is_clean(engine)
 
 

@@ -282,3 +282,22 @@ def test_the_readme_names_every_key_of_the_handler_section_and_has_no_gaps():
     readme = (ROOT / "README.md").read_text()
     assert "@@" not in readme
     assert [key for key in HandlerSection.model_fields if f"`{key}`" not in readme] == []
+
+
+@pytest.mark.parametrize("memory", ["6GiB", "512 MiB", 0.9, 2**33, None])
+def test_the_cache_can_be_sized_by_memory(values, memory):
+    values["handler"]["kv_cache_memory"] = memory
+    assert ModelConfig.of(values).engine_config(TINY).kv_cache_memory == memory
+
+
+@pytest.mark.parametrize("memory", ["much", 0, -5, "0GiB"])
+def test_a_cache_of_no_size_is_named(values, memory):
+    values["handler"]["kv_cache_memory"] = memory
+    (problem,) = problems_of(values)
+    assert problem.startswith(f"handler.kv_cache_memory={memory!r} must be bytes (6442450944, ")
+
+
+def test_what_the_engine_is_told_is_what_the_file_says(values):
+    values["handler"] |= {"max_waiting": 7, "deterministic": True, "prefix_cache": False, "page_size": 32}
+    engine = ModelConfig.of(values).engine_config(TINY)
+    assert (engine.max_waiting, engine.deterministic, engine.prefix_cache, engine.page_size) == (7, True, False, 32)

@@ -1,0 +1,179 @@
+"""A load over HTTP/1.1, light enough to share two cores with the server that it measures.
+
+One asyncio loop, a connection for each request, and a parser that knows what TorchServe sends: a status line, headers,
+and a body that is chunked or has a length. The bodies are the native dialect's: a line of JSON for each chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llama_tp.bench.load import Job, Recorder
+
+STALL_S = 120.0
+"""A server that sends nobody anything for so long has failed."""
+
+
+class ResponseParser:
+    """One response (RFC 9112), fed as it comes. ValueError for what is none."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        """0 until the headers are there."""
+        self.is_complete = False
+        self._buffer = bytearray()
+        self._left = 0  # bytes of the chunk, or of the body that has a length, that are still to come
+        self._is_chunked = False
+        self._in_trailers = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was received; the part of the body that is in it."""
+        self._buffer += data
+        body = bytearray()
+        while not self.is_complete and self._advance(body):
+            pass
+        return bytes(body)
+
+    def _advance(self, body: bytearray) -> bool:
+        """One element further. False if there are too few bytes for that."""
+        if self._left:
+            taken = self._buffer[: self._left]
+            del self._buffer[: self._left]
+            body += taken
+            self._left -= len(taken)
+            self.is_complete = not (self._left or self._is_chunked)
+            return bool(taken)
+        end = b"\r\n" if self.status else b"\r\n\r\n"
+        at = self._buffer.find(end)
+        if at < 0:
+            return False
+        element = bytes(self._buffer[:at])
+        del self._buffer[: at + len(end)]
+        if self.status:
+            self._read_chunk_line(element)
+        else:
+            self._read_head(element)
+        return True
+
+    def _read_head(self, head: bytes) -> None:
+        first, *lines = head.split(b"\r\n")
+        if not first.startswith(b"HTTP/1.1 "):
+            raise ValueError(f"not an HTTP/1.1 response: {first[:64]!r}")
+        self.status = int(first.split(None, 2)[1])
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+        self._is_chunked = headers.get(b"transfer-encoding", b"").lower() == b"chunked"
+        if not self._is_chunked:
+            self._left = int(headers[b"content-length"])
+            self.is_complete = not self._left
+
+    def _read_chunk_line(self, line: bytes) -> None:
+        """The size of a chunk, the empty line after one, or a trailer."""
+        if self._in_trailers:
+            self.is_complete = not line
+        elif line:
+            self._left = int(line.partition(b";")[0], 16)
+            self._in_trailers = not self._left
+
+
+class _Exchange(asyncio.Protocol):
+    """One request and its response, on a connection of its own; `done` has its result, or why it failed."""
+
+    def __init__(self, request: bytes, on_tokens: Callable[[int], None]) -> None:
+        self._request = request
+        self._on_tokens = on_tokens
+        self._parser = ResponseParser()
+        self._rest = b""
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._read(data)
+        except (ValueError, LookupError, OSError) as error:
+            self._end(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc or ConnectionError("the server closed the connection before the response was complete"))
+
+    def _read(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + self._parser.feed(data)).split(b"\n")
+        if self._parser.status not in (0, 200):
+            if self._parser.is_complete:
+                raise OSError(f"the server answered {self._parser.status}: {b' '.join(lines).decode()[:500]}")
+            self._rest = b"\n".join([*lines, self._rest])
+            return
+        for line in lines:
+            record = json.loads(line)
+            if "error" in record:
+                raise OSError(f"the server broke a stream off: {record['error']}")
+            if record["ids"]:
+                self._on_tokens(len(record["ids"]))
+        if self._parser.is_complete:
+            self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+
+
+def request_bytes(job: Job, port: int, path: str, *, ignore_eos: bool) -> bytes:
+    """The whole POST of one job, streamed and greedy."""
+    fields: dict[str, Any] = {"prompt": job.prompt, "max_new_tokens": job.new, "temperature": 0, "stream": True}
+    if ignore_eos:
+        fields["ignore_eos"] = True
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def drive(jobs: Sequence[Job], port: int, path: str, *, concurrency: int, ignore_eos: bool) -> Recorder:
+    """Send the jobs as they arrive, read all answers. OSError for the first request that fails."""
+    requests = [request_bytes(job, port, path, ignore_eos=ignore_eos) for job in jobs]
+    return asyncio.run(_drive(jobs, requests, port, concurrency))
+
+
+async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, concurrency: int) -> Recorder:
+    places = asyncio.Semaphore(concurrency or len(jobs))
+    recorder = Recorder(len(jobs))
+    waiting: set[int] = set()  # for the server
+
+    async def run(index: int) -> None:
+        await asyncio.sleep(jobs[index].arrival_s - recorder.now())
+        async with places:
+            recorder.start(index, recorder.now() if concurrency else jobs[index].arrival_s)
+            waiting.add(index)
+            await _exchange(requests[index], port, lambda count: recorder.tokens(index, count))
+            waiting.discard(index)
+
+    pending = {asyncio.ensure_future(run(index)) for index in range(len(jobs))}
+    try:
+        while pending:
+            before, seen = set(waiting), recorder.num_chunks
+            done, pending = await asyncio.wait(pending, timeout=STALL_S, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if before & waiting and seen == recorder.num_chunks:
+                raise TimeoutError(f"the server has sent nothing for {STALL_S:g} s")
+    finally:
+        for task in pending:
+            task.cancel()
+    return recorder
+
+
+async def _exchange(request: bytes, port: int, on_tokens: Callable[[int], None]) -> None:
+    loop = asyncio.get_running_loop()
+    transport, exchange = await loop.create_connection(lambda: _Exchange(request, on_tokens), "127.0.0.1", port)
+    try:
+        await exchange.done
+    finally:
+        transport.close()

@@ -1,0 +1,286 @@
+"""`llama-tp bench serve`: one load through a real TorchServe and through the offline engine, in turns, in one run.
+
+The offline engine is a process of its own. The server stays up in between, idle: what it costs then is measured, too.
+Both have the same weights, dtype, context, batch, step size and threads, and get the same requests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import yaml
+
+from llama_tp.bench import client
+from llama_tp.bench.load import Load, Slo, context_of, describe, summarize, table, warm_up, workload
+from llama_tp.config import ModelArgs
+from llama_tp.torchserve.archive import build_archive
+from llama_tp.torchserve.server import ServerError, TorchServe, check_port, descendants, free_ports
+
+NAME = "bench"
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What both sides have in common."""
+
+    checkpoint: str
+    tokenizer: str
+    max_batch_size: int = 16
+    max_batched_tokens: int = 512
+    tp: int = 1
+    threads: int = 1
+    """Of each rank."""
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_batched_tokens", "tp", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """Seconds of CPU time, user and system, that the server's processes have used so far."""
+
+    frontend: float
+    """Java."""
+    ranks: float
+    """All of them, with all their threads."""
+    main_threads: float
+    """Of the ranks: what speaks with the frontend. The engine computes in other threads."""
+    agent: float
+    """torchrun."""
+
+    def __sub__(self, other: Cpu) -> Cpu:
+        return Cpu(*(getattr(self, name) - getattr(other, name) for name in asdict(self)))
+
+    @property
+    def total(self) -> float:
+        return self.frontend + self.ranks + self.agent
+
+
+def cpu_of(server: TorchServe) -> Cpu:
+    """What a running server has used."""
+    java = server.pid
+    if java is None:
+        raise ServerError(f"torchserve has ended; see {server.run_dir / 'logs'}")
+    below = descendants(java)
+    ranks = [pid for pid in below if "LOCAL_RANK=" in _environment_of(pid)]
+    return Cpu(
+        frontend=_cpu_s(f"/proc/{java}/stat"),
+        ranks=sum(_cpu_s(f"/proc/{pid}/stat") for pid in ranks),
+        main_threads=sum(_cpu_s(f"/proc/{pid}/task/{pid}/stat") for pid in ranks),
+        agent=sum(_cpu_s(f"/proc/{pid}/stat") for pid in below if pid not in ranks),
+    )
+
+
+def _cpu_s(stat: str) -> float:
+    """utime + stime (proc(5), fields 14 and 15) of a process with all its threads, or of one thread."""
+    fields = Path(stat).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _environment_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+
+
+def bench_serve(
+    setup: Setup, load: Load, slo: Slo, *, runs: int, handler: str, properties: str, log_config: str, timeout_s: float
+) -> None:
+    """What `llama-tp bench serve` does."""
+    args = ModelArgs.load(Path(setup.checkpoint, "model_args.json"))
+    shape = {"vocab_size": args.vocab_size, "max_seq_len": context_of(args.max_seq_len)}
+    print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
+    print(describe(load, slo), flush=True)
+    pairs: list[dict[str, Figures]] = []
+    with _running(setup, load, shape["max_seq_len"], handler, properties, log_config, timeout_s) as server:
+        path = f"/predictions/{server.model_name}"
+        ignore_eos = _takes_ignore_eos(server)
+        if not ignore_eos:
+            print("this server does not know ignore_eos: an answer may end early, and what came is counted")
+        client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, concurrency=0, ignore_eos=ignore_eos)
+        for run in range(runs):
+            this = replace(load, seed=load.seed + run)  # the server's prefix cache must not know the prompts
+            idle = cpu_of(server)
+            offline = _offline(setup, this, slo)
+            idle_s = (cpu_of(server) - idle).total
+            served = _served(server, this, slo, shape, path, ignore_eos)
+            pairs.append({"offline": offline, "served": {**served, "idle_cpu_s": idle_s}})
+            print(f"\nRun {run + 1} of {runs}, load average {os.getloadavg()[0]:.1f}")
+            print(table(pairs[-1]))
+            print(where_it_goes(offline, pairs[-1]["served"]), flush=True)
+    ratios = [pair["served"]["output_throughput"] / pair["offline"]["output_throughput"] for pair in pairs]
+    ratio = statistics.median(ratios)
+    each = ", ".join(f"{one:.3f}" for one in ratios)
+    print(f"\nOutput tokens a second, served / offline: {ratio:.3f} (median of {each})")
+    settings = {**asdict(setup), **asdict(load), **asdict(slo), "ignore_eos": ignore_eos}
+    print(json.dumps({**settings, "output_throughput_ratio": ratio, "ratios": ratios, "runs": pairs}))
+
+
+def where_it_goes(offline: Figures, served: Figures) -> str:
+    """What a request and a token wait longer for, and who computes beside the engine. In text."""
+    later = ", ".join(
+        f"median {name.upper()} {served[key] - offline[key]:+.2f} ms"
+        for name in ("ttft", "itl", "tpot")
+        for key in [f"median_{name}_ms"]
+    )
+    engine = served["ranks_cpu_s"] - served["main_threads_cpu_s"]
+    beside = {
+        "frontend (Java)": served["frontend_cpu_s"],
+        "ranks' main threads": served["main_threads_cpu_s"],
+        "client": served["client_cpu_s"],
+        "torchrun": served["agent_cpu_s"],
+    }
+    share = sum(beside.values()) / served["duration"] / len(os.sched_getaffinity(0))
+    per_token = 1e6 * sum(beside.values()) / served["total_output_tokens"]
+    return "\n".join(
+        (
+            f"Served - offline: {later}",
+            f"CPU seconds, served: engine threads {engine:.2f}, "
+            + ", ".join(f"{name} {value:.2f}" for name, value in beside.items()),
+            f"All but the engine: {share:.1%} of the machine, {per_token:.0f} us a token",
+            f"CPU seconds, offline: leader {offline['leader_cpu_s']:.2f}, idle server {served['idle_cpu_s']:.2f}",
+        )
+    )
+
+
+def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], path: str, ignore_eos: bool) -> Figures:
+    jobs = workload(load, **shape)
+    before, client_s = cpu_of(server), process_time()
+    recorder = client.drive(jobs, server.port, path, concurrency=load.concurrency, ignore_eos=ignore_eos)
+    client_s = process_time() - client_s
+    used = cpu_of(server) - before
+    if ignore_eos:
+        assert [trace.num_tokens for trace in recorder.traces] == [job.new for job in jobs]
+    cpu = {f"{name}_cpu_s": value for name, value in asdict(used).items()}
+    return {**summarize(jobs, recorder.traces, slo), "client_cpu_s": client_s, **cpu}
+
+
+def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
+    """`llama-tp bench engine` in processes of its own; the JSON that it ends with."""
+    launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={setup.tp}"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    options = {**asdict(load), **asdict(slo), "arrivals": "poisson", "dtype": setup.dtype, "device": "cpu"}
+    options |= {"max_batch_size": setup.max_batch_size, "max_batched_tokens": setup.max_batched_tokens}
+    names = {"ttft_ms": "slo_ttft_ms", "tpot_ms": "slo_tpot_ms"}
+    command = [sys.executable, *(launcher if setup.tp > 1 else []), "-m", "llama_tp", "bench", "engine"]
+    command += [setup.checkpoint, *(f"--{names.get(name, name)}={value}" for name, value in options.items())]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise ServerError(f"the offline engine failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    assert (figures["ranks"], figures["threads"]) == (setup.tp, setup.threads)
+    return figures
+
+
+@contextmanager
+def _running(
+    setup: Setup, load: Load, max_seq_len: int, handler: str, properties: str, log_config: str, timeout_s: float
+) -> Iterator[TorchServe]:
+    """A TorchServe of our own, ready. All of it is gone afterwards; should something fail, its logs are kept."""
+    folder = Path(tempfile.mkdtemp(prefix="llama_tp.bench."))
+    store = folder / "model_store"
+    try:
+        config = folder / "model-config.yaml"
+        config.write_text(yaml.safe_dump(model_config(setup, load, max_seq_len)))
+        build_archive(
+            model_name=NAME,
+            config_file=config,
+            checkpoint=setup.checkpoint,
+            tokenizer=setup.tokenizer,
+            handler=handler,
+            model_store=store,
+        )
+        server = TorchServe(
+            model_store=store,
+            model_name=NAME,
+            run_dir=folder,
+            port=_free_port(),
+            properties=properties,
+            log_config=log_config,
+        )
+        try:
+            server.start()
+            server.wait_until_ready(timeout_s)
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+        if sys.exc_info()[0] is None or not (folder / "logs").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def model_config(setup: Setup, load: Load, max_seq_len: int) -> dict[str, Any]:
+    """The model-config.yaml of the served side."""
+    return {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": setup.max_batch_size,
+        "maxBatchDelay": 1,
+        "startupTimeout": 1200,
+        "jobQueueSize": max(100, load.requests),  # the load is open: nobody is sent away
+        "deviceType": "cpu",
+        "parallelType": "tp",
+        "continuousBatching": True,
+        "torchrun": {
+            "nproc-per-node": setup.tp,
+            "rdzv-endpoint": "localhost:0",
+            "OMP_NUMBER_THREADS": setup.threads,
+        },
+        "handler": {
+            "converted_ckpt_dir": "converted_checkpoints",
+            "tokenizer_path": Path(setup.tokenizer).name,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": setup.max_batch_size,
+            "max_batched_tokens": setup.max_batched_tokens,
+            "dtype": setup.dtype,
+            "temperature": 0.0,
+        },
+    }
+
+
+def _free_port() -> int:
+    """A port that is free, as are the next two."""
+    for _ in range(100):
+        (port,) = free_ports(1)
+        try:
+            for offset in range(3):
+                check_port(port + offset)
+        except (ServerError, OverflowError):
+            continue
+        return port
+    raise ServerError("no three ports in a row are free")
+
+
+def _takes_ignore_eos(server: TorchServe) -> bool:
+    """Whether the API has the field that keeps answers from ending early."""
+    body = json.dumps({"prompt": [0], "max_new_tokens": 1, "ignore_eos": True}).encode()
+    request = urllib.request.Request(server.url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code == 400 and b"unknown_field" in error.read():
+            return False
+        raise
