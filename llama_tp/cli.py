@@ -313,6 +313,18 @@ def bench_engine(
     )
 
 
+def bench_comm(batch: int = 16, rounds: int = 2000) -> None:
+    """Measure what ranks pay to talk, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
+
+    Args:
+        batch: sequences in the plan
+        rounds: measured rounds of each
+    """
+    from llama_tp.bench.comm import bench_comm as bench
+
+    bench(batch=batch, rounds=rounds)
+
+
 def bench_serve(
     checkpoint: str,
     tokenizer: str,
@@ -396,7 +408,7 @@ COMMANDS: dict[str, Any] = {
     "serve": serve,
     "stop": stop,
     "follow": follow,
-    "bench": {"engine": bench_engine, "serve": bench_serve},
+    "bench": {"comm": bench_comm, "engine": bench_engine, "serve": bench_serve},
 }
 
 

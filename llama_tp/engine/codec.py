@@ -16,30 +16,29 @@ _HEAD = 7
 
 def encode(plan: StepPlan) -> bytes:
     digest = plan.digest or 0
-    words = array("i", (plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates), len(plan.freed)))
-    words.extend((plan.digest is not None, digest - (1 << 32) if digest >> 31 else digest))
+    words = [plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates), len(plan.freed)]
+    words += (plan.digest is not None, digest - (1 << 32) if digest >> 31 else digest)
     for chunk in plan.chunks:
-        words.extend((chunk.row, chunk.start, chunk.sample, len(chunk.tokens)))
-        words.extend(chunk.tokens)
+        words += (chunk.row, chunk.start, chunk.sample, len(chunk.tokens))
+        words += chunk.tokens
     for update in plan.page_updates:
-        words.extend(update)
-    words.extend(plan.freed)
-    return words.tobytes()
+        words += update
+    words += plan.freed
+    return array("i", words).tobytes()
 
 
 def decode(message: bytes) -> StepPlan:
-    words = array("i")
-    words.frombytes(message)
+    words = memoryview(message).cast("i").tolist()
     step, stop, num_chunks, num_updates, num_freed, has_digest, digest = words[:_HEAD]
     at = _HEAD
     chunks = []
     for _ in range(num_chunks):
         row, start, sample, n = words[at : at + 4]
         at += 4
-        chunks.append(Chunk(row, start, tuple(words[at : at + n]), bool(sample)))
+        chunks.append(Chunk(row, start, tuple(words[at : at + n]), sample == 1))
         at += n
     end = at + 3 * num_updates
     updates = tuple((words[i], words[i + 1], words[i + 2]) for i in range(at, end, 3))
     freed = tuple(words[end : end + num_freed])
     assert end + num_freed == len(words), "a plan arrived truncated"
-    return StepPlan(step, tuple(chunks), updates, freed, digest & 0xFFFFFFFF if has_digest else None, bool(stop))
+    return StepPlan(step, tuple(chunks), updates, freed, digest & 0xFFFFFFFF if has_digest else None, stop == 1)

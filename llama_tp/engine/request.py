@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class FinishReason(str, Enum):
@@ -179,9 +179,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One sequence's share of a step: compute `tokens` at positions start, start + 1, ..."""
+class Chunk(NamedTuple):
+    """One sequence's share of a step: compute `tokens` at positions start, start + 1, ...
+
+    A tuple, because every rank makes one for each sequence and step, and a frozen dataclass takes three times as long.
+    """
 
     row: int
     start: int

@@ -62,6 +62,7 @@ class SharedMemoryComm:
         self._addresses = [ctypes.c_void_p(base + _LINE * rank) for rank in range(self.size)]
         self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size * torch.get_num_threads() else _SPINS // 10
         self._syscall = ctypes.CDLL(None).syscall
+        self._bytes = memoryview(mapping)[_LINE * self.size :]
         slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=_LINE * self.size).view(2, self.size, _SLOT)
         self._slots = {dtype: slots.view(dtype) for dtype in _DTYPES}
 
@@ -82,11 +83,12 @@ class SharedMemoryComm:
 
     def publish(self, message: bytes | None) -> bytes:
         if message is not None:
-            framed = memoryview(bytearray(len(message).to_bytes(8, "little") + message))
+            framed = len(message).to_bytes(8, "little") + message
             for start in range(0, len(framed), _SLOT):
-                piece = torch.frombuffer(framed[start : start + _SLOT], dtype=torch.uint8)
+                piece = framed[start : start + _SLOT]
                 self._enter()
-                self._slots[torch.uint8][self._epoch % 2, self.leader, : piece.numel()] = piece
+                at = self._place_of_leader()
+                self._bytes[at : at + len(piece)] = piece
                 self._announce()
             return message
         head = self._receive(_SLOT, framed=True)
@@ -101,12 +103,16 @@ class SharedMemoryComm:
         """The leader's next piece: at most a slot of `size` bytes, or as many as the frame at its beginning says."""
         self._enter()
         self._wait(self.leader, self._epoch)
-        slot = self._slots[torch.uint8][self._epoch % 2, self.leader]
+        at = self._place_of_leader()
         if framed:
-            size = 8 + int.from_bytes(slot[:8].numpy().tobytes(), "little")
-        data = slot[: min(size, _SLOT)].numpy().tobytes()
+            size = 8 + int.from_bytes(self._bytes[at : at + 8], "little")
+        data = bytes(self._bytes[at : at + min(size, _SLOT)])
         self._announce()
         return data
+
+    def _place_of_leader(self) -> int:
+        """Where this operation's bytes of the leader begin."""
+        return (self._epoch % 2 * self.size + self.leader) * _SLOT
 
     def _exchange(self, x: Tensor, *, wait: bool = True) -> Tensor:
         """Show x (n,) to the group. All ranks' values (ranks, n), complete if this rank waits for them."""
