@@ -271,7 +271,8 @@ def bench_engine(
         prompt: tokens of each prompt
         new: tokens generated for each prompt
         runs: measured runs of each, after one that warms up
-        against: "transformers" runs it interleaved, on the same weights, prompts, dtype and threads
+        against: "transformers" runs it interleaved, on the same weights, prompts, dtype and threads; "deterministic"
+            runs our own engine in deterministic mode
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         max_batched_tokens: tokens of one step

@@ -12,7 +12,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time, sleep
@@ -57,8 +57,9 @@ class Contender(Protocol):
 class OurEngine:
     name = "llama_tp"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, name: str = name) -> None:
         self.engine = engine
+        self.name = name
         self._ids = count()
 
     def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
@@ -113,8 +114,8 @@ def bench_engine(
     max_batched_tokens: int,
 ) -> None:
     """What `llama-tp bench engine` does. Call it on every rank."""
-    if against not in (None, "transformers"):
-        raise ValueError(f"against={against!r} must be transformers")
+    if against not in (None, "transformers", "deterministic"):
+        raise ValueError(f"against={against!r} must be transformers or deterministic")
     if new < 2:
         raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
@@ -126,13 +127,18 @@ def bench_engine(
         device=device,
     )
     group = join(device, timeout_s=config.collective_timeout_s)
+    if against == "deterministic" and group.comm.size > 1:
+        raise ValueError("against=deterministic compares two engines of one rank; run it without torchrun")
     engine = load_engine(checkpoint, args, config, group)
     if not engine.is_leader:
         engine.follow()
         group.comm.close()
         return
     contenders: list[Contender] = [OurEngine(engine)]
-    if against:
+    if against == "deterministic":
+        config = replace(config, deterministic=True)
+        contenders.append(OurEngine(load_engine(checkpoint, args, config, group), name=against))
+    elif against:
         contenders.append(Transformers(transformers_model(args, _read_all(checkpoint, args), engine.runner.dtype)))
     runner = engine.runner
     print(
