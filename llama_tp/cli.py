@@ -55,13 +55,15 @@ def plan(model_args: str, memory: str = "80GiB") -> None:
         size_of_memory = parse_memory(memory)
     except ValueError as error:
         raise ValueError(f"memory={memory!r} {error}") from None
+    if isinstance(size_of_memory, float):
+        raise ValueError(f"memory={memory!r} is a share of nothing; give a size such as 24GiB")
     fitting = f"tokens that fit in {memory}"
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
     for size in legal_tp_sizes(args):
         weights = 2 * num_parameters_of_rank(args, size)
         token = 2 * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
         context = token * args.max_seq_len
-        tokens = max(0, int(size_of_memory) - weights) // token
+        tokens = max(0, size_of_memory - weights) // token
         row = f"{size:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB"
         print(f"{row}   {tokens:>{len(fitting)}}")
 

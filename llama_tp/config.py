@@ -279,11 +279,9 @@ def parse_memory(value: float | str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(constraint)
     if isinstance(value, str):
-        number, unit = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value), ""
-        if number is not None:
-            unit = number[2].upper()
+        number, unit = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", value, re.DOTALL).groups()  # type: ignore[union-attr]
         try:
-            value = float(number[1] if number else "") * _UNITS[unit]
+            value = float(number) * _UNITS[unit.upper()]
         except (ValueError, KeyError):
             raise ValueError(constraint) from None
     if 0 < value < 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llama_tp.bench.load import Job, Recorder
 
@@ -126,19 +125,17 @@ class _Exchange(asyncio.Protocol):
             self.done.set_exception(error)
 
 
-def request_bytes(job: Job, port: int, path: str, *, ignore_eos: bool) -> bytes:
-    """The whole POST of one job, streamed and greedy."""
-    fields: dict[str, Any] = {"prompt": job.prompt, "max_new_tokens": job.new, "temperature": 0, "stream": True}
-    if ignore_eos:
-        fields["ignore_eos"] = True
+def request_bytes(job: Job, port: int, path: str) -> bytes:
+    """The whole POST of one job: streamed, greedy, and ended by nothing but its length."""
+    fields = {"prompt": job.prompt, "max_new_tokens": job.new, "temperature": 0, "stream": True, "ignore_eos": True}
     body = json.dumps(fields, separators=(",", ":")).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def drive(jobs: Sequence[Job], port: int, path: str, *, concurrency: int, ignore_eos: bool) -> Recorder:
+def drive(jobs: Sequence[Job], port: int, path: str, *, concurrency: int) -> Recorder:
     """Send the jobs as they arrive, read all answers. OSError for the first request that fails."""
-    requests = [request_bytes(job, port, path, ignore_eos=ignore_eos) for job in jobs]
+    requests = [request_bytes(job, port, path) for job in jobs]
     return asyncio.run(_drive(jobs, requests, port, concurrency))
 
 

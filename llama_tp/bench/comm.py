@@ -30,9 +30,8 @@ def bench_comm(*, batch: int, rounds: int) -> None:
     group = join("cpu")
     if group.mesh is None:
         raise ValueError("one rank has nobody to talk to; run it under torchrun --nproc-per-node 4")
-    comms: list[Comm] = [group.comm, GroupComm(leader=0, timeout_s=20)]
     rows = []
-    for comm in dict.fromkeys(comms):
+    for comm in (group.comm, GroupComm(leader=0, timeout_s=20)):
         leader, last = _publish(comm, batch, rounds)
         reductions = _all_reduce(comm, rounds)
         for what, seconds in (

@@ -35,10 +35,14 @@ class Load:
 
     def __post_init__(self) -> None:
         for name, ok, constraint in (
-            ("requests", _is_int(self.requests) and self.requests >= 1, "an integer of at least 1"),
+            ("requests", type(self.requests) is int and self.requests >= 1, "an integer of at least 1"),
             ("rate", 0 <= self.rate < math.inf, "0 (all at once) or more, and finite"),
-            ("concurrency", _is_int(self.concurrency) and self.concurrency >= 0, "an integer of 0 (no limit) or more"),
-            ("seed", _is_int(self.seed), "an integer"),
+            (
+                "concurrency",
+                type(self.concurrency) is int and self.concurrency >= 0,
+                "an integer of 0 (no limit) or more",
+            ),
+            ("seed", type(self.seed) is int, "an integer"),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {constraint}")
@@ -226,7 +230,3 @@ def table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 def _cell(value: float) -> str:
     return f"{value:>12d}" if isinstance(value, int) else f"{value:>12.2f}"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

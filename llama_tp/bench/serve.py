@@ -13,8 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -113,16 +111,13 @@ def bench_serve(
     pairs: list[dict[str, Figures]] = []
     with _running(setup, load, shape["max_seq_len"], handler, properties, log_config, timeout_s) as server:
         path = f"/predictions/{server.model_name}"
-        ignore_eos = _takes_ignore_eos(server)
-        if not ignore_eos:
-            print("this server does not know ignore_eos: an answer may end early, and what came is counted")
-        client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, concurrency=0, ignore_eos=ignore_eos)
+        client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, concurrency=0)
         for run in range(runs):
             this = replace(load, seed=load.seed + run)  # the server's prefix cache must not know the prompts
             idle = cpu_of(server)
             offline = _offline(setup, this, slo)
             idle_s = (cpu_of(server) - idle).total
-            served = _served(server, this, slo, shape, path, ignore_eos)
+            served = _served(server, this, slo, shape, path)
             pairs.append({"offline": offline, "served": {**served, "idle_cpu_s": idle_s}})
             print(f"\nRun {run + 1} of {runs}, load average {os.getloadavg()[0]:.1f}")
             print(table(pairs[-1]))
@@ -131,7 +126,7 @@ def bench_serve(
     ratio = statistics.median(ratios)
     each = ", ".join(f"{one:.3f}" for one in ratios)
     print(f"\nOutput tokens a second, served / offline: {ratio:.3f} (median of {each})")
-    settings = {**asdict(setup), **asdict(load), **asdict(slo), "ignore_eos": ignore_eos}
+    settings = {**asdict(setup), **asdict(load), **asdict(slo)}
     print(json.dumps({**settings, "output_throughput_ratio": ratio, "ratios": ratios, "runs": pairs}))
 
 
@@ -162,14 +157,13 @@ def where_it_goes(offline: Figures, served: Figures) -> str:
     )
 
 
-def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], path: str, ignore_eos: bool) -> Figures:
+def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], path: str) -> Figures:
     jobs = workload(load, **shape)
     before, client_s = cpu_of(server), process_time()
-    recorder = client.drive(jobs, server.port, path, concurrency=load.concurrency, ignore_eos=ignore_eos)
+    recorder = client.drive(jobs, server.port, path, concurrency=load.concurrency)
     client_s = process_time() - client_s
     used = cpu_of(server) - before
-    if ignore_eos:
-        assert [trace.num_tokens for trace in recorder.traces] == [job.new for job in jobs]
+    assert [trace.num_tokens for trace in recorder.traces] == [job.new for job in jobs]
     cpu = {f"{name}_cpu_s": value for name, value in asdict(used).items()}
     return {**summarize(jobs, recorder.traces, slo), "client_cpu_s": client_s, **cpu}
 
@@ -271,16 +265,3 @@ def _free_port() -> int:
             continue
         return port
     raise ServerError("no three ports in a row are free")
-
-
-def _takes_ignore_eos(server: TorchServe) -> bool:
-    """Whether the API has the field that keeps answers from ending early."""
-    body = json.dumps({"prompt": [0], "max_new_tokens": 1, "ignore_eos": True}).encode()
-    request = urllib.request.Request(server.url, body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60):
-            return True
-    except urllib.error.HTTPError as error:
-        if error.code == 400 and b"unknown_field" in error.read():
-            return False
-        raise

@@ -66,16 +66,12 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """ValueError if a request can never run."""
-        vocab_size = self.runner.model.args.vocab_size
-        for name, tokens in (("token id", request.prompt), ("logit_bias: token id", request.params.logit_bias)):
-            strangers = [token for token in tokens if not 0 <= token < vocab_size]
-            if strangers:
-                raise ValueError(f"{name} {strangers[0]} is outside the vocabulary of {vocab_size}")
+        self._check_vocabulary(request)
         self.scheduler.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError if it can never run, QueueFull if too many wait; nothing else is affected."""
-        self.check(request)
+        self._check_vocabulary(request)
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> bool:
@@ -141,6 +137,18 @@ class Engine:
             tokens_out=self._tokens_out,
             step_seconds=self._step_seconds.snapshot(),
         )
+
+    def _check_vocabulary(self, request: Request) -> None:
+        """An id that is no column of the logits would be one of the next row's: of somebody else's."""
+        vocab_size = self.runner.model.args.vocab_size
+        for name, tokens in (
+            ("token id", request.prompt),
+            ("logit_bias: token id", request.params.logit_bias),
+            ("stop_ids: token id", request.params.stop_ids),
+        ):
+            strangers = [token for token in tokens if not 0 <= token < vocab_size]
+            if strangers:
+                raise ValueError(f"{name} {strangers[0]} is outside the vocabulary of {vocab_size}")
 
     def _execute(self, plan: StepPlan) -> Tensor | None:
         """The plan, on every rank."""

@@ -124,6 +124,15 @@ def test_plan_of_the_demo_lists_one_and_three_ranks(run, params):
     assert [row.split()[0] for row in out.splitlines()[2:]] == ["1", "3"]
 
 
+def test_plan_counts_the_tokens_that_a_device_has_room_for(run, params):
+    _, out, _ = run("plan", params(DEMO), "--memory", "1GiB")
+    assert "tokens that fit in 1GiB" in out.splitlines()[1]
+    code, _, err = run("plan", params(DEMO), "--memory", "0.9")
+    assert code == 1
+    assert is_one_line(err)
+    assert "memory='0.9' is a share of nothing" in err
+
+
 def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params):
     """It counted the two vocabularies as -1 row each, and said 6.48 billion for a model of 6.74."""
     code, out, err = run("plan", params(LLAMA_2_7B))

@@ -338,6 +338,14 @@ def test_logprobs_come_with_every_token(model):
     assert all(0 > one.top[0][1] > one.top[1][1] for one in asked.logprobs)
 
 
+@pytest.mark.parametrize("name", ["stop_ids", "logit_bias"])
+def test_an_id_outside_the_vocabulary_never_reaches_a_neighbour_s_logits(model, name):
+    """In flat logits, column 128 of one row is column 0 of the next."""
+    value = frozenset({128}) if name == "stop_ids" else {128: -100.0}
+    with pytest.raises(ValueError, match=f"{name}: token id 128 is outside the vocabulary of 128"):
+        engine_of(model).generate(PROMPTS[:2], GREEDY.but(min_new_tokens=2, **{name: value}))
+
+
 def test_a_minimum_length_is_kept_against_a_stop_id(model, alone):
     stops = frozenset(alone[0].token_ids)
     params = GREEDY.but(stop_ids=stops, min_new_tokens=5)
