@@ -176,7 +176,7 @@ def bench_load(
         max_seq_len=context_of(args.max_seq_len),
         max_batch_size=max_batch_size,
         max_batched_tokens=max(max_batched_tokens, max_batch_size),
-        max_waiting=load.requests,  # the load is open: nobody is sent away
+        max_waiting=max(load.requests, max_batch_size),  # the load is open: nobody is sent away
         dtype=dtype,
         device=device,
     )
