@@ -84,11 +84,7 @@ class Engine:
         start = perf_counter()
         plan, sequences = self.scheduler.plan()
         logits = self._execute(plan)
-        if logits is None:
-            events = []
-        else:
-            ids = self.sampler.sample(logits, sequences)
-            events = self.scheduler.commit(ids, self.sampler.logprobs(logits, ids, sequences))
+        events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
             if event.finish_reason is not None and event.request_id not in self.scheduler:

@@ -42,19 +42,24 @@ class PageTable:
         self._dtype = dtype
         self._device = device
         self._pages: list[list[int]] = [[] for _ in range(num_rows)]
-        self._is_run = [True] * num_rows
+        self._num_neighbours = [0] * num_rows  # pages of each row, from its first, that lie one behind the other
 
     def set(self, row: int, index: int, page: int) -> None:
         """Entry `index` of a row, and the end of it: entry 0 begins a new sequence."""
         pages = self._pages[row]
         del pages[index:]
-        self._is_run[row] = index == 0 or (self._is_run[row] and page == pages[-1] + 1)
+        is_neighbour = index == 0 or (self._num_neighbours[row] >= index and page == pages[-1] + 1)
+        self._num_neighbours[row] = index + 1 if is_neighbour else min(index, self._num_neighbours[row])
         pages.append(page)
 
     def free(self, row: int) -> None:
         """The row holds no sequence any more."""
         self._pages[row] = []
-        self._is_run[row] = True
+        self._num_neighbours[row] = 0
+
+    def covers(self, row: int, position: int) -> bool:
+        """Whether the row has a page for its token at this position."""
+        return position < len(self._pages[row]) * self._page_size
 
     @property
     def num_used(self) -> int:
@@ -94,12 +99,17 @@ class PageTable:
             end += 1
         return chunks[at:end]
 
+    def _is_run(self, chunk: Chunk) -> bool:
+        """Whether all that the chunk's queries see lies side by side."""
+        return chunk.start + len(chunk.tokens) <= self._num_neighbours[chunk.row] * self._page_size
+
     def _fits(self, chunks: Items[Chunk], at: int, end: int, longest: int) -> bool:
         """Whether chunk `end` is read in the same manner as those from `at` on, and as far from its neighbour."""
-        row, before = chunks[end].row, chunks[end - 1].row
-        if not self._is_run[row] or not self._is_run[before]:
-            return self._is_run[row] == self._is_run[before]
-        first = self._pages[row][0]
+        is_run, before_is_run = self._is_run(chunks[end]), self._is_run(chunks[end - 1])
+        if not is_run or not before_is_run:
+            return is_run == before_is_run
+        before = chunks[end - 1].row
+        first = self._pages[chunks[end].row][0]
         distance = first - self._pages[before][0]
         is_even = end - at == 1 or distance == self._pages[before][0] - self._pages[chunks[end - 2].row][0]
         return distance > 0 and is_even and first * self._page_size + longest <= self._num_slots
@@ -113,7 +123,7 @@ class PageTable:
             count = min(end, length) - position
             keys: Run | Tensor
             start = self._pages[chunk.row][0] * self._page_size
-            if self._is_run[chunk.row] and start + length <= self._num_slots:
+            if self._is_run(chunk) and start + length <= self._num_slots:
                 keys = Run(start, length, count=count)  # all of them read the same slots: no stride
             else:
                 slots = self._all_slots([chunk.row], position + count)[:, :length]
@@ -128,7 +138,7 @@ class PageTable:
     def _span_of_one(self, chunk: Chunk, rows: slice) -> Span:
         length = chunk.start + len(chunk.tokens)
         keys: Run | Tensor
-        if self._is_run[chunk.row]:
+        if self._is_run(chunk):
             keys = Run(self._pages[chunk.row][0] * self._page_size, length)
         else:
             keys = self._all_slots([chunk.row], length)[:, :length]
@@ -143,7 +153,7 @@ class PageTable:
         lengths = torch.tensor([chunk.start + 1 for chunk in chunks], device=self._device)
         longest = max(chunk.start for chunk in chunks) + 1
         keys: Run | Tensor
-        if self._is_run[chunks[0].row]:
+        if self._is_run(chunks[0]):
             first, second = (self._pages[chunk.row][0] * self._page_size for chunk in chunks[:2])
             keys = Run(first, longest, count=len(chunks), stride=second - first)
         else:

@@ -129,9 +129,12 @@ class Logprobs:
     """(token id, log probability), the most probable first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenEvent:
-    """What one step meant for one request: a new token, or its end, or both."""
+    """What one step meant for one request: a new token, or its end, or both.
+
+    Not frozen, because the leader makes one for each sequence and step, and that would take four times as long.
+    """
 
     request_id: str
     token_id: int | None = None

@@ -4,13 +4,15 @@ In deterministic mode a step is computed in tiles of exactly TILE tokens, filled
 nobody's, and every query attends alone: so each reduction has a fixed shape, and a token's numbers are the same to the
 bit in any company and in any chunks. Kernels choose how to add up by the shape of what they are given.
 
-Decides nothing. Its only memory between steps is the KV cache and the page table that the plans describe.
+Decides nothing. Its memory between steps is the KV cache and the page table that the plans describe, and a guess: while
+a step computes, the next one is laid out as if every sequence went on. Nothing but time depends on whether it did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +59,7 @@ class ModelRunner:
         # A prompt may be poisoned in one step and sampled in a later one.
         self._poisoned = torch.zeros(config.max_batch_size + 1, dtype=torch.int32, device=device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
+        self._guess: _Guess | None = None
         self.page_table = PageTable(
             num_rows=config.max_batch_size,
             num_pages=config.num_pages,
@@ -69,29 +72,56 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
-        """Compute one step. Float32 logits of the chunks that sample, in order, on the leader; else None."""
+        """Compute one step. Float32 logits of the chunks that sample, in order, on the leader; None if none does.
+
+        On a GPU the step has merely been launched when this returns, and the next one is laid out already.
+        """
         for row in plan.freed:
             self.page_table.free(row)
         for row, index, page in plan.page_updates:
             self.page_table.set(row, index, page)
             if index == 0:
                 self._poisoned[row] = 0
-        if not plan.chunks:
-            return None
-        if self.config.deterministic:
-            return self._execute_in_tiles(plan.chunks)
-        return self.model(self.prepare(plan.chunks), self.cache)
-
-    def _execute_in_tiles(self, chunks: tuple[Chunk, ...]) -> Tensor | None:
         parts = []
-        for tile in _tiles(chunks):
-            logits = self.model(self.prepare(tile, size=TILE), self.cache)
+        for batch, num_sampled in self._batches(plan):
+            logits = self.model(batch, self.cache)
             if logits is not None:
-                parts.append(logits[: sum(chunk.sample for chunk in tile)])
-        return torch.cat(parts) if parts else None
+                parts.append(logits[:num_sampled])
+        self._guess = self._look_ahead(plan)
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _batches(self, plan: StepPlan) -> list[_Pass]:
+        """The tensors of a step: those that were laid out in advance, if the guess was right."""
+        guess, self._guess = self._guess, None
+        if guess is None or plan.freed or not _is_guessed(guess.chunks, plan.chunks):
+            return self._lay_out(plan.chunks)
+        size = guess.passes[0][0].tokens.size(0)
+        tokens = [chunk.tokens[0] for chunk in plan.chunks]
+        parts = self._on_device(tokens + [0] * (-len(tokens) % size)).split(size)
+        return [(replace(batch, tokens=part), num) for (batch, num), part in zip(guess.passes, parts, strict=True)]
+
+    def _look_ahead(self, plan: StepPlan) -> _Guess | None:
+        """Lay out the next step as it will be if every sequence goes on with the token that it samples now and nobody
+        else joins: all of it except those tokens. None where the plan does not say enough."""
+        chunks = []
+        for chunk in plan.chunks:
+            position = chunk.start + len(chunk.tokens)
+            has_place = position < self.config.max_seq_len and self.page_table.covers(chunk.row, position)
+            if not (chunk.sample and has_place):
+                return None
+            chunks.append(Chunk(chunk.row, position, (0,), sample=True))
+        return _Guess(chunks, self._lay_out(chunks)) if chunks else None
+
+    def _lay_out(self, chunks: Items[Chunk]) -> list[_Pass]:
+        if not chunks:
+            return []
+        tiles, size = (_tiles(chunks), TILE) if self.config.deterministic else ((chunks,), 0)
+        return [(self.prepare(tile, size), sum(chunk.sample for chunk in tile)) for tile in tiles]
 
     def prepare(self, chunks: Items[Chunk], size: int = 0) -> Batch:
-        """The tensors of one step, filled up to `size` tokens. The page table must know the chunks' pages."""
+        """The tensors of one forward pass, filled up to `size` tokens. The page table must know the chunks' pages."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -114,7 +144,7 @@ class ModelRunner:
             rows += [self._nobody] * missing
         if sampled:
             sampled += [0] * (size - len(sampled))
-        packed = torch.tensor([tokens, positions, slots, rows]).to(self.device, non_blocking=True)
+        packed = self._on_device([tokens, positions, slots, rows])
         return Batch(
             tokens=packed[0],
             rope=self._rope[packed[1]].unsqueeze(1),
@@ -122,8 +152,33 @@ class ModelRunner:
             rows=packed[3],
             poisoned=self._poisoned,
             spans=spans,
-            sampled=torch.tensor(sampled, dtype=torch.int64).to(self.device, non_blocking=True),
+            sampled=self._on_device(sampled),
         )
+
+    def _on_device(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+_Pass = tuple[Batch, int]
+"""One forward pass, and how many of its logits' rows, from the first, somebody asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """The next step, laid out before it is planned."""
+
+    chunks: list[Chunk]
+    """One token each, of which only the place is right."""
+    passes: list[_Pass]
+
+
+def _is_guessed(guess: Items[Chunk], chunks: Items[Chunk]) -> bool:
+    """Whether a step computes one token each at just these places. That rows still belong to whom they did is the
+    caller's to know."""
+    return len(guess) == len(chunks) and all(
+        one.row == two.row and one.start == two.start and len(two.tokens) == 1 and two.sample
+        for one, two in zip(guess, chunks, strict=True)
+    )
 
 
 def _tiles(chunks: Items[Chunk]) -> Iterator[list[Chunk]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,38 +59,41 @@ class Sampler:
         """Whether nothing is remembered."""
         return not self._states
 
-    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> list[int | None]:
-        """One id per row of float32 logits (R, V); None where the row's logits are not finite."""
-        finite = logits.amax(dim=-1).isfinite()  # a NaN or +inf anywhere in a row shows in its maximum
+    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int | None], dict[int, Logprobs]]:
+        """One id per row of float32 logits (R, V), None where the row's logits are not finite; and by row, for the rows
+        that ask, what the unmodified logits say of the ids."""
         edited = self.edit(logits, sequences)
         ids = argmax(edited)
+        # A NaN or +inf anywhere in a row shows in its maximum.
+        highest = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) if edited is logits else logits.amax(dim=-1)
+        finite = highest.isfinite()
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
-            rows = torch.tensor(drawn, device=logits.device)
+            rows = _on(logits, drawn)
             params = [sequences[row].request.params for row in drawn]
             probs = probabilities(edited[rows], params)
             noise = torch.stack([self._noise(sequences[row], probs) for row in drawn])
             ids[rows] = argmax(probs / noise)  # the winner of an exponential race is a draw from probs
+        ids.masked_fill_(~finite, -1)
+        asked = [row for row, sequence in enumerate(sequences) if sequence.request.params.logprobs is not None]
+        parts = [ids]
+        if asked:
+            counts = [sequences[row].request.params.logprobs or 0 for row in asked]
+            parts += _logprobs(logits, ids, _on(logits, asked), max(counts))
         # One copy from the device: the only time that the host waits for it.
-        return [None if token < 0 else token for token in ids.masked_fill_(~finite, -1).tolist()]
-
-    def logprobs(self, logits: Tensor, token_ids: Items[int | None], sequences: Items[Sequence]) -> dict[int, Logprobs]:
-        """By row, for the rows that ask: what the unmodified logits (R, V) say of the sampled ids."""
-        asked = [
-            row
-            for row, sequence in enumerate(sequences)
-            if sequence.request.params.logprobs is not None and token_ids[row] is not None
-        ]
+        host = _together(parts)
+        tokens = [None if token < 0 else int(token) for token in host[0]]
         if not asked:
-            return {}
-        counts = [sequences[row].request.params.logprobs or 0 for row in asked]
-        logs = torch.log_softmax(logits[asked], dim=-1)
-        ids = torch.tensor([[token_ids[row]] for row in asked], device=logits.device)
-        chosen = logs.gather(-1, ids).squeeze(-1).tolist()
-        values, tokens = (part.tolist() for part in logs.topk(min(max(counts), logs.size(-1)), dim=-1))
-        return {
-            row: Logprobs(chosen[i], tuple(zip(tokens[i][:count], values[i][:count], strict=True)))
-            for i, (row, count) in enumerate(zip(asked, counts, strict=True))
+            return tokens, {}
+        _, chosen, values, tops = host
+        width = len(values) // len(asked)
+        return tokens, {
+            row: Logprobs(
+                chosen[i],
+                tuple((int(tops[at]), values[at]) for at in range(i * width, i * width + min(width, counts[i]))),
+            )
+            for i, row in enumerate(asked)
+            if tokens[row] is not None
         }
 
     def edit(self, logits: Tensor, sequences: Items[Sequence]) -> Tensor:
@@ -113,8 +117,8 @@ class Sampler:
             self._penalize(flat, [(row, sequences[row]) for row in penalized], edited.size(-1))
         if biased:
             where = [row * edited.size(-1) + token for row in biased for token in params[row].logit_bias]
-            bias = [value for row in biased for value in params[row].logit_bias.values()]
-            flat.index_add_(0, _on(flat, where), torch.tensor(bias, dtype=flat.dtype).to(flat.device))
+            bias = [float(value) for row in biased for value in params[row].logit_bias.values()]
+            flat.index_add_(0, _on(flat, where), _on(flat, bias))
         if too_short:
             where = [row * edited.size(-1) + token for row in too_short for token in params[row].stop_ids]
             flat.index_fill_(0, _on(flat, where), float("-inf"))
@@ -135,20 +139,12 @@ class Sampler:
         repeats = torch.tensor(sizes)
         # Copies, made here and now: an array that lends its memory cannot grow.
         tokens = torch.cat([torch.frombuffer(state.tokens, dtype=torch.int64) for state in states])
-        counts = torch.cat([torch.frombuffer(state.counts, dtype=torch.float32) for state in states]).to(flat.device)
+        counts = _on(flat, torch.cat([torch.frombuffer(state.counts, dtype=torch.float32) for state in states]))
         firsts = torch.tensor([row * vocab_size for row, _ in rows]).repeat_interleave(repeats)
-        where = (tokens + firsts).to(flat.device)
-        repetition, presence, frequency = (
-            torch.tensor(
-                [
-                    (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-                    for p in (sequence.request.params for _, sequence in rows)
-                ]
-            )
-            .repeat_interleave(repeats, dim=0)
-            .to(flat.device)
-            .unbind(-1)
-        )
+        where = _on(flat, tokens + firsts)
+        params = [sequence.request.params for _, sequence in rows]
+        penalties = torch.tensor([(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params])
+        repetition, presence, frequency = _on(flat, penalties.repeat_interleave(repeats, dim=0)).unbind(-1)
         values = flat[where]
         values = torch.where(values > 0, values / repetition, values * repetition)
         flat[where] = values - presence * (counts > 0) - frequency * counts
@@ -174,15 +170,33 @@ def argmax(x: Tensor) -> Tensor:
     return x.argmax(dim=-1) if x.is_cuda else torch.from_numpy(x.numpy().argmax(axis=-1))
 
 
-def _on(like: Tensor, indices: list[int]) -> Tensor:
-    return torch.tensor(indices).to(like.device, non_blocking=True)
+def _logprobs(logits: Tensor, ids: Tensor, rows: Tensor, count: int) -> list[Tensor]:
+    """Of A rows: the log probability of each one's id (A,), and the `count` highest with their ids, (A, count) both."""
+    logs = torch.log_softmax(logits[rows], dim=-1)
+    chosen = logs.gather(-1, ids[rows].clamp_(min=0).unsqueeze(-1)).squeeze(-1)
+    values, tokens = logs.topk(min(count, logs.size(-1)), dim=-1)
+    return [chosen, values, tokens]
+
+
+def _together(parts: list[Tensor]) -> list[list[float]]:
+    """The elements of each part. Several travel as one tensor: float64 holds float32 and token ids exactly."""
+    if len(parts) == 1:
+        return [parts[0].tolist()]
+    values = torch.cat([part.flatten().double() for part in parts]).tolist()
+    ends = list(accumulate(part.numel() for part in parts))
+    return [values[end - part.numel() : end] for part, end in zip(parts, ends, strict=True)]
+
+
+def _on(like: Tensor, values: list[int] | list[float] | Tensor) -> Tensor:
+    """Values of the host where `like` is; torch.tensor(values, device=...) would wait for all that is to do there."""
+    return torch.as_tensor(values).to(like.device, non_blocking=True)
 
 
 def probabilities(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
     """The distributions (R, V) that rows of float32 logits are drawn from, filtered as each row's parameters say."""
 
-    def column(values: Items[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device).unsqueeze(-1)  # (R, 1)
+    def column(values: list[float]) -> Tensor:
+        return _on(logits, values).unsqueeze(-1)  # (R, 1)
 
     probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
     if any(p.top_k or p.top_p < 1 for p in params):

@@ -125,6 +125,9 @@ class Scheduler:
             budget -= self._give(admitted, budget, shares)
         shares.sort(key=lambda share: len(share[1].tokens) > 1)
         self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
+        for sequence in self._sampled:
+            if sequence.num_generated + 1 < sequence.request.params.max_new_tokens:
+                self._extend(sequence, len(sequence.tokens) + 1)  # so that ranks can lay out the next step by now
         updates, self._page_updates = tuple(self._page_updates), []
         freed, self._freed = tuple(self._freed), []
         return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self._sampled
@@ -139,7 +142,7 @@ class Scheduler:
         assert len(token_ids) == len(self._sampled)
         events = []
         for row, (sequence, token_id) in enumerate(zip(self._sampled, token_ids, strict=True)):
-            if sequence in self._by_id.get(sequence.request.id, ()):
+            if sequence.row >= 0:
                 events.append(self._advance(sequence, token_id, logprobs.get(row)))
         self._sampled = []
         return events
@@ -206,7 +209,7 @@ class Scheduler:
         """Add the sequence's share to the step. The number of tokens it takes: 0 if it must wait."""
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
-        if end == start or not self._reserve(sequence, end):
+        if end == start or not (self._extend(sequence, end) or self._make_room(sequence, end)):
             return 0
         sequence.num_computed = end
         chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), sample=end == len(sequence.tokens))
@@ -220,21 +223,27 @@ class Scheduler:
             self.blocks.register(sequence.pages, index, sequence.tokens[index * size : (index + 1) * size])
         sequence.num_registered = sequence.num_computed // size
 
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence pages for its first num_tokens tokens, if need be at the cost of younger ones."""
-        home = sequence.row * self.config.pages_per_sequence
-        while len(sequence.pages) < self._num_pages(num_tokens):
-            index = len(sequence.pages)
-            page = self.blocks.allocate(sequence.pages[-1] + 1 if sequence.pages else home)
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the sequence pages for its first num_tokens tokens, as long as there are any. Whether there were."""
+        pages = sequence.pages
+        while len(pages) * self.config.page_size < num_tokens:
+            home = sequence.row * self.config.pages_per_sequence
+            page = self.blocks.allocate(pages[-1] + 1 if pages else home)
             if page is None:
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest is sequence:
-                    return False
-                continue
-            sequence.pages.append(page)
-            self._page_updates.append((sequence.row, index, page))
+                return False
+            self._page_updates.append((sequence.row, len(pages), page))
+            pages.append(page)
         return True
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take pages from younger sequences until this one has enough. False if it is the youngest itself."""
+        while True:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+            if self._extend(sequence, num_tokens):
+                return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, to be computed again from its first token."""
