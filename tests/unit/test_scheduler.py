@@ -30,6 +30,8 @@ class Follower:
 
     def execute(self, plan):
         """Write what the plan computes, then look that every chunk finds all before it."""
+        for row in plan.freed:
+            self.pages[row] = []
         for row, index, page in plan.page_updates:
             table = self.pages.setdefault(row, [])
             assert index <= len(table), "a page table with a hole"
@@ -51,10 +53,11 @@ class Follower:
 
 @dataclass
 class Life:
-    """What a test knows of one request, in order of arrival."""
+    """What a test knows of one output of a request, in order of arrival."""
 
     arrival: int
     request: Request
+    index: int
     tokens: list[int]
     computed: int = 0
     events: list[TokenEvent] = field(default_factory=list)
@@ -72,7 +75,8 @@ class Simulation:
         self.config = config
         self.scheduler = Scheduler(config)
         self.follower = Follower(config.page_size)
-        self.lives: dict[str, Life] = {}
+        self.lives: dict[tuple[str, int], Life] = {}
+        self.num_requests = 0
         self.restarts = 0
         self.hits = 0
         self._rng, self._stops, self._poison = rng, stops, poison
@@ -81,14 +85,18 @@ class Simulation:
     def living(self):
         return [life for life in self.lives.values() if not life.has_ended]
 
-    def add(self, num_prompt, max_new_tokens):
-        arrival = len(self.lives)
+    def life(self, request_id, index=0):
+        return self.lives[request_id, index]
+
+    def add(self, num_prompt, max_new_tokens, n=1):
+        arrival = self.num_requests
         prompt = self._beginning(num_prompt)
         prompt += tuple(self._rng.randrange(100, 1000) for _ in range(num_prompt - len(prompt)))
-        params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=frozenset({STOP_ID}))
+        params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=frozenset({STOP_ID}), n=n)
         request = Request(f"r{arrival}", prompt, params)
         self.scheduler.add(request)
-        self.lives[request.id] = Life(arrival, request, list(prompt))
+        self.num_requests += 1
+        self.lives |= {(request.id, index): Life(arrival, request, index, list(prompt)) for index in range(n)}
 
     def _beginning(self, length):
         """Often that of an earlier request's prompt and answer."""
@@ -100,7 +108,8 @@ class Simulation:
     def cancel(self, life):
         assert self.scheduler.cancel(life.request.id) is True
         assert self.scheduler.cancel(life.request.id) is False
-        life.cancelled = True
+        for one in self.living:
+            one.cancelled |= one.request is life.request
 
     def step(self, cancel_meanwhile=None):
         """Plan, execute, perhaps cancel, commit."""
@@ -109,7 +118,7 @@ class Simulation:
         oldest = min(self.living, key=lambda life: life.arrival, default=None)
         preempted_before = scheduler.num_preemptions
         plan, sampled = scheduler.plan()
-        names = {sequence.row: sequence.request.id for sequence in scheduler.running}
+        names = {sequence.row: (sequence.request.id, sequence.index) for sequence in scheduler.running}
         by_row = {chunk.row: chunk for chunk in plan.chunks}
         self._check_pages()
         self.follower.execute(plan)
@@ -118,9 +127,11 @@ class Simulation:
         singles = [len(chunk.tokens) == 1 for chunk in plan.chunks]
         assert singles == sorted(singles, reverse=True), "decodes come first"
         assert all(sequence.row < 0 or sequence.row in by_row for sequence in decodes), "a decode waited"
-        assert [s.request.id for s in sampled] == [names[chunk.row] for chunk in plan.chunks if chunk.sample]
+        assert [(s.request.id, s.index) for s in sampled] == [names[chunk.row] for chunk in plan.chunks if chunk.sample]
         if oldest is not None:
-            assert oldest.request.id in [names[row] for row in by_row], "the oldest request got nothing"
+            assert scheduler.running[0].row in by_row, "the first to run got nothing"
+            is_plain = all(life.request.params.n == 1 for life in self.living)
+            assert not is_plain or (oldest.request.id, 0) in [names[row] for row in by_row], "the oldest got nothing"
         self.restarts += scheduler.num_preemptions - preempted_before
         if cancel_meanwhile is not None and not cancel_meanwhile.has_ended:
             self.cancel(cancel_meanwhile)
@@ -129,15 +140,24 @@ class Simulation:
     def _check_pages(self):
         scheduler = self.scheduler
         owned = [page for sequence in scheduler.running for page in sequence.pages]
-        assert len(owned) == len(set(owned)) or self.config.prefix_cache, "a page of two sequences"
+        may_share = self.config.prefix_cache or any(life.index for life in self.living)
+        assert len(owned) == len(set(owned)) or may_share, "a page of two sequences"
         assert scheduler.blocks.num_free + len(set(owned)) == self.config.num_pages
         assert all(len(sequence.pages) == len(set(sequence.pages)) for sequence in scheduler.running)
         assert all(sequence.row < 0 and not sequence.pages for sequence in scheduler.waiting)
         rows = [sequence.row for sequence in scheduler.running]
         assert len(set(rows)) == len(rows) <= self.config.max_batch_size
-        arrivals = [self.lives[sequence.request.id].arrival for sequence in (*scheduler.running, *scheduler.waiting)]
+        known = [*scheduler.running, *scheduler.waiting]
+        arrivals = [self.life(sequence.request.id).arrival for sequence in known if sequence.index == 0]
         assert arrivals == sorted(arrivals), "first come, first served"
-        assert scheduler.request_ids() == [life.request.id for life in self.living]
+        assert scheduler.request_ids() == list(dict.fromkeys(life.request.id for life in self.living))
+        forks = [fork for sequence in known for fork in sequence.forks]
+        assert sorted((one.request.id, one.index) for one in (*known, *forks)) == sorted(
+            (life.request.id, life.index) for life in self.living
+        ), "an output was lost"
+        for request_id in scheduler.request_ids():
+            indices = [life.index for life in self.living if life.request.id == request_id]
+            assert scheduler.living(request_id) == indices
 
     def _check_chunks(self, plan, names):
         for chunk in plan.chunks:
@@ -145,7 +165,8 @@ class Simulation:
             end = chunk.start + len(chunk.tokens)
             assert chunk.tokens
             is_next = chunk.start == life.computed
-            is_new = chunk.start == 0 or (self.config.prefix_cache and chunk.start % self.config.page_size == 0)
+            may_share = self.config.prefix_cache or life.index > 0
+            is_new = chunk.start == 0 or (may_share and chunk.start % self.config.page_size == 0)
             assert is_next or is_new, "a token was left out or computed twice"
             self.hits += 0 if is_next else chunk.start
             life.computed = end
@@ -156,31 +177,37 @@ class Simulation:
     def _commit(self, sampled):
         ids = [self._sample() for _ in sampled]
         expected = [
-            (sequence.request.id, token)
+            (life, token)
             for sequence, token in zip(sampled, ids, strict=True)
-            if not self.lives[sequence.request.id].cancelled
+            if not (life := self.life(sequence.request.id, sequence.index)).cancelled
         ]
         events = self.scheduler.commit(ids)
-        assert [event.request_id for event in events] == [request_id for request_id, _ in expected]
-        for happened, (request_id, token) in zip(events, expected, strict=True):
-            life = self.lives[request_id]
+        for happened, (life, token) in zip(events, expected, strict=True):
+            request_id, index = life.request.id, life.index
             assert not life.has_ended, "an event after the end"
             life.events.append(happened)
             num_generated = len(life.tokens) - len(life.request.prompt)
             if token is None:
-                assert happened == TokenEvent(request_id, None, FinishReason.ERROR, "nan_logits")
+                assert happened == TokenEvent(request_id, None, FinishReason.ERROR, "nan_logits", index)
             elif token == STOP_ID:
-                assert happened == TokenEvent(request_id, None, FinishReason.STOP)
+                assert happened == TokenEvent(request_id, None, FinishReason.STOP, index=index)
             else:
                 life.tokens.append(token)
                 is_last = num_generated + 1 == life.request.params.max_new_tokens
-                assert happened == TokenEvent(request_id, token, FinishReason.LENGTH if is_last else None)
+                reason = FinishReason.LENGTH if is_last else None
+                assert happened == TokenEvent(request_id, token, reason, index=index)
 
     def _sample(self):
         draw = self._rng.random()
         if draw < self._poison:
             return None
         return STOP_ID if draw < self._poison + self._stops else self._rng.randrange(100, 1000)
+
+    def forget_the_ended(self):
+        """Save a few that new requests may begin like: a long run would slow down."""
+        ended = [key for key, life in self.lives.items() if life.has_ended]
+        for key in ended[:-40]:
+            del self.lives[key]
 
     def run(self, max_steps=2000):
         """Until all requests have ended; then nothing may be left behind."""
@@ -196,6 +223,8 @@ class Simulation:
         scheduler = self.scheduler
         plan, sampled = scheduler.plan()
         assert (plan.chunks, sampled, scheduler.commit([])) == ((), [], [])
+        self.follower.execute(plan)
+        assert not any(self.follower.pages.values()), "a follower was not told"
         assert (len(scheduler), list(scheduler.waiting), scheduler.running) == (0, [], [])
         assert scheduler.blocks.num_free == self.config.num_pages
         assert sorted(scheduler._free_rows) == list(range(self.config.max_batch_size))
@@ -226,7 +255,8 @@ def scenarios(draw):
         num_prompt = draw(st.integers(1, config.max_seq_len - 1))
         num_new = draw(st.integers(1, config.max_seq_len - num_prompt))
         leaves_at = draw(st.none() | st.integers(0, 25))
-        requests.append((draw(st.integers(0, 12)), num_prompt, num_new, leaves_at, draw(st.booleans())))
+        n = draw(st.sampled_from([1, 1, 2, 4]))
+        requests.append((draw(st.integers(0, 12)), num_prompt, num_new, n, leaves_at, draw(st.booleans())))
     return config, requests
 
 
@@ -242,9 +272,9 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
     simulation = Simulation(config, rng, stops=stops, poison=poison)
     leaving: dict[tuple[int, bool], list[Life]] = {}
     for step in range(40):
-        for arrives_at, num_prompt, num_new, leaves_at, in_mid_step in requests:
+        for arrives_at, num_prompt, num_new, n, leaves_at, in_mid_step in requests:
             if arrives_at == step:
-                simulation.add(num_prompt, num_new)
+                simulation.add(num_prompt, num_new, n)
                 if leaves_at is not None:
                     life = list(simulation.lives.values())[-1]
                     leaving.setdefault((max(step, leaves_at), in_mid_step), []).append(life)
@@ -254,6 +284,7 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
         simulation.step(cancel_meanwhile=next(iter(leaving.get((step, True), [])), None))
     simulation.run()
     event("with preemption" if simulation.restarts else "without preemption")
+    event("with several outputs" if any(life.index for life in simulation.lives.values()) else "of one output each")
     event("with prefix hits" if simulation.hits else "without prefix hits")
     for life in simulation.lives.values():
         last = life.events[-1].finish_reason if life.events else None
@@ -261,15 +292,37 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
             assert len(life.events) == life.request.params.max_new_tokens
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_cache):
+    rng = random.Random(1)
+    config = EngineConfig(
+        max_seq_len=20, max_batch_size=6, max_batched_tokens=14, page_size=3, cache_pages=11, prefix_cache=prefix_cache
+    )
+    simulation = Simulation(config, rng, stops=0.05, poison=0.02)
+    while simulation.num_requests < 2000 or simulation.living:
+        while simulation.num_requests < 2000 and len(simulation.living) < 12:
+            num_prompt = rng.randint(1, 12)
+            simulation.add(num_prompt, rng.randint(1, 20 - num_prompt), n=rng.choice([1, 1, 2, 3]))
+        leaving = [life for life in simulation.living if rng.random() < 0.01]
+        for life in leaving[1:]:
+            if not life.has_ended:
+                simulation.cancel(life)
+        simulation.step(cancel_meanwhile=next(iter(leaving), None))
+        simulation.forget_the_ended()
+    simulation.check_nothing_is_left()
+    assert simulation.restarts > 500, "too much room"
+    assert simulation.hits > 500, "nothing was shared"
+
+
 @settings(deadline=None, max_examples=60)
 @given(scenarios(), st.randoms(use_true_random=False))
 def test_the_steps_of_a_crowd_are_at_most_those_of_one_after_the_other(scenario, rng):
-    """The oldest request computes a token a step at least, whatever the others do."""
+    """The first to run computes a token a step at least, whatever the others do."""
     config, requests = scenario
     simulation = Simulation(config, rng)
-    for _, num_prompt, num_new, _, _ in requests:
-        simulation.add(num_prompt, num_new)
-    assert simulation.run() <= sum(num_prompt + num_new - 1 for _, num_prompt, num_new, _, _ in requests)
+    for _, num_prompt, num_new, n, _, _ in requests:
+        simulation.add(num_prompt, num_new, n)
+    assert simulation.run() <= sum(n * (num_prompt + num_new - 1) for _, num_prompt, num_new, n, _, _ in requests)
 
 
 def simulation_of(*, pages=None, stops=0.0, **config):
@@ -365,8 +418,8 @@ def test_one_that_was_preempted_runs_again_before_those_that_came_later():
     while not simulation.restarts:
         simulation.step()
     simulation.add(1, 1)
-    while not simulation.lives["r0"].has_ended:  # r1 waits for its pages; r2 would fit
-        assert not simulation.lives["r2"].events
+    while not simulation.life("r0").has_ended:  # r1 waits for its pages; r2 would fit
+        assert not simulation.life("r2").events
         simulation.step()
     simulation.run()
 
