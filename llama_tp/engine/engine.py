@@ -74,10 +74,13 @@ class Engine:
         self._check_vocabulary(request)
         self.scheduler.add(request)
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request between two steps; its pages are free at once. False if it is not there (any more)."""
-        self.sampler.forget(request_id)
-        return self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Forget a request, or one of its outputs, between two steps; its pages are free at once. False if it is not
+        there (any more)."""
+        was_here = self.scheduler.cancel(request_id, index)
+        if request_id not in self.scheduler:
+            self.sampler.forget(request_id)
+        return was_here
 
     def step(self) -> list[TokenEvent]:
         """Compute one step of whatever is to do. What it meant for each request that got a token or ended."""

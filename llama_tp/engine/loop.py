@@ -96,9 +96,9 @@ class EngineLoop:
         arrival = time.monotonic()
         self._leave(lambda: self._add(request, arrival))
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request. Events it already caused may still be polled."""
-        self._leave(lambda: self._cancel(request_id))
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one of its outputs. Events it already caused may still be polled."""
+        self._leave(lambda: self._cancel(request_id, index))
 
     def poll(self, timeout_s: float) -> list[TokenEvent]:
         """Everything that happened since the last poll, oldest first; waits up to timeout_s for something."""
@@ -161,9 +161,9 @@ class EngineLoop:
             if request.timeout_s is not None:
                 self._deadlines.append((arrival + request.timeout_s, request))
 
-    def _cancel(self, request_id: str) -> None:
-        if self.engine.cancel(request_id):
-            log.info("request %s cancelled", request_id)
+    def _cancel(self, request_id: str, index: int | None) -> None:
+        if self.engine.cancel(request_id, index):
+            log.info("request %s%s cancelled", request_id, "" if index is None else f", output {index},")
 
     def _cancel_abandoned(self) -> None:
         """The last client to leave is never reported: nobody polls any more."""

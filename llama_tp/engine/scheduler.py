@@ -97,16 +97,16 @@ class Scheduler:
         self._by_id[request.id] = sequences
         self.waiting.append(first)
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request and free what it holds, now. False if there is none of that id."""
-        sequences = self._by_id.pop(request_id, None)
-        if sequences is None:
-            return False
-        unborn = {fork for sequence in sequences for fork in sequence.forks}
-        for sequence in sequences:
-            if sequence not in unborn:
-                self._leave(sequence)
-        return True
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Forget a request, or one of its outputs, and free what it holds, now. False if it is not here (any more)."""
+        sequences = list(self._by_id.get(request_id, ()))
+        doomed = [sequence for sequence in sequences if index in (None, sequence.index)]
+        if doomed:
+            for sequence in sequences:
+                self._queue_forks(sequence)
+        for sequence in doomed:
+            self._end(sequence)
+        return bool(doomed)
 
     def plan(self) -> tuple[StepPlan, list[Sequence]]:
         """The next step, and the sequences whose sampled tokens `commit` wants, in the order of the logits' rows."""
@@ -151,8 +151,7 @@ class Scheduler:
         request, index = sequence.request, sequence.index
         if token_id is not None and (self.config.prefix_cache or sequence.forks):
             self._register(sequence)
-        forks, sequence.forks = sequence.forks, []
-        self.waiting.extendleft(reversed(forks))
+        self._queue_forks(sequence)
         if token_id is None:
             self._end(sequence)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits", index)
@@ -166,15 +165,17 @@ class Scheduler:
             reason = FinishReason.LENGTH
         return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs)
 
+    def _queue_forks(self, sequence: Sequence) -> None:
+        """The other outputs need not wait for this one any longer."""
+        forks, sequence.forks = sequence.forks, []
+        self.waiting.extendleft(reversed(forks))
+
     def _end(self, sequence: Sequence) -> None:
-        """The sequence has its last token; its request ends with the last of its sequences."""
+        """The sequence has its last token, or is not wanted any more; its request ends with its last sequence."""
         siblings = self._by_id[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
             del self._by_id[sequence.request.id]
-        self._leave(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
         if sequence.row < 0:
             self.waiting.remove(sequence)
         else:

@@ -60,9 +60,7 @@ class _Output:
         return bool(self._ids) or (self.finish_reason is not None and not self.is_told)
 
     def take(self, event: TokenEvent) -> None:
-        """What a step meant for it. An output that has ended takes nothing: the engine is ahead of a stop string."""
-        if self.finish_reason is not None:
-            return
+        """What a step meant for it. It must not have ended."""
         if event.token_id is not None:
             self.num_tokens += 1
             self._ids.append(event.token_id)
@@ -240,11 +238,12 @@ class LlamaService:
 
     def _take(self, event: TokenEvent) -> None:
         active = self._active.get(self._id_of.get(event.request_id, ""))
-        if active is None or active.has_ended:
-            return  # closed, or ended by stop strings, while the engine was ahead of us
-        active.outputs[event.index].take(event)
-        if active.has_ended:
-            self._loop.cancel(active.key)  # the engine goes on with outputs that a stop string has ended
+        output = None if active is None else active.outputs[event.index]
+        if active is None or output is None or output.finish_reason is not None:
+            return  # closed, or ended by a stop string, while the engine was ahead of us
+        output.take(event)
+        if output.finish_reason is not None and event.finish_reason is None:
+            self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings
 
     def _safely(self, request_id: str, active: _Active) -> Reply:
         """The reply; should making it fail, an error for this request alone."""

@@ -105,11 +105,13 @@ class Simulation:
         earlier = self._rng.choice(list(self.lives.values())).tokens
         return tuple(earlier[: self._rng.randint(0, min(length, len(earlier)))])
 
-    def cancel(self, life):
-        assert self.scheduler.cancel(life.request.id) is True
-        assert self.scheduler.cancel(life.request.id) is False
+    def cancel(self, life, *, alone=False):
+        """Its whole request, or this one output."""
+        which = (life.request.id, life.index) if alone else (life.request.id,)
+        assert self.scheduler.cancel(*which) is True
+        assert self.scheduler.cancel(*which) is False
         for one in self.living:
-            one.cancelled |= one.request is life.request
+            one.cancelled |= one is life or (one.request is life.request and not alone)
 
     def step(self, cancel_meanwhile=None):
         """Plan, execute, perhaps cancel, commit."""
@@ -134,7 +136,7 @@ class Simulation:
             assert not is_plain or (oldest.request.id, 0) in [names[row] for row in by_row], "the oldest got nothing"
         self.restarts += scheduler.num_preemptions - preempted_before
         if cancel_meanwhile is not None and not cancel_meanwhile.has_ended:
-            self.cancel(cancel_meanwhile)
+            self.cancel(cancel_meanwhile, alone=self._rng.random() < 0.5)
         self._commit(sampled)
 
     def _check_pages(self):
@@ -306,7 +308,7 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
         leaving = [life for life in simulation.living if rng.random() < 0.01]
         for life in leaving[1:]:
             if not life.has_ended:
-                simulation.cancel(life)
+                simulation.cancel(life, alone=rng.random() < 0.5)
         simulation.step(cancel_meanwhile=next(iter(leaving), None))
         simulation.forget_the_ended()
     simulation.check_nothing_is_left()

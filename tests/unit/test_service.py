@@ -344,6 +344,20 @@ def test_a_stop_string_ends_its_output_alone(service, streaming):
     assert usage["completion_tokens"] == sum(one["usage"]["completion_tokens"] for one in alone)
 
 
+def test_an_output_that_a_stop_string_has_ended_frees_its_place_while_its_siblings_go_on(make_service):
+    service = make_service(max_seq_len=32_768, max_batch_size=2)
+    texts = [choice["text"] for choice in ask(service, prompt=PROMPT, n=2, **SAMPLED)[1]["choices"]]
+    stop = next(texts[0][at : at + 3] for at in range(3, 50) if texts[0][at : at + 3] not in texts[1])
+    body = {"prompt": PROMPT, "n": 2, "stop": stop, **SAMPLED, "max_new_tokens": 30_000}
+    open_one(service, "long", **body)
+    wait_until(lambda: len(service._loop.engine.scheduler.running) == 2)
+    assert ask(service, prompt=PROMPT, max_new_tokens=4)[0] == 200, "it got the place of output 0"
+    (key,) = service._loop.engine.scheduler.request_ids()
+    assert service._loop.engine.scheduler.living(key) == [1]
+    service.close("long")
+    wait_until(lambda: service._loop.engine.num_requests == 0)
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 def test_a_request_whose_outputs_have_all_stopped_frees_its_place_in_the_engine(make_service, streaming):
     service = make_service(max_seq_len=32_768)
