@@ -2,6 +2,9 @@
 
 On CPUs oneDNN reorders a weight into blocks at every call unless it finds it in that layout already. Done once, at
 load, this reads a weight 2 to 4 times as fast in decode (measured: docs/performance.md).
+
+A CPU without instructions for a half precision has no kernel for it either, save one for a single vector. There a
+weight stays as it is, half the size of a float32 one, and becomes float32 piece by piece in the cache, for every call.
 """
 
 from __future__ import annotations
@@ -10,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_tp.model.half import has_kernels, widen
+
+_FEW = 2
+"""So many tokens are multiplied faster one by one, the weight as it is."""
+_PIECE = 1 << 20
+"""Elements of a piece of a weight that becomes float32: they stay in a core complex's cache, and pay for the call."""
+
 
 class Linear(nn.Module):
     """y = x W^T, where W is (out, in). Takes ownership of the weight: the caller should drop its own reference."""
@@ -17,7 +27,10 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._packed = can_pack(weight)
+        # The operators below are those that torch.compile's freezing emits; they have no public name.
+        is_on_cpu = weight.device.type == "cpu"
+        self._packed = is_on_cpu and has_kernels(weight.dtype)
+        self._in_pieces = is_on_cpu and not self._packed and weight.dtype.itemsize == 2
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if self._packed else weight.detach()
@@ -26,19 +39,25 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        if self._in_pieces:
+            return _multiply_in_pieces(x, self._weight)
         return F.linear(x, self._weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={self._packed}"
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has a fast kernel for this weight on this CPU.
-
-    The operators are those that torch.compile's freezing emits; they have no public name.
-    """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.float32:
-        return True
-    return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _multiply_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for x (T, in), added up in float32."""
+    if x.size(0) == 1:
+        return torch.mv(weight, x[0]).unsqueeze(0)
+    if x.size(0) <= _FEW:
+        return F.linear(x, weight)
+    num_out, num_in = weight.shape
+    columns = x.float().t()
+    out = x.new_empty(x.size(0), num_out)
+    step = max(1, _PIECE // num_in)
+    for start in range(0, num_out, step):
+        (piece,) = widen(weight[start : start + step])
+        out[:, start : start + step] = torch.mm(piece, columns).t()
+    return out

@@ -481,6 +481,8 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_size_that_would(monkeypat
     monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
     with pytest.raises(ValueError, match=r"32\.0 GiB of KV cache beside 12\.6 GiB .* lower max_batch_size to 5"):
         load.num_pages_that_fit(args, config, group, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"beside 25\.1 GiB .* use more ranks, .*; or set dtype to bfloat16"):
+        load.num_pages_that_fit(args, config, group, torch.float32)
     five = dataclasses.replace(config, max_batch_size=5)
     assert load.num_pages_that_fit(args, five, group, torch.bfloat16) == 5 * 256
 
