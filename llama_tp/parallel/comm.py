@@ -5,7 +5,7 @@
 * `publish` carries the leader's plan, as bytes, to everybody.
 
 `SingleComm` is the identity. `GroupComm` uses torch.distributed: gloo on CPU, NCCL on CUDA. `SharedMemoryComm`
-(shared_memory.py) replaces all three where every rank is on one host's CPU.
+(shared_memory.py) replaces all three where every rank is on one host's CPU, and carries the plans of one host's GPUs.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ _FRAME = 4096
 """Bytes of a plan that travel in the first message; those of a decode step fit."""
 
 
+class PlanCarrier(Protocol):
+    """What brings plans to the followers: see `Comm.publish`."""
+
+    def publish(self, message: bytes | None) -> bytes: ...
+
+
 class PeerLost(RuntimeError):
     """A peer was silent for longer than the collective timeout, or its connection broke: the group is over."""
 
@@ -74,13 +80,17 @@ class SingleComm:
 
 
 class GroupComm:
-    """torch.distributed: one group for tensors, a gloo group for plans, both with the timeout of a step.
+    """torch.distributed: one group for tensors, and one for plans (gloo) unless there is a carrier that is faster, all
+    with the timeout of a step.
 
     `ordered` adds up in rank order, whatever the size of the tensor: an all-reduce splits it among the ranks, and adds
     each part up in an order of its own. It moves size / 2 times as many bytes.
     """
 
-    def __init__(self, *, leader: int, timeout_s: float, ordered: bool = False) -> None:
+    def __init__(
+        self, *, leader: int, timeout_s: float, ordered: bool = False, plans: PlanCarrier | None = None
+    ) -> None:
+        self._plans = plans
         self._ordered = ordered
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
@@ -88,7 +98,7 @@ class GroupComm:
         self.is_leader = self.rank == leader
         # Groups of their own: the default group's timeout must outlast loading a model, a step's must not.
         self._data = dist.new_group(timeout=timedelta(seconds=timeout_s))
-        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._control = None if plans else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._ordered and self.size > 2:
@@ -107,6 +117,8 @@ class GroupComm:
         return torch.cat(parts, dim=-1)
 
     def publish(self, message: bytes | None) -> bytes:
+        if self._plans is not None:
+            return self._plans.publish(message)
         framed = b"" if message is None else len(message).to_bytes(8, "little") + message
         try:
             head = self._broadcast(framed[:_FRAME], _FRAME)

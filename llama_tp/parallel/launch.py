@@ -104,9 +104,12 @@ def _agree_on_leader(lead: bool) -> int:
 
 def _make_comm(device: torch.device, leader: int, timeout_s: float, deterministic: bool) -> Comm:
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if device.type == "cpu" and one_host and shared_memory.is_supported():
+    shared = None
+    if one_host and shared_memory.is_supported():
         try:
-            return shared_memory.SharedMemoryComm(leader=leader, timeout_s=timeout_s)
+            shared = shared_memory.SharedMemoryComm(leader=leader, timeout_s=timeout_s)
         except OSError as error:
-            log.warning("falling back to gloo for collectives: %s", error)
-    return GroupComm(leader=leader, timeout_s=timeout_s, ordered=deterministic)
+            log.warning("falling back to gloo: %s", error)
+    if shared is not None and device.type == "cpu":
+        return shared
+    return GroupComm(leader=leader, timeout_s=timeout_s, ordered=deterministic, plans=shared)

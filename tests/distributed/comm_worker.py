@@ -1,4 +1,7 @@
-"""One rank of the collectives' test. Usage: torchrun ... -m tests.distributed.comm_worker {shared|gloo|ordered}"""
+"""One rank of the collectives' test.
+
+Usage: torchrun ... -m tests.distributed.comm_worker {shared|gloo|ordered|shared plans}
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,21 @@ from llama_tp.parallel.launch import join
 
 def main() -> None:
     comm = join("cpu", timeout_s=2).comm
+    assert isinstance(comm, shared_memory.SharedMemoryComm)
     if sys.argv[1] in ("gloo", "ordered"):
         comm = GroupComm(leader=0, timeout_s=2, ordered=sys.argv[1] == "ordered")
-    else:
-        assert isinstance(comm, shared_memory.SharedMemoryComm)
+    elif sys.argv[1] == "shared plans":  # what ranks on one host's GPUs use, with gloo for NCCL
+        comm = GroupComm(leader=0, timeout_s=2, plans=comm)
     ranks = range(comm.size)
     for dtype in (torch.float32, torch.bfloat16):
         for count in (1, 577, 3_000_000):  # the last one is larger than a slot
             mine = [torch.arange(count).remainder(97).add(rank).to(dtype) for rank in ranks]
             total = comm.all_reduce(mine[comm.rank].clone())
             torch.testing.assert_close(total.float(), sum(x.float() for x in mine), atol=0, rtol=0.01)
-        if sys.argv[1] != "gloo":  # whose order of addition depends on the size: a row is the same in any company
+        if sys.argv[1] in (
+            "shared",
+            "ordered",
+        ):  # gloo's order of addition depends on the size: a row is the same in any company
             rows = torch.randn(64, 100, generator=torch.Generator().manual_seed(comm.rank)).to(dtype)
             together = comm.all_reduce(rows.clone())
             alone = torch.cat([comm.all_reduce(row.clone()) for row in rows.split(1)])
