@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from llama_tp.config import ModelArgs
-from llama_tp.model.transformer import Attention, FeedForward, Transformer, TransformerBlock
+from llama_tp.model.norm import Norm
+from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.lowered import FusedAttention, FusedFeedForward, Linear, RowLinear, VocabEmbedding, VocabLinear
 from llama_tp.parallel.plan import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size
@@ -91,6 +92,9 @@ def lower(model: Transformer, comm: Comm) -> Transformer:
             w13=Linear(torch.cat([_take(w) for w in (feed_forward.w1, feed_forward.w3)])),
             w2=RowLinear(_take(feed_forward.w2), comm),
         )
+        block.attention_norm = _norm(block.attention_norm)  # type: ignore[assignment]
+        block.ffn_norm = _norm(block.ffn_norm)  # type: ignore[assignment]
+    model.norm = _norm(model.norm)  # type: ignore[assignment]
     vocab_size = model.args.vocab_size
     embedding = _padded(_local(model.tok_embeddings.weight), -(-vocab_size // comm.size))
     output = (
@@ -108,6 +112,11 @@ def local_kv_heads(args: ModelArgs, size: int) -> int:
 
 def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+
+
+def _norm(norm: nn.Module) -> Norm:
+    assert isinstance(norm, RMSNorm)
+    return Norm(_local(norm.weight), norm.eps)
 
 
 def _take(linear: nn.Module) -> Tensor:
