@@ -76,8 +76,8 @@ def num_pages_that_fit(args: ModelArgs, config: EngineConfig, group: Group, dtyp
     what = f"max_batch_size={config.max_batch_size} sequences of max_seq_len={config.max_seq_len} need"
     if config.kv_cache_memory is not None:
         what, remedy = f"kv_cache_memory={config.kv_cache_memory!r} asks for", "lower it, or give a share such as 0.9"
-    if config.dtype == "auto" and dtype == torch.float32:  # chosen for its speed on this CPU
-        remedy += "; or set dtype to bfloat16, which takes half of both"
+    if config.dtype == "auto" and dtype == torch.float32:
+        remedy += "; or set dtype to bfloat16, which halves the weights"
     raise ValueError(
         f"{what} {pages * page / 2**30:.1f} GiB of KV cache beside {weights / 2**30:.1f} GiB of weights on each rank, "
         f"but {available / 2**30:.1f} GiB are free; {remedy}"

@@ -150,7 +150,7 @@ class PageTable:
         return Span(rows, keys, mask=self._hide(positions > positions[chunk.start :].unsqueeze(1)))
 
     def _span(self, chunks: Items[Chunk], rows: slice) -> Span:
-        lengths = torch.tensor([chunk.start + 1 for chunk in chunks], device=self._device)
+        lengths = torch.tensor([chunk.start + 1 for chunk in chunks]).to(self._device, non_blocking=True)
         longest = max(chunk.start for chunk in chunks) + 1
         keys: Run | Tensor
         if self._is_run(chunks[0]):

@@ -99,12 +99,9 @@ class Scheduler:
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Forget a request, or one of its outputs, and free what it holds, now. False if it is not here (any more)."""
-        sequences = list(self._by_id.get(request_id, ()))
-        doomed = [sequence for sequence in sequences if index in (None, sequence.index)]
-        if doomed:
-            for sequence in sequences:
-                self._queue_forks(sequence)
+        doomed = [one for one in self._by_id.get(request_id, ()) if index in (None, one.index)]
         for sequence in doomed:
+            self._queue_forks(sequence)
             self._end(sequence)
         return bool(doomed)
 
@@ -176,10 +173,12 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._by_id[sequence.request.id]
-        if sequence.row < 0:
-            self.waiting.remove(sequence)
-        else:
+        if sequence.row >= 0:
             self._evict(sequence)
+        elif carrier := next((one for one in siblings if sequence in one.forks), None):
+            carrier.forks.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
 
     def _admit(self) -> Sequence | None:
         """Let the next in line run, if there is a row and there are pages for all it knows so far, so that it is not

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_tp.model.half import has_kernels, widen
+from llama_tp.model.half import lacks_kernels, widen
 from llama_tp.model.kv_cache import LayerCache
 
 
@@ -47,6 +47,10 @@ class Span:
 _ALIGNED = 16
 """SDPA's scratch memory of a thread lies behind that of the thread before it, and has a size in proportion to the
 queries: with 3 of them it is aligned otherwise than its neighbour's, and BLAS adds up in another order."""
+
+
+_WIDE = 1 << 23
+"""Elements of keys and values that become float32 at a time, if they are those of more than one head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +93,28 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
             size = groups.size(2)
             groups = F.pad(groups, (0, 0, 0, -size % _ALIGNED))
             return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask)[:, :, :size].reshape(q.shape)
-        if groups.size(2) == 1 and not (q.is_cuda or has_kernels(q.dtype)):
-            # SDPA would take a single query and its keys one number at a time: 2 to 3 times as long.
-            mask = None if span.mask is None else span.mask.float()
-            wide_k, wide_v = (part.transpose(1, 2) for part in widen(k.transpose(1, 2), v.transpose(1, 2)))
-            return F.scaled_dot_product_attention(groups.float(), wide_k, wide_v, mask).to(q.dtype).reshape(q.shape)
+        if groups.size(2) == 1 and lacks_kernels(q):
+            return _attend_wide(groups, k, v, span.mask).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One query for each kv head, (B, K, 1, d), in half precision on a CPU without instructions for it: SDPA would take
+    the numbers one at a time, 2 to 3 times as long. A few heads at a time become float32."""
+    out = torch.empty_like(q)
+    mask = None if mask is None else mask.float()
+    step = max(1, _WIDE // (2 * k[:, 0].numel()))
+    for head in range(0, q.size(1), step):
+        heads = slice(head, head + step)
+        wide_k, wide_v = widen(k[:, heads].transpose(1, 2), v[:, heads].transpose(1, 2))  # (B, S, K, d) as they lie
+        out[:, heads] = F.scaled_dot_product_attention(
+            q[:, heads].float(), wide_k.transpose(1, 2), wide_v.transpose(1, 2), attn_mask=mask
+        )
+    return out
 
 
 def _read(cache: Tensor, keys: Run | Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_tp.model.half import has_kernels, widen
+from llama_tp.model.half import lacks_kernels, widen
 
-_FEW = 2
-"""So many tokens are multiplied faster one by one, the weight as it is."""
+_FEW = 3
+"""For so many tokens torch's kernel, which takes a time in proportion to them, is the faster one."""
 _PIECE = 1 << 20
-"""Elements of a piece of a weight that becomes float32: they stay in a core complex's cache, and pay for the call."""
+"""Elements of a piece of a weight that becomes float32: so few that they stay in the last cache, so many that the calls
+do not count."""
 
 
 class Linear(nn.Module):
@@ -27,10 +28,8 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # The operators below are those that torch.compile's freezing emits; they have no public name.
-        is_on_cpu = weight.device.type == "cpu"
-        self._packed = is_on_cpu and has_kernels(weight.dtype)
-        self._in_pieces = is_on_cpu and not self._packed and weight.dtype.itemsize == 2
+        self._in_pieces = lacks_kernels(weight)
+        self._packed = not self._in_pieces and _can_pack(weight)
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if self._packed else weight.detach()
@@ -45,6 +44,15 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={self._packed}"
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout of its own for this weight.
+
+    The operators are those that torch.compile's freezing emits; they have no public name.
+    """
+    is_on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return is_on_cpu and weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def _multiply_in_pieces(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ def _kernels(request, monkeypatch):
     """Most machines have one of the two ways only."""
     if request.param:
         for module in (linear, attention):
-            monkeypatch.setattr(module, "has_kernels", lambda dtype: dtype == torch.float32)
+            monkeypatch.setattr(module, "lacks_kernels", lambda tensor: tensor.dtype.itemsize == 2)
     monkeypatch.setattr(linear, "_PIECE", 700)
+    monkeypatch.setattr(attention, "_WIDE", 2000)
 
 
 @pytest.mark.usefixtures("_kernels")
@@ -66,6 +67,15 @@ def test_single_queries_over_half_precision_keys_attend_as_in_float32(count, is_
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) / 4 + mask.squeeze(2).double()
     expected = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), v)
     torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+
+
+def test_wide_copies_may_be_made_in_and_outside_of_inference_mode():
+    """Steps run in it, and what they leave must be of use to whoever computes in that thread later."""
+    half._of_thread.__dict__.clear()
+    with torch.inference_mode():
+        half.widen(torch.ones(5, dtype=torch.bfloat16))
+    (copy,) = half.widen(torch.full((4,), 2.0, dtype=torch.bfloat16))
+    assert copy.tolist() == [2, 2, 2, 2]
 
 
 def test_wide_copies_share_memory_that_is_kept():

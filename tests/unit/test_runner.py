@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import llama_tp
 from llama_tp.engine.request import Chunk, Request, SamplingParams, StepPlan
 from tests.tiny_model import MODELS, engine_of, random_model
 
@@ -90,6 +94,15 @@ def test_a_place_that_now_belongs_to_another_sequence_is_not_the_guessed_one(mod
     logits = runner.execute(StepPlan(3, (Chunk(0, 4, (5,), True),), ((0, 0, 5), (0, 1, 6)), freed=(0, 1)))
     whole = StepPlan(1, (Chunk(2, 0, (9, 8, 7, 6, 5), True),), ((2, 0, 3), (2, 1, 4)))
     torch.testing.assert_close(logits, engine_of(model, page_size=4).runner.execute(whole), atol=1e-5, rtol=0)
+
+
+def test_no_tensor_of_host_values_is_made_on_the_device():
+    """torch.tensor(values, device=...) waits for all that a GPU has to do; .to(device, non_blocking=True) does not."""
+    package = Path(llama_tp.__file__).parent
+    for path in (*package.glob("engine/*.py"), *package.glob("model/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
+                assert "device" not in [word.arg for word in node.keywords], f"{path}:{node.lineno}"
 
 
 def test_a_step_makes_the_host_wait_for_the_device_once(model, monkeypatch):

@@ -504,6 +504,17 @@ def test_the_page_that_was_released_first_is_overwritten_first():
     assert [len(scheduler.blocks.match([*range(start, start + 6), 1])) for start in (0, 100, 200)] == [2, 3, 3]
 
 
+def test_cancelling_an_output_that_waits_for_the_prompt_leaves_its_siblings_to_share_it():
+    simulation = simulation_of(max_batched_tokens=4)  # without a prefix cache for others
+    scheduler = simulation.scheduler
+    simulation.add(8, 3, n=3)
+    simulation.step()
+    simulation.cancel(simulation.life("r0", 1), alone=True)
+    assert (len(scheduler.waiting), scheduler.living("r0")) == (0, [0, 2])
+    simulation.run()
+    assert simulation.hits == 6, "three pages of two; the last token must be computed"
+
+
 def test_an_id_that_was_cancelled_and_came_back_in_mid_step_does_not_get_the_old_one_s_token():
     simulation = simulation_of()
     request = Request("same", (1, 2), SamplingParams(max_new_tokens=1))
