@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama_tp.engine.request import Chunk
-from llama_tp.model.attention import Run, Span
+from llama_tp.model.attention import Span
+from llama_tp.model.kv_cache import KVCache, Pages, Run
 
 _CALL_BYTES = 1 << 18
 """Reading so many bytes of keys and values takes about as long as one more attention call."""
@@ -22,25 +22,16 @@ _BUCKET = 64
 
 
 class PageTable:
-    """The page table of one rank: `max_batch_size` rows of page numbers, changed by plans only."""
+    """The page table of one rank's cache: `num_rows` rows of page numbers, changed by plans only."""
 
-    def __init__(
-        self,
-        *,
-        num_rows: int,
-        num_pages: int,
-        page_size: int,
-        bytes_per_slot: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        deterministic: bool = False,
-    ) -> None:
+    def __init__(self, cache: KVCache, *, num_rows: int, deterministic: bool = False) -> None:
+        self._cache = cache
         self._deterministic = deterministic
-        self._num_slots = num_pages * page_size
-        self._page_size = page_size
-        self._waste = _CALL_BYTES // bytes_per_slot  # keys read in vain that cost as much as a call
-        self._dtype = dtype
-        self._device = device
+        self._page_size = cache.page_size
+        self._num_slots = cache.num_pages * cache.page_size
+        self._waste = _CALL_BYTES // cache.bytes_per_slot  # keys read in vain that cost as much as a call
+        self._dtype = cache.dtype
+        self._device = cache.device
         self._pages: list[list[int]] = [[] for _ in range(num_rows)]
         self._num_neighbours = [0] * num_rows  # pages of each row, from its first, that lie one behind the other
 
@@ -66,10 +57,10 @@ class PageTable:
         """Pages that rows refer to."""
         return len({page for row in self._pages for page in row})
 
-    def slots(self, row: int, positions: range) -> list[int]:
-        """Where a row's tokens at these positions live."""
-        pages, size = self._pages[row], self._page_size
-        return [pages[position // size] * size + position % size for position in positions]
+    def slots(self, chunk: Chunk) -> list[int]:
+        """Where a chunk's tokens live."""
+        pages, size = self._pages[chunk.row], self._page_size
+        return [pages[at // size] * size + at % size for at in range(chunk.start, chunk.start + len(chunk.tokens))]
 
     def spans(self, chunks: Items[Chunk]) -> tuple[Span, ...]:
         """The attention calls of a step, for the chunks in order; those of one token share calls where that pays."""
@@ -121,13 +112,12 @@ class PageTable:
         while position < end:
             length = position // _BUCKET * _BUCKET + _BUCKET
             count = min(end, length) - position
-            keys: Run | Tensor
+            keys: Run | Pages
             start = self._pages[chunk.row][0] * self._page_size
             if self._is_run(chunk) and start + length <= self._num_slots:
                 keys = Run(start, length, count=count)  # all of them read the same slots: no stride
             else:
-                slots = self._all_slots([chunk.row], position + count)[:, :length]
-                keys = F.pad(slots, (0, length - slots.size(1))).expand(count, length)
+                keys = self._gathered([chunk.row], length, count)
             positions = torch.arange(position, position + count, device=self._device)
             hidden = torch.arange(length, device=self._device) > positions.unsqueeze(1)
             rows = slice(first + position - chunk.start, first + position - chunk.start + count)
@@ -137,11 +127,11 @@ class PageTable:
 
     def _span_of_one(self, chunk: Chunk, rows: slice) -> Span:
         length = chunk.start + len(chunk.tokens)
-        keys: Run | Tensor
+        keys: Run | Pages
         if self._is_run(chunk):
             keys = Run(self._pages[chunk.row][0] * self._page_size, length)
         else:
-            keys = self._all_slots([chunk.row], length)[:, :length]
+            keys = self._gathered([chunk.row], length)
         if len(chunk.tokens) == 1:
             return Span(rows, keys)
         if chunk.start == 0:
@@ -152,23 +142,22 @@ class PageTable:
     def _span(self, chunks: Items[Chunk], rows: slice) -> Span:
         lengths = torch.tensor([chunk.start + 1 for chunk in chunks]).to(self._device, non_blocking=True)
         longest = max(chunk.start for chunk in chunks) + 1
-        keys: Run | Tensor
+        keys: Run | Pages
         if self._is_run(chunks[0]):
             first, second = (self._pages[chunk.row][0] * self._page_size for chunk in chunks[:2])
             keys = Run(first, longest, count=len(chunks), stride=second - first)
         else:
-            keys = self._all_slots([chunk.row for chunk in chunks], longest)
-            longest = keys.size(1)
+            keys = self._gathered([chunk.row for chunk in chunks], longest)
         hidden = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
         return Span(rows, keys, mask=self._hide(hidden)[:, None, None, :])
 
-    def _all_slots(self, rows: list[int], length: int) -> Tensor:
-        """Slots of the pages that hold the first `length` tokens of each row, padded with page 0: (B, S)."""
+    def _gathered(self, rows: list[int], length: int, count: int = 1) -> Pages:
+        """The first `length` keys of each row, whatever lies behind the end of a shorter one; or one row, `count`
+        times."""
         used = -(-length // self._page_size)
-        pages = [self._pages[row][:used] for row in rows]
-        padded = torch.tensor([row + [0] * (used - len(row)) for row in pages]).to(self._device, non_blocking=True)
-        offsets = torch.arange(self._page_size, device=self._device)
-        return (padded.unsqueeze(-1) * self._page_size + offsets).flatten(1)
+        table = [self._pages[row][:used] for row in rows]
+        padded = torch.tensor([pages + [0] * (used - len(pages)) for pages in table])
+        return self._cache.pages(padded.to(self._device, non_blocking=True), length, count)
 
     def _hide(self, hidden: Tensor) -> Tensor:
         """An additive mask: minus infinity where hidden."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from llama_tp.config import EngineConfig
 from llama_tp.engine.page_table import PageTable
 from llama_tp.engine.request import Chunk, StepPlan
-from llama_tp.model.attention import Batch, Run, Span
-from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.attention import Batch, Span
+from llama_tp.model.kv_cache import KVCache, Place, Run
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
 
@@ -60,15 +60,7 @@ class ModelRunner:
         self._poisoned = torch.zeros(config.max_batch_size + 1, dtype=torch.int32, device=device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self._guess: _Guess | None = None
-        self.page_table = PageTable(
-            num_rows=config.max_batch_size,
-            num_pages=config.num_pages,
-            page_size=config.page_size,
-            bytes_per_slot=2 * num_kv_heads * model.args.head_dim * dtype.itemsize,
-            dtype=dtype,
-            device=device,
-            deterministic=config.deterministic,
-        )
+        self.page_table = PageTable(self.cache, num_rows=config.max_batch_size, deterministic=config.deterministic)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
@@ -132,7 +124,7 @@ class ModelRunner:
             tokens.extend(chunk.tokens)
             positions.extend(span)
             rows.extend([chunk.row] * len(span))
-            slots.extend(self.page_table.slots(chunk.row, span))
+            slots.extend(self.page_table.slots(chunk))
             if chunk.sample:
                 sampled.append(len(tokens) - 1)
         spans = self.page_table.spans(chunks)
@@ -148,7 +140,7 @@ class ModelRunner:
         return Batch(
             tokens=packed[0],
             rope=self._rope[packed[1]].unsqueeze(1),
-            slots=packed[2],
+            places=_places(chunks, slots, packed[2]),
             rows=packed[3],
             poisoned=self._poisoned,
             spans=spans,
@@ -179,6 +171,24 @@ def _is_guessed(guess: Items[Chunk], chunks: Items[Chunk]) -> bool:
         one.row == two.row and one.start == two.start and len(two.tokens) == 1 and two.sample
         for one, two in zip(guess, chunks, strict=True)
     )
+
+
+def _places(chunks: Items[Chunk], slots: list[int], on_device: Tensor) -> tuple[Place, ...]:
+    """How the tokens of a step get to their slots (T,): a chunk in one piece where its slots are neighbours."""
+    places: list[Place] = []
+    first = at = 0  # tokens from first to at are to be written one by one
+    for chunk in chunks:
+        end = at + len(chunk.tokens)
+        run = range(slots[at], slots[at] + end - at)
+        if len(run) > 1 and slots[at:end] == list(run):
+            if first < at:
+                places.append((slice(first, at), on_device[first:at]))
+            places.append((slice(at, end), slice(run.start, run.stop)))
+            first = end
+        at = end
+    if first < len(slots):
+        places.append((slice(first, len(slots)), on_device[first:]))
+    return tuple(places)
 
 
 def _tiles(chunks: Items[Chunk]) -> Iterator[list[Chunk]]:

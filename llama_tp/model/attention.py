@@ -15,17 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_tp.model.half import lacks_kernels, widen
-from llama_tp.model.kv_cache import LayerCache
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring slots: of one sequence, or of `count` sequences that lie `stride` slots apart."""
-
-    first: int
-    length: int
-    count: int = 1
-    stride: int = 0
+from llama_tp.model.kv_cache import LayerCache, Pages, Place, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +24,8 @@ class Span:
 
     rows: slice
     """The step's tokens that these queries belong to."""
-    keys: Run | Tensor
-    """Slots of the keys: in place, or to be gathered: (B, S) for B sequences."""
+    keys: Run | Pages
+    """Where the keys are: read in place, or gathered."""
     mask: Tensor | None = None
     """Additive, broadcastable to the scores; None: every query sees every key."""
     causal: bool = False
@@ -61,8 +51,8 @@ class Batch:
     """(T,) ids."""
     rope: Tensor
     """(T, 1, d / 2) rotations of the tokens' positions."""
-    slots: Tensor
-    """(T,) where the cache keeps these tokens."""
+    places: tuple[Place, ...]
+    """Where the cache keeps the T tokens, in order."""
     spans: tuple[Span, ...]
     """Cover the T tokens in order."""
     rows: Tensor
@@ -84,7 +74,7 @@ def attention(q: Tensor, cache: LayerCache, spans: tuple[Span, ...]) -> Tensor:
 
 
 def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
-    k, v = _read(cache.k, span.keys), _read(cache.v, span.keys)  # (B, K, S, d)
+    k, v = cache.read(span.keys)  # (B, K, S, d)
     b, num_kv_heads, _, d = k.shape
     if q.size(0) == b:
         # One query each: the G heads that share a kv head become G queries of it, so no key is read twice.
@@ -110,19 +100,6 @@ def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     step = max(1, _WIDE // (2 * k[:, 0].numel()))
     for head in range(0, q.size(1), step):
         heads = slice(head, head + step)
-        wide_k, wide_v = widen(k[:, heads].transpose(1, 2), v[:, heads].transpose(1, 2))  # (B, S, K, d) as they lie
-        out[:, heads] = F.scaled_dot_product_attention(
-            q[:, heads].float(), wide_k.transpose(1, 2), wide_v.transpose(1, 2), attn_mask=mask
-        )
+        wide_k, wide_v = widen(k[:, heads], v[:, heads])
+        out[:, heads] = F.scaled_dot_product_attention(q[:, heads].float(), wide_k, wide_v, attn_mask=mask)
     return out
-
-
-def _read(cache: Tensor, keys: Run | Tensor) -> Tensor:
-    """The keys' part of a cache (slots, K, d) as (B, K, S, d): a view of a run, a copy of scattered slots."""
-    _, num_kv_heads, d = cache.shape
-    if isinstance(keys, Run):
-        token, head, element = cache.stride()
-        shape, strides = (keys.count, num_kv_heads, keys.length, d), (keys.stride * token, head, token, element)
-        return cache.as_strided(shape, strides, cache.storage_offset() + keys.first * token)
-    b, s = keys.shape
-    return cache.index_select(0, keys.flatten()).view(b, s, num_kv_heads, d).transpose(1, 2)

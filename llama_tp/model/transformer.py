@@ -81,7 +81,7 @@ class Attention(nn.Module):
         qk, v = self.project(x)  # (T, H + K, d), (T, K, d)
         qk = apply_rope(qk, batch.rope)
         q, k = qk.split((qk.size(1) - v.size(1), v.size(1)), dim=1)
-        cache.write(batch.slots, k, v)
+        cache.write(batch.places, k, v)
         return self.wo(attention(q, cache, batch.spans).flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:

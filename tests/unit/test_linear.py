@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llama_tp.model import attention, half, linear
-from llama_tp.model.attention import Run, Span
-from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.attention import Span
+from llama_tp.model.kv_cache import KVCache, Run
 from llama_tp.model.linear import Linear
 
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -57,11 +57,12 @@ def test_single_queries_over_half_precision_keys_attend_as_in_float32(count, is_
     )
     cache._data.normal_()
     slots = torch.stack([torch.arange(16 * i, 16 * i + 13) for i in range(count)])
+    pages = torch.tensor([[2 * i, 2 * i + 1] for i in range(count)])
     q = torch.randn(count, 4, 16).bfloat16()
     mask = torch.zeros(count, 1, 1, 13, dtype=torch.bfloat16)
     mask[0, ..., 9:] = float("-inf")
     (layer,) = cache.layers
-    keys = slots if is_scattered else Run(0, 13, count=count, stride=16)
+    keys = cache.pages(pages, 13) if is_scattered else Run(0, 13, count=count, stride=16)
     out = attention.attention(q, layer, (Span(slice(0, count), keys, mask=mask),))
     k, v = (part[slots].double().transpose(1, 2) for part in (layer.k, layer.v))
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) / 4 + mask.squeeze(2).double()

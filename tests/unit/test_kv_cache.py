@@ -1,0 +1,95 @@
+"""What is written to a slot is read from it, alone, as part of a run, or page by page."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_tp.engine.request import Chunk
+from llama_tp.engine.runner import _places
+from llama_tp.model.kv_cache import KVCache, Run
+
+K, D, PAGE, PAGES = 3, 4, 5, 8
+
+
+@pytest.fixture
+def cache():
+    """Every number in it is another one; keys are negative."""
+    cache = KVCache(
+        n_layers=2,
+        num_pages=PAGES,
+        page_size=PAGE,
+        num_kv_heads=K,
+        head_dim=D,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    slots = torch.arange(PAGES * PAGE)
+    values = value_of(slots)
+    cache.layers[1].write(((slice(0, len(slots)), slots),), -values, values)
+    return cache
+
+
+def value_of(slots):
+    """(..., K, d)"""
+    return slots[..., None, None] * 100.0 + torch.arange(K)[:, None] * 10 + torch.arange(D)
+
+
+def check(found, slots):
+    """Slots (B, S) were read."""
+    k, v = found
+    torch.testing.assert_close(v, value_of(slots).transpose(1, 2), atol=0, rtol=0)
+    torch.testing.assert_close(k, -v, atol=0, rtol=0)
+
+
+def test_a_layer_is_written_alone(cache):
+    assert cache.layers[1].v.any()
+    assert not cache.layers[0].v.any()
+    assert cache.nbytes == 2 * 2 * PAGES * PAGE * K * D * 4 == 2 * PAGES * PAGE * cache.bytes_per_slot
+
+
+@pytest.mark.parametrize(
+    ("run", "slots"),
+    [
+        (Run(7, 6), [range(7, 13)]),
+        (Run(2, 9, count=3, stride=10), [range(2, 11), range(12, 21), range(22, 31)]),
+        (Run(4, 3, count=2), [range(4, 7), range(4, 7)]),
+    ],
+)
+def test_runs_are_read_in_place(cache, run, slots):
+    found = cache.layers[1].read(run)
+    check(found, torch.tensor([list(row) for row in slots]))
+    assert found[0].untyped_storage().data_ptr() == cache._data.untyped_storage().data_ptr()
+
+
+def test_pages_are_gathered_in_their_order(cache):
+    table = torch.tensor([[6, 0, 3], [1, 1, 7]])
+    slots = (table.unsqueeze(-1) * PAGE + torch.arange(PAGE)).flatten(1)
+    check(cache.layers[1].read(cache.pages(table, 3 * PAGE)), slots)
+    check(cache.layers[1].read(cache.pages(table, 12)), slots[:, :12])
+    check(cache.layers[1].read(cache.pages(table[:1], 11, count=4)), slots[:1, :11].expand(4, -1))
+
+
+def test_neighbours_are_written_in_one_piece_and_all_others_one_by_one(cache):
+    chunks = [
+        Chunk(0, 8, (1,), True),
+        Chunk(1, 3, (1,), True),
+        Chunk(2, 0, (1, 2, 3, 4), True),
+        Chunk(3, 0, (1, 2, 3), True),
+        Chunk(4, 0, (1, 2), True),
+    ]
+    slots = [30, 22, 10, 11, 12, 13, 4, 25, 26, 0, 1]  # of the fourth, the first page ends before the second begins
+    on_device = torch.tensor([*slots, 39])
+    places = _places(chunks, [*slots, 39], on_device)  # and one that fills up the step
+    assert [(rows, where if isinstance(where, slice) else where.tolist()) for rows, where in places] == [
+        (slice(0, 2), [30, 22]),
+        (slice(2, 6), slice(10, 14)),
+        (slice(6, 9), [4, 25, 26]),
+        (slice(9, 11), slice(0, 2)),
+        (slice(11, 12), [39]),
+    ]
+    k = torch.randn(12, 2 * K, D)[:, K:]
+    cache.layers[0].write(places, k, -k)
+    torch.testing.assert_close(cache.layers[0].k[on_device], k, atol=0, rtol=0)
+    torch.testing.assert_close(cache.layers[0].v[on_device], -k, atol=0, rtol=0)
+    assert cache.layers[0].k.any(-1).any(-1).sum() == 12
