@@ -218,7 +218,8 @@ class EngineConfig:
     deterministic: bool = False
     """Whether a request's tokens are the same to the bit in any company and any chunks, in every dtype."""
     dtype: str = "auto"
-    """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
+    """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on a device without
+    instructions for it, but not on a CPU for one or two sequences."""
     device: str = "auto"
     """cpu | cuda | auto: cuda where there is one."""
     collective_timeout_s: float = 20.0

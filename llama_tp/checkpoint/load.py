@@ -34,13 +34,17 @@ def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -
     return agree(lambda: lower(model, group.comm))
 
 
-def resolve_dtype(name: str, folder: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. auto: the checkpoint's, or float32 where the device would only emulate bfloat16."""
+_FEW = 2
+"""Sequences at a time for which a CPU without instructions for bfloat16 computes faster in it than in float32."""
+
+
+def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
+    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster for so many sequences."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     stored = dcp.checkpoint_dtype(folder)
-    is_fast = stored == torch.float32 or _computes_natively(stored, device)
-    return stored if is_fast else torch.float32
+    is_short = stored == torch.bfloat16 and device.type == "cpu" and max_batch_size <= _FEW
+    return stored if is_short or stored == torch.float32 or _computes_natively(stored, device) else torch.float32
 
 
 def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:

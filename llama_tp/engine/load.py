@@ -29,7 +29,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     start = monotonic()
     if group.device.type == "cuda":
         torch.cuda.set_device(group.device)  # of this thread: joining may have been another's work
-    dtype = agree(lambda: resolve_dtype(config.dtype, folder, group.device))
+    dtype = agree(lambda: resolve_dtype(config.dtype, folder, group.device, config.max_batch_size))
     # Ranks may have different amounts of free memory, but one scheduler plans for all.
     pages = min(gather(agree(lambda: num_pages_that_fit(args, config, group, dtype))))
     config = replace(config, cache_pages=pages)
