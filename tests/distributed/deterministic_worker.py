@@ -6,7 +6,6 @@ Usage: torchrun ... -m tests.distributed.deterministic_worker
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
@@ -15,6 +14,7 @@ from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import Group, join
 from llama_tp.parallel.shared_memory import SharedMemoryComm
+from tests.distributed.torchrun import leave
 from tests.tiny_model import random_model
 from tests.unit.test_deterministic import logits_of
 
@@ -56,8 +56,7 @@ def main() -> None:
                     changes.append(not torch.equal(plain, alone))
             if comm.is_leader:
                 print(f"{type(comm).__name__} {dtype}: equal {is_equal}, otherwise changed {changes}\n", end="")
-    dist.barrier()
-    group.comm.close()
+    leave(group)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import torch
-import torch.distributed as dist
 
 from llama_tp.checkpoint.load import load_model
 from llama_tp.config import EngineConfig
@@ -20,6 +19,7 @@ from llama_tp.parallel.comm import GroupComm
 from llama_tp.parallel.launch import join
 from llama_tp.parallel.plan import legal_tp_sizes
 from llama_tp.parallel.shared_memory import SharedMemoryComm
+from tests.distributed.torchrun import leave
 from tests.tiny_model import MODELS, random_model
 
 TOKENS = tuple(range(3, 43))
@@ -66,8 +66,7 @@ def main() -> None:
                 }
     if group.comm.is_leader:
         torch.save(results, f"{sys.argv[1]}/results.pt")
-    dist.barrier()
-    group.comm.close()
+    leave(group)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
 from llama_tp.parallel.launch import join
+from tests.distributed.torchrun import leave
 from tests.tiny_model import MODELS, random_model
 
 ARGS = MODELS["mha"]
@@ -101,7 +102,7 @@ def main() -> None:
     else:
         engine.follow()
     print(f"rank {group.comm.rank}: {runner.page_table.num_used} pages used\n", end="")
-    group.comm.close()
+    leave(group)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Starts a module of the tests under torchrun, the way users start ranks, and waits for all of them."""
+"""Starts a module of the tests under torchrun, the way users start ranks, and waits for all of them to leave."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from llama_tp.parallel.launch import Group
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +25,16 @@ def torchrun(
     return subprocess.run(
         command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout_s, check=False
     )
+
+
+def leave(group: Group) -> NoReturn:
+    """The end of a rank whose work is done. It does not wait for the interpreter to take itself apart: torch's threads
+    have been seen to abort a rank then ("terminate called without an active exception")."""
+    dist.barrier()
+    group.comm.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def check(done: subprocess.CompletedProcess[str]) -> None:
