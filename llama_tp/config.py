@@ -219,7 +219,7 @@ class EngineConfig:
     """Whether a request's tokens are the same to the bit in any company and any chunks, in every dtype."""
     dtype: str = "auto"
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on a device without
-    instructions for it, but not on a CPU for one or two sequences."""
+    instructions for it, but not with AVX2 for one or two sequences."""
     device: str = "auto"
     """cpu | cuda | auto: cuda where there is one."""
     collective_timeout_s: float = 20.0

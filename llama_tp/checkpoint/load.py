@@ -35,7 +35,7 @@ def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -
 
 
 _FEW = 2
-"""Sequences at a time for which a CPU without instructions for bfloat16 computes faster in it than in float32."""
+"""Sequences at a time for which a CPU with AVX2 computes faster in bfloat16 than in float32 (docs/performance.md)."""
 
 
 def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
@@ -43,8 +43,14 @@ def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: 
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     stored = dcp.checkpoint_dtype(folder)
-    is_short = stored == torch.bfloat16 and device.type == "cpu" and max_batch_size <= _FEW
-    return stored if is_short or stored == torch.float32 or _computes_natively(stored, device) else torch.float32
+    is_fast = stored == torch.float32 or _computes_natively(stored, device)
+    return stored if is_fast or _reads_faster(stored, device, max_batch_size) else torch.float32
+
+
+def _reads_faster(dtype: torch.dtype, device: torch.device, max_batch_size: int) -> bool:
+    """Whether a step is so small that reading the weights decides, of which half precision has half the bytes."""
+    is_measured = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _FEW
 
 
 def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:

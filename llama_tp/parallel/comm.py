@@ -48,12 +48,6 @@ _FRAME = 4096
 """Bytes of a plan that travel in the first message; those of a decode step fit."""
 
 
-class PlanCarrier(Protocol):
-    """What brings plans to the followers: see `Comm.publish`."""
-
-    def publish(self, message: bytes | None) -> bytes: ...
-
-
 class PeerLost(RuntimeError):
     """A peer was silent for longer than the collective timeout, or its connection broke: the group is over."""
 
@@ -80,16 +74,14 @@ class SingleComm:
 
 
 class GroupComm:
-    """torch.distributed: one group for tensors, and one for plans (gloo) unless there is a carrier that is faster, all
-    with the timeout of a step.
+    """torch.distributed: one group for tensors, and a gloo group for plans unless `plans` carries them faster, all with
+    the timeout of a step.
 
     `ordered` adds up in rank order, whatever the size of the tensor: an all-reduce splits it among the ranks, and adds
     each part up in an order of its own. It moves size / 2 times as many bytes.
     """
 
-    def __init__(
-        self, *, leader: int, timeout_s: float, ordered: bool = False, plans: PlanCarrier | None = None
-    ) -> None:
+    def __init__(self, *, leader: int, timeout_s: float, ordered: bool = False, plans: Comm | None = None) -> None:
         self._plans = plans
         self._ordered = ordered
         self.rank = dist.get_rank()

@@ -238,9 +238,11 @@ class LlamaService:
 
     def _take(self, event: TokenEvent) -> None:
         active = self._active.get(self._id_of.get(event.request_id, ""))
-        output = None if active is None else active.outputs[event.index]
-        if active is None or output is None or output.finish_reason is not None:
-            return  # closed, or ended by a stop string, while the engine was ahead of us
+        if active is None:
+            return  # closed while the engine was ahead of us
+        output = active.outputs[event.index]
+        if output.finish_reason is not None:
+            return  # ended by a stop string while the engine was ahead of us
         output.take(event)
         if output.finish_reason is not None and event.finish_reason is None:
             self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings

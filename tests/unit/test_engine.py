@@ -519,20 +519,22 @@ def test_a_cache_of_no_size_is_refused_by_name(memory):
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "is_native", "max_batch_size", "expected"),
+    ("name", "stored", "cpu", "max_batch_size", "expected"),
     [
-        ("auto", torch.bfloat16, True, 16, torch.bfloat16),
-        ("auto", torch.bfloat16, False, 16, torch.float32),
-        ("auto", torch.bfloat16, False, 2, torch.bfloat16),
-        ("auto", torch.float16, False, 1, torch.float32),
-        ("auto", torch.float32, True, 1, torch.float32),
-        ("bfloat16", torch.float32, False, 16, torch.bfloat16),
-        ("float32", torch.bfloat16, True, 1, torch.float32),
+        ("auto", torch.bfloat16, "native", 16, torch.bfloat16),
+        ("auto", torch.bfloat16, "AVX2", 16, torch.float32),
+        ("auto", torch.bfloat16, "AVX2", 2, torch.bfloat16),
+        ("auto", torch.bfloat16, "AVX512", 1, torch.float32),
+        ("auto", torch.float16, "AVX2", 1, torch.float32),
+        ("auto", torch.float32, "native", 1, torch.float32),
+        ("bfloat16", torch.float32, "AVX2", 16, torch.bfloat16),
+        ("float32", torch.bfloat16, "native", 1, torch.float32),
     ],
 )
-def test_auto_computes_in_what_is_fastest_for_the_batch(monkeypatch, name, stored, is_native, max_batch_size, expected):
+def test_auto_computes_in_what_is_fastest_for_the_batch(monkeypatch, name, stored, cpu, max_batch_size, expected):
     from llama_tp.checkpoint import load
 
     monkeypatch.setattr(load.dcp, "checkpoint_dtype", lambda _folder: stored)
-    monkeypatch.setattr(load, "_computes_natively", lambda _dtype, _device: is_native)
+    monkeypatch.setattr(load, "_computes_natively", lambda _dtype, _device: cpu == "native")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     assert load.resolve_dtype(name, "", torch.device("cpu"), max_batch_size) == expected
