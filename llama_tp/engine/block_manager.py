@@ -1,8 +1,10 @@
 """Which pages of the KV cache are whose, and which full pages can serve another prompt. Policy only: no tensor.
 
 A full page is known by its tokens and by the page before it, so that two prompts which begin alike find the same pages:
-a trie whose nodes are pages. A page that nobody refers to any more keeps its content until its place is needed; of
-those, the one that was released first goes first.
+a trie whose nodes are pages. A page that nobody refers to any more keeps its content until its place is needed.
+
+Attention reads neighbouring pages in place and must gather scattered ones, so a sequence claims room to grow into: a
+stretch of pages that nobody refers to, of those the one whose content was used least recently.
 """
 
 from __future__ import annotations
@@ -12,17 +14,27 @@ from itertools import count
 
 Tokens = Items[int]
 _ROOT = 0
+NOWHERE = range(0)
+_LEAST = 4
+"""Pages for which it is worth looking for a place where they are neighbours."""
 
 
 class BlockManager:
-    """Hands out pages 0 .. num_pages - 1, counts references, finds shared prefixes, takes pages back."""
+    """Hands out pages 0 .. num_pages - 1, counts references, finds shared prefixes, takes pages back.
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    `most`: pages of the longest sequence.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, most: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.most = most
         self._references = [0] * num_pages
         self._blank = dict.fromkeys(range(num_pages))  # ordered sets; what was freed first is reused first
         self._kept: dict[int, None] = {}
+        self._clock = count(1)
+        self._last_use = [0] * num_pages  # when a page was allocated or last released; 0: it holds nothing of use
+        self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a claimed one
         self._node_ids = count(_ROOT + 1)
         self._nodes: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> its node, and its key
         self._pages: dict[tuple[int, tuple[int, ...]], int] = {}  # (node before, tokens) -> page
@@ -57,22 +69,60 @@ class BlockManager:
     def share(self, pages: list[int]) -> None:
         """Refer to pages that `match` found."""
         for page in pages:
-            self._references[page] += 1
+            self._refer(page)
             self._kept.pop(page, None)
 
-    def allocate(self, preferred: int) -> int | None:
-        """A page to write to, the preferred one if it is blank; None if all are in use.
+    def allocate(self, pages: list[int], room: range, likely: int) -> tuple[int | None, range]:
+        """A page to write to for a sequence that has these, and its room behind that page; None if all are in use.
 
-        A sequence whose pages are neighbours is read from the cache as one slice, without a gather.
+        `room` is what the last call for this sequence gave; `likely` is how many more pages it may need. Room is given
+        to nobody else unless nothing else is left. It may still be shared: then the sequence gets another one.
         """
-        page = preferred if preferred in self._blank else next(iter(self._blank or self._kept), None)
+        if not room or self._references[room[0]]:
+            self.unclaim(room)
+            room = self._room_behind(pages[-1], likely) if pages else NOWHERE
+            room = room or self._oldest_room(likely)
+            for claimed in room:
+                self._busy[claimed] += 1
+        page = room[0] if room else next(reversed(self._blank), next(iter(self._kept), None))
         if page is None:
-            return None
+            return None, NOWHERE
+        self.unclaim(room[:1])
         self._forget(page)
         self._blank.pop(page, None)
         self._kept.pop(page, None)
-        self._references[page] = 1
-        return page
+        self._refer(page)
+        self._last_use[page] = next(self._clock)
+        return page, room[1:]
+
+    def unclaim(self, room: range) -> None:
+        """The sequence will not grow any more, or not there."""
+        for page in room:
+            self._busy[page] -= 1
+
+    def _room_behind(self, page: int, num: int) -> range:
+        """Pages right behind this one that are free and hold nothing younger than it does."""
+        age, end = self._last_use[page], page + 1
+        while end < min(page + 1 + num, self.num_pages) and not self._busy[end] and self._last_use[end] < age:
+            end += 1
+        return range(page + 1, end)
+
+    def _oldest_room(self, num: int) -> range:
+        """Free neighbours, at most num: those whose youngest content is the oldest."""
+        # Of halves, quarters, ... of the longest sequence at multiples of their size: rooms side by side are then at
+        # equal distances, so that one attention call reads them all.
+        size = self.most
+        while size >= 2 * max(num, _LEAST):
+            size //= 2
+        while size >= _LEAST:
+            if bytes(size) in self._busy:
+                places = range(0, self.num_pages - size + 1, size)
+                free = [at for at in places if not any(self._busy[at : at + size])]
+                if free:
+                    at = min(free, key=lambda at: max(self._last_use[at : at + size]))
+                    return range(at, at + min(num, size))
+            size //= 2
+        return NOWHERE
 
     def register(self, pages: list[int], index: int, tokens: Tokens) -> None:
         """Page `index` of a sequence is full of these tokens from now on, and those before it are registered."""
@@ -87,11 +137,19 @@ class BlockManager:
 
     def release(self, pages: list[int]) -> None:
         """Drop one reference to each page; what nobody refers to is free, and kept if it can serve others."""
+        now = next(self._clock)
         for page in reversed(pages):  # the end of a prefix is of less use than its beginning
             assert self._references[page] > 0, f"page {page} was freed twice"
             self._references[page] -= 1
+            is_kept = page in self._nodes
+            self._last_use[page] = now if is_kept else 0
             if self._references[page] == 0:
-                (self._kept if page in self._nodes else self._blank)[page] = None
+                self._busy[page] -= 1
+                (self._kept if is_kept else self._blank)[page] = None
+
+    def _refer(self, page: int) -> None:
+        self._busy[page] += not self._references[page]
+        self._references[page] += 1
 
     def _forget(self, page: int) -> None:
         """Nobody will find this page any more, nor the pages after it."""

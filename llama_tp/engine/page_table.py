@@ -1,12 +1,15 @@
 """Where each row's tokens lie in the KV cache, and how a step's queries reach them in the fewest attention calls.
 
-A row whose pages are neighbours (a run) is read in place, as a slice; runs at equal distances are read in place
-together, as one strided view. Only rows whose pages are scattered are gathered.
+Neighbouring pages (a run) are read in place, as a slice; runs at equal distances are read in place together, as one
+strided view. A row of several runs is read run by run, and the runs before its last one are read once for all rows that
+share them. Only what that would break into too many calls is gathered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from llama_tp.model.kv_cache import KVCache, Pages, Run
 
 _CALL_BYTES = 1 << 18
 """Reading so many bytes of keys and values takes about as long as one more attention call."""
+_GATHER_BYTES = 3 << 18
+"""Gathering so many takes about as long as one more run: a call, and adding its result to the others'."""
 _BUCKET = 64
 """In deterministic mode a query at position p is shown so many keys, times the least factor that covers p."""
 
@@ -30,23 +35,26 @@ class PageTable:
         self._page_size = cache.page_size
         self._num_slots = cache.num_pages * cache.page_size
         self._waste = _CALL_BYTES // cache.bytes_per_slot  # keys read in vain that cost as much as a call
+        self._few = _GATHER_BYTES // cache.bytes_per_slot
         self._dtype = cache.dtype
         self._device = cache.device
         self._pages: list[list[int]] = [[] for _ in range(num_rows)]
-        self._num_neighbours = [0] * num_rows  # pages of each row, from its first, that lie one behind the other
+        self._starts: list[list[int]] = [[] for _ in range(num_rows)]  # of each row: indices where its runs begin
 
     def set(self, row: int, index: int, page: int) -> None:
         """Entry `index` of a row, and the end of it: entry 0 begins a new sequence."""
-        pages = self._pages[row]
+        pages, starts = self._pages[row], self._starts[row]
         del pages[index:]
-        is_neighbour = index == 0 or (self._num_neighbours[row] >= index and page == pages[-1] + 1)
-        self._num_neighbours[row] = index + 1 if is_neighbour else min(index, self._num_neighbours[row])
+        while starts and starts[-1] >= index:
+            starts.pop()
+        if not pages or page != pages[-1] + 1:
+            starts.append(index)
         pages.append(page)
 
     def free(self, row: int) -> None:
         """The row holds no sequence any more."""
         self._pages[row] = []
-        self._num_neighbours[row] = 0
+        self._starts[row] = []
 
     def covers(self, row: int, position: int) -> bool:
         """Whether the row has a page for its token at this position."""
@@ -64,46 +72,82 @@ class PageTable:
 
     def spans(self, chunks: Items[Chunk]) -> tuple[Span, ...]:
         """The attention calls of a step, for the chunks in order; those of one token share calls where that pays."""
-        spans = []
-        at = first = 0
-        while at < len(chunks):
-            if self._deterministic:
-                spans += self._fixed_spans(chunks[at], first)
-                first += len(chunks[at].tokens)
-                at += 1
-                continue
-            together = self._group(chunks, at)
-            rows = slice(first, first + sum(len(chunk.tokens) for chunk in together))
-            spans.append(self._span_of_one(together[0], rows) if len(together) == 1 else self._span(together, rows))
-            at += len(together)
-            first = rows.stop
+        spans: list[Span] = []
+        first = 0
+        if self._deterministic:
+            for chunk in chunks:
+                spans += self._fixed_spans(chunk, first)
+                first += len(chunk.tokens)
+            return tuple(spans)
+        groups = _fold([self._group(chunk) for chunk in chunks], self._are_even)
+        for group in _fold([self._placed(group) for group in groups], self._are_scattered):
+            end = first + sum(len(chunk.tokens) for chunk in group.chunks)
+            spans.append(self._span(group, slice(first, end)))
+            first = end
         return tuple(spans)
 
-    def _group(self, chunks: Items[Chunk], at: int) -> Items[Chunk]:
-        """As many chunks of one token from `at` on as one call serves better than several."""
-        end, longest, used = at + 1, chunks[at].start + 1, chunks[at].start + 1
-        while end < len(chunks) and len(chunks[at].tokens) == len(chunks[end].tokens) == 1:
-            count, length = end + 1 - at, chunks[end].start + 1
-            longest, used = max(longest, length), used + length
-            if count * longest - used > (count - 1) * self._waste or not self._fits(chunks, at, end, longest):
-                break
-            end += 1
-        return chunks[at:end]
+    def _runs(self, chunk: Chunk) -> list[Run]:
+        """Where all that the chunk's queries see lies."""
+        pages, size, length = self._pages[chunk.row], self._page_size, chunk.start + len(chunk.tokens)
+        starts = [start for start in self._starts[chunk.row] if start * size < length]
+        ends = [*(start * size for start in starts[1:]), length]
+        return [Run(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=True)]
 
-    def _is_run(self, chunk: Chunk) -> bool:
-        """Whether all that the chunk's queries see lies side by side."""
-        return chunk.start + len(chunk.tokens) <= self._num_neighbours[chunk.row] * self._page_size
+    def _group(self, chunk: Chunk) -> _Group:
+        *shared, own = self._runs(chunk)
+        return _Group([chunk], tuple(shared), [own.first], longest=own.length, used=own.length)
 
-    def _fits(self, chunks: Items[Chunk], at: int, end: int, longest: int) -> bool:
-        """Whether chunk `end` is read in the same manner as those from `at` on, and as far from its neighbour."""
-        is_run, before_is_run = self._is_run(chunks[end]), self._is_run(chunks[end - 1])
-        if not is_run or not before_is_run:
-            return is_run == before_is_run
-        before = chunks[end - 1].row
-        first = self._pages[chunks[end].row][0]
-        distance = first - self._pages[before][0]
-        is_even = end - at == 1 or distance == self._pages[before][0] - self._pages[chunks[end - 2].row][0]
-        return distance > 0 and is_even and first * self._page_size + longest <= self._num_slots
+    def _are_even(self, one: _Group, two: _Group) -> bool:
+        """Whether both read the same shared runs, and what else they read lies at even distances, in one call."""
+        if one.shared != two.shared or not self._pays(one, two):
+            return False
+        distance = two.firsts[0] - one.firsts[-1]
+        is_even = len(one.firsts) == 1 or distance == one.firsts[-1] - one.firsts[-2]
+        return distance > 0 and is_even and two.firsts[0] + max(one.longest, two.longest) <= self._num_slots
+
+    def _are_scattered(self, one: _Group, two: _Group) -> bool:
+        return one.is_scattered and two.is_scattered and self._pays(one, two)
+
+    def _pays(self, one: _Group, two: _Group) -> bool:
+        """Whether one call for both takes no longer than two."""
+        if len(one.chunks[0].tokens) > 1 or len(two.chunks[0].tokens) > 1:
+            return False
+        count = len(one.chunks) + len(two.chunks)
+        in_vain = count * max(one.longest, two.longest) - one.used - two.used
+        return in_vain <= (count - 1) * self._waste
+
+    def _placed(self, group: _Group) -> _Group:
+        """The group as it is best read: with its runs gathered where there are too many for what they hold."""
+        if not group.shared:
+            return group
+        shared = sum(run.length for run in group.shared)
+        used = len(group.chunks) * shared + group.used
+        can_read_runs = self._device.type == "cpu" and len(group.chunks[0].tokens) == 1
+        if can_read_runs and used > len(group.shared) * self._few:
+            return group
+        return _Group(group.chunks, (), [], longest=shared + group.longest, used=used, is_scattered=True)
+
+    def _span(self, group: _Group, rows: slice) -> Span:
+        chunk, *others = group.chunks
+        keys: Run | Pages
+        if group.is_scattered:
+            keys = self._gathered([chunk.row for chunk in group.chunks], group.longest)
+        elif others:
+            keys = Run(group.firsts[0], group.longest, len(group.firsts), group.firsts[1] - group.firsts[0])
+        else:
+            keys = Run(group.firsts[0], group.longest)
+        if others:
+            shared = sum(run.length for run in group.shared)
+            lengths = torch.tensor([chunk.start + 1 - shared for chunk in group.chunks])
+            lengths = lengths.to(self._device, non_blocking=True).unsqueeze(1)
+            hidden = torch.arange(group.longest, device=self._device) >= lengths
+            return Span(rows, keys, group.shared, mask=self._hide(hidden)[:, None, None, :])
+        if len(chunk.tokens) == 1:
+            return Span(rows, keys, group.shared)
+        if chunk.start == 0:
+            return Span(rows, keys, causal=True)
+        positions = torch.arange(group.longest, device=self._device)
+        return Span(rows, keys, mask=self._hide(positions > positions[chunk.start :].unsqueeze(1)))
 
     def _fixed_spans(self, chunk: Chunk, first: int) -> list[Span]:
         """Calls in which each query of a chunk sees a number of keys that depends on its position and nothing else."""
@@ -113,9 +157,9 @@ class PageTable:
             length = position // _BUCKET * _BUCKET + _BUCKET
             count = min(end, length) - position
             keys: Run | Pages
-            start = self._pages[chunk.row][0] * self._page_size
-            if self._is_run(chunk) and start + length <= self._num_slots:
-                keys = Run(start, length, count=count)  # all of them read the same slots: no stride
+            runs = self._runs(chunk)
+            if len(runs) == 1 and runs[0].first + length <= self._num_slots:
+                keys = Run(runs[0].first, length, count=count)  # all of them read the same slots: no stride
             else:
                 keys = self._gathered([chunk.row], length, count)
             positions = torch.arange(position, position + count, device=self._device)
@@ -124,32 +168,6 @@ class PageTable:
             spans.append(Span(rows, keys, mask=self._hide(hidden)[:, None, None, :], aligned=True))
             position += count
         return spans
-
-    def _span_of_one(self, chunk: Chunk, rows: slice) -> Span:
-        length = chunk.start + len(chunk.tokens)
-        keys: Run | Pages
-        if self._is_run(chunk):
-            keys = Run(self._pages[chunk.row][0] * self._page_size, length)
-        else:
-            keys = self._gathered([chunk.row], length)
-        if len(chunk.tokens) == 1:
-            return Span(rows, keys)
-        if chunk.start == 0:
-            return Span(rows, keys, causal=True)
-        positions = torch.arange(length, device=self._device)
-        return Span(rows, keys, mask=self._hide(positions > positions[chunk.start :].unsqueeze(1)))
-
-    def _span(self, chunks: Items[Chunk], rows: slice) -> Span:
-        lengths = torch.tensor([chunk.start + 1 for chunk in chunks]).to(self._device, non_blocking=True)
-        longest = max(chunk.start for chunk in chunks) + 1
-        keys: Run | Pages
-        if self._is_run(chunks[0]):
-            first, second = (self._pages[chunk.row][0] * self._page_size for chunk in chunks[:2])
-            keys = Run(first, longest, count=len(chunks), stride=second - first)
-        else:
-            keys = self._gathered([chunk.row for chunk in chunks], longest)
-        hidden = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
-        return Span(rows, keys, mask=self._hide(hidden)[:, None, None, :])
 
     def _gathered(self, rows: list[int], length: int, count: int = 1) -> Pages:
         """The first `length` keys of each row, whatever lies behind the end of a shorter one; or one row, `count`
@@ -162,3 +180,36 @@ class PageTable:
     def _hide(self, hidden: Tensor) -> Tensor:
         """An additive mask: minus infinity where hidden."""
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+
+
+@dataclass(slots=True)
+class _Group:
+    """Chunks that one span computes: a prompt's, or one token each of several sequences."""
+
+    chunks: list[Chunk]
+    shared: tuple[Run, ...]
+    """What all of them see."""
+    firsts: list[int]
+    """The slots where what each of them sees besides begins; it lies in one run, except if it is scattered."""
+    longest: int
+    """The most that one of them sees besides."""
+    used: int
+    """What all of them see besides."""
+    is_scattered: bool = False
+
+    def absorb(self, other: _Group) -> None:
+        self.chunks += other.chunks
+        self.firsts += other.firsts
+        self.longest = max(self.longest, other.longest)
+        self.used += other.used
+
+
+def _fold(groups: list[_Group], fit: Callable[[_Group, _Group], bool]) -> list[_Group]:
+    """The groups in order, neighbours that fit made one."""
+    folded = groups[:1]
+    for group in groups[1:]:
+        if fit(folded[-1], group):
+            folded[-1].absorb(group)
+        else:
+            folded.append(group)
+    return folded

@@ -165,6 +165,8 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
     pages: list[int] = field(default_factory=list)
+    room: range = range(0)
+    """Pages that are free for it to grow into."""
     num_registered: int = 0
     """Pages, from the first, that prompts which begin alike can find."""
 

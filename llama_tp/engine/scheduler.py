@@ -16,8 +16,11 @@ from collections.abc import Sequence as Items
 from types import MappingProxyType
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine.block_manager import BlockManager
+from llama_tp.engine.block_manager import NOWHERE, BlockManager
 from llama_tp.engine.request import Chunk, FinishReason, Logprobs, Request, Sequence, StepPlan, TokenEvent
+
+_SOON = 16
+"""Pages that any sequence is given room for, if it may need them."""
 
 
 class QueueFull(ValueError):
@@ -29,7 +32,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.blocks = BlockManager(config.num_pages, config.page_size)
+        self.blocks = BlockManager(config.num_pages, config.page_size, config.pages_per_sequence)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._by_id: dict[str, list[Sequence]] = {}  # those that have not ended
@@ -120,7 +123,7 @@ class Scheduler:
                 budget -= self._give(sequence, budget, shares)
         while budget > 0 and (admitted := self._admit()):
             budget -= self._give(admitted, budget, shares)
-        shares.sort(key=lambda share: len(share[1].tokens) > 1)
+        shares.sort(key=_place)
         self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
         for sequence in self._sampled:
             if sequence.num_generated + 1 < sequence.request.params.max_new_tokens:
@@ -227,13 +230,17 @@ class Scheduler:
         """Give the sequence pages for its first num_tokens tokens, as long as there are any. Whether there were."""
         pages = sequence.pages
         while len(pages) * self.config.page_size < num_tokens:
-            home = sequence.row * self.config.pages_per_sequence
-            page = self.blocks.allocate(pages[-1] + 1 if pages else home)
+            page, sequence.room = self.blocks.allocate(pages, sequence.room, self._likely_pages(sequence) - len(pages))
             if page is None:
                 return False
             self._page_updates.append((sequence.row, len(pages), page))
             pages.append(page)
         return True
+
+    def _likely_pages(self, sequence: Sequence) -> int:
+        """Pages that the sequence may come to need: few generate all that they may."""
+        most = self._num_pages(sequence.num_prompt + sequence.request.params.max_new_tokens)
+        return min(most, max(2 * self._num_pages(len(sequence.tokens)), _SOON))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take pages from younger sequences until this one has enough. False if it is the youngest itself."""
@@ -254,9 +261,16 @@ class Scheduler:
 
     def _evict(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.pages)
-        sequence.pages = []
+        self.blocks.unclaim(sequence.room)
+        sequence.pages, sequence.room = [], NOWHERE
         self._page_updates = [update for update in self._page_updates if update[0] != sequence.row]
         self._freed.append(sequence.row)
         heapq.heappush(self._free_rows, sequence.row)
         sequence.row = -1
         self.running.remove(sequence)
+
+
+def _place(share: tuple[Sequence, Chunk]) -> tuple[bool, int, int]:
+    """Decodes first, by where their keys lie: neighbours, and those with the same prefix, share attention calls."""
+    sequence, chunk = share
+    return (True, 0, 0) if len(chunk.tokens) > 1 else (False, sequence.pages[0], sequence.pages[-1])

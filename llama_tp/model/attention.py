@@ -2,8 +2,9 @@
 
 Legend: T tokens of the step, B sequences, H heads, K kv heads, G = H / K, d head dim, S keys.
 
-A `Batch` is laid out once per step; each layer then does no more than one SDPA call per `Span`. The cost follows
-the used length: keys are a view of the cache where a sequence's slots are neighbours, a gather where not.
+A `Batch` is laid out once per step; each layer then does no more than one SDPA call per `Span` and place of its keys.
+The cost follows the used length: keys are a view of the cache where slots are neighbours, a gather where not; a prefix
+that sequences share is read once for all of them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from llama_tp.model.kv_cache import LayerCache, Pages, Place, Run
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One SDPA call: the queries of one sequence, or one query each of several sequences."""
+    """The queries of one sequence, or one query each of several sequences: one SDPA call if the keys lie together."""
 
     rows: slice
     """The step's tokens that these queries belong to."""
     keys: Run | Pages
     """Where the keys are: read in place, or gathered."""
+    shared: tuple[Run, ...] = ()
+    """More keys, which every one of the queries sees: of one query each, on a CPU."""
     mask: Tensor | None = None
-    """Additive, broadcastable to the scores; None: every query sees every key."""
+    """Additive, broadcastable to the scores with `keys`; None: every query sees every key."""
     causal: bool = False
     """Query i sees keys 0 .. i: a prompt from its beginning."""
     aligned: bool = False
@@ -83,6 +86,8 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
             size = groups.size(2)
             groups = F.pad(groups, (0, 0, 0, -size % _ALIGNED))
             return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask)[:, :, :size].reshape(q.shape)
+        if span.shared:
+            return _attend_parts(groups, k, v, cache, span).reshape(q.shape)
         if groups.size(2) == 1 and lacks_kernels(q):
             return _attend_wide(groups, k, v, span.mask).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
@@ -103,3 +108,26 @@ def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
         wide_k, wide_v = widen(k[:, heads], v[:, heads])
         out[:, heads] = F.scaled_dot_product_attention(q[:, heads].float(), wide_k, wide_v, attn_mask=mask)
     return out
+
+
+def _attend_parts(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, span: Span) -> Tensor:
+    """Queries (B, K, G, d) over their own keys (B, K, S, d) and the shared ones, which all B read as one sequence.
+
+    Softmax over several places is the mean of their softmaxes, weighted by their sums of exponentials (Hydragen,
+    arXiv:2402.05099).
+    """
+    b, _, size, _ = q.shape
+    out, lse = _attend_part(q, k, v, span.mask)
+    together = q.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, K, B * G, d)
+    for run in span.shared:
+        part, part_lse = _attend_part(together, *cache.read(run))
+        part, part_lse = (one[0].unflatten(1, (b, size)).transpose(0, 1) for one in (part, part_lse))
+        weight = torch.sigmoid(part_lse - lse).unsqueeze(-1).to(out.dtype)
+        out = torch.lerp(out, part, weight)
+        lse = torch.logaddexp(lse, part_lse)
+    return out
+
+
+def _attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """SDPA, and the logarithms of its sums of exponentials, (B, K, G): the operator that SDPA calls on CPUs."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)

@@ -229,6 +229,7 @@ class Simulation:
         assert not any(self.follower.pages.values()), "a follower was not told"
         assert (len(scheduler), list(scheduler.waiting), scheduler.running) == (0, [], [])
         assert scheduler.blocks.num_free == self.config.num_pages
+        assert not any(scheduler.blocks._busy), "room was claimed and never given up"
         assert sorted(scheduler._free_rows) == list(range(self.config.max_batch_size))
         assert all(life.has_ended for life in self.lives.values())
 
@@ -475,7 +476,7 @@ def test_a_page_is_shared_once_a_sampled_token_has_proved_it_finite():
     assert [start for _, start, _ in chunks_of(simulation)] == [0, 0]
     simulation.scheduler.add(Request("later", (1, 2, 3, 4, 9), SamplingParams(max_new_tokens=2)))
     plan, _ = simulation.scheduler.plan()
-    assert (plan.chunks[-1].start, plan.chunks[-1].tokens) == (4, (9,))
+    assert (4, (9,)) in [(chunk.start, chunk.tokens) for chunk in plan.chunks]
 
 
 @pytest.mark.parametrize("end", ["poisoned", "cancelled"])
@@ -494,14 +495,14 @@ def test_what_was_never_proved_finite_serves_nobody(end):
             simulation.scheduler.commit([None])
 
 
-def test_the_page_that_was_released_first_is_overwritten_first():
+def test_what_was_released_first_is_overwritten_first():
     simulation = simulation_of(prefix_cache=True, pages=8, max_batched_tokens=16)
     scheduler = simulation.scheduler
     for start in (0, 100, 200):  # three pages of content each, in a cache of eight
         scheduler.add(Request(str(start), tuple(range(start, start + 6)), SamplingParams(max_new_tokens=1)))
         scheduler.plan()
         scheduler.commit([1])
-    assert [len(scheduler.blocks.match([*range(start, start + 6), 1])) for start in (0, 100, 200)] == [2, 3, 3]
+    assert [len(scheduler.blocks.match([*range(start, start + 6), 1])) for start in (0, 100, 200)] == [0, 3, 3]
 
 
 def test_cancelling_an_output_that_waits_for_the_prompt_leaves_its_siblings_to_share_it():
