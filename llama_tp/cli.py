@@ -247,6 +247,7 @@ def bench_engine(
     checkpoint: str,
     batch: int | tuple[int, ...] = (1, 4, 8, 16),
     prompt: int = 128,
+    prefix: int = 0,
     new: int = 64,
     runs: int = 3,
     against: str | None = None,
@@ -271,14 +272,15 @@ def bench_engine(
         checkpoint: a converted checkpoint
         batch: batch sizes, comma-separated
         prompt: tokens of each prompt
+        prefix: how many of them all prompts begin with alike, as those with one system prompt do
         new: tokens generated for each prompt
-        runs: measured runs of each, after one that warms up
+        runs: measured runs of each, after one that warms up; batch sizes and contenders take turns
         against: "transformers" runs it interleaved, on the same weights, prompts, dtype and threads; "deterministic"
-            runs our own engine in deterministic mode
+            and "no_prefix_cache" run our own engine in deterministic mode, and without the prefix cache
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         max_batched_tokens: tokens of one step
-        arrivals: "poisson" runs a load of mixed requests; batch, prompt, new, runs and against do not apply to it
+        arrivals: "poisson" runs a load of mixed requests; batch, prompt, prefix, new, runs and against do not apply
         rate: of the load, requests a second; 0 or inf is all at once
         requests: of the load
         concurrency: requests of the load at a time, the others are held back; 0 is no limit
@@ -307,6 +309,7 @@ def bench_engine(
         checkpoint,
         batches=[batch] if isinstance(batch, int) else list(batch),
         prompt=prompt,
+        prefix=prefix,
         new=new,
         runs=runs,
         against=against,

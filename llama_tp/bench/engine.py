@@ -1,8 +1,8 @@
 """`llama-tp bench engine`: what the engine does without a server around it. Greedy, and nothing stops early.
 
 `bench_engine` measures prefill and decode rates, and those of transformers beside it, in one run. Its prompts are all
-of one length; the contenders take turns, so that a machine whose speed drifts drifts for all of them; medians are
-reported. `bench_load` runs requests of mixed lengths that arrive at random times.
+of one length; contenders and batch sizes take turns, so that a machine whose speed drifts drifts for all of them;
+medians are reported. `bench_load` runs requests of mixed lengths that arrive at random times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,8 @@ from time import perf_counter, process_time, sleep
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from llama_tp.bench.load import Job, Load, Recorder, Slo, context_of, describe, summarize, table, warm_up, workload
 from llama_tp.bench.peers import transformers_model
@@ -31,6 +33,13 @@ from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.parallel.launch import join
 
 Prompts = list[list[int]]
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "deterministic": {"deterministic": True},
+    "no_prefix_cache": {"prefix_cache": False},
+}
+"""Contenders that are our own engine in another configuration."""
+CONTENDERS = ("transformers", *_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ def bench_engine(
     *,
     batches: list[int],
     prompt: int,
+    prefix: int,
     new: int,
     runs: int,
     against: str | None,
@@ -114,10 +124,12 @@ def bench_engine(
     max_batched_tokens: int,
 ) -> None:
     """What `llama-tp bench engine` does. Call it on every rank."""
-    if against not in (None, "transformers", "deterministic"):
-        raise ValueError(f"against={against!r} must be transformers or deterministic")
+    if against is not None and against not in CONTENDERS:
+        raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if new < 2:
         raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
+    if not 0 <= prefix < prompt:
+        raise ValueError(f"prefix={prefix} must be 0 or more, and less than prompt={prompt}, of which it is a part")
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=prompt + new,
@@ -127,34 +139,28 @@ def bench_engine(
         device=device,
     )
     group = join(device, timeout_s=config.collective_timeout_s)
-    if against == "deterministic" and group.comm.size > 1:
-        raise ValueError("against=deterministic compares two engines of one rank; run it without torchrun")
+    if against in _SETTINGS and group.comm.size > 1:
+        raise ValueError(f"against={against} compares two engines of one rank; run it without torchrun")
     engine = load_engine(checkpoint, args, config, group)
     if not engine.is_leader:
         engine.follow()
         group.comm.close()
         return
     contenders: list[Contender] = [OurEngine(engine)]
-    if against == "deterministic":
-        config = replace(config, deterministic=True)
+    if against in _SETTINGS:
+        config = replace(config, **_SETTINGS[against])
         contenders.append(OurEngine(load_engine(checkpoint, args, config, group), name=against))
     elif against:
         contenders.append(Transformers(transformers_model(args, _read_all(checkpoint, args), engine.runner.dtype)))
     runner = engine.runner
+    begin = f", of which {prefix} are the same in all" if prefix else ""
     print(
         f"{checkpoint}: {group.comm.size} rank(s) of {torch.get_num_threads()} thread(s), {runner.device.type}, "
-        f"{runner.dtype}; prompts of {prompt}, {new} new; median of {runs} runs; load average {os.getloadavg()[0]:.1f}"
+        f"{runner.dtype}; prompts of {prompt}{begin}, {new} new; median of {runs} runs; "
+        f"load average {os.getloadavg()[0]:.1f}"
     )
-    print(f"{'':<14}{'batch':>6}{'prefill tok/s':>15}{'decode tok/s':>14}")
-    rows: list[Row] = []
-    for row in _measure(contenders, batches, args.vocab_size, prompt, new, runs):
-        rows.append(row)
-        print(_line(row.contender, row.batch, row.prefill_tokens_per_s, row.decode_tokens_per_s), flush=True)
-        if row.contender != OurEngine.name:
-            prefill = rows[-2].prefill_tokens_per_s / row.prefill_tokens_per_s
-            print(
-                _line("  ratio", row.batch, prefill, rows[-2].decode_tokens_per_s / row.decode_tokens_per_s), flush=True
-            )
+    rows = _measure(contenders, batches, args.vocab_size, prompt, prefix, new, runs)
+    _show(rows, len(contenders))
     engine.release()
     group.comm.close()
     print(json.dumps([asdict(row) for row in rows]))
@@ -230,26 +236,47 @@ def drive(engine: Engine, jobs: Sequence[Job], *, concurrency: int = 0) -> Recor
     return recorder
 
 
-def _line(name: str, batch: int, prefill: float, decode: float) -> str:
-    return f"{name:<14}{batch:>6}{prefill:>15.2f}{decode:>14.2f}"
-
-
 def _measure(
-    contenders: list[Contender], batches: list[int], vocab_size: int, prompt: int, new: int, runs: int
-) -> Iterator[Row]:
+    contenders: list[Contender], batches: list[int], vocab_size: int, prompt: int, prefix: int, new: int, runs: int
+) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    for size in batches:
-        seconds: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
-        for run in range(runs + 1):
-            prompts = torch.randint(vocab_size, (size, prompt), generator=generator).tolist()
-            for contender in contenders:
-                taken = contender.run(prompts, new)
-                if run:  # the first one warms up
-                    seconds[contender.name].append(taken)
+    beginning = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
+    keys = [(size, contender.name) for size in batches for contender in contenders]
+    seconds: dict[tuple[int, str], list[tuple[float, float]]] = {key: [] for key in keys}
+    turns = [(run, size) for run in range(runs + 1) for size in batches]
+    screen = Console(stderr=True)
+    for run, size in track(turns, console=screen, transient=True, disable=not screen.is_terminal):
+        ends = torch.randint(vocab_size, (size, prompt - prefix), generator=generator).tolist()
         for contender in contenders:
-            prefill = statistics.median(first for first, _ in seconds[contender.name])
-            decode = statistics.median(rest for _, rest in seconds[contender.name])
-            yield Row(contender.name, size, prompt, new, size * prompt / prefill, size * (new - 1) / decode, runs)
+            taken = contender.run([beginning + end for end in ends], new)
+            if run:  # the first one warms up
+                seconds[size, contender.name].append(taken)
+    rows = []
+    for (size, name), all_taken in seconds.items():
+        prefill = statistics.median(first for first, _ in all_taken)
+        decode = statistics.median(rest for _, rest in all_taken)
+        rows.append(Row(name, size, prompt, new, size * prompt / prefill, size * (new - 1) / decode, runs))
+    return rows
+
+
+def _show(rows: list[Row], num_contenders: int) -> None:
+    """A table: each contender by batch size, then by how much ours is ahead; in the end, what batching is worth."""
+    print(f"{'':<16}{'batch':>6}{'prefill tok/s':>15}{'decode tok/s':>14}")
+    for first in range(0, len(rows), num_contenders):
+        ours, *others = rows[first : first + num_contenders]
+        for row in (ours, *others):
+            print(_line(row.contender, row.batch, row.prefill_tokens_per_s, row.decode_tokens_per_s))
+        for row in others:
+            prefill = ours.prefill_tokens_per_s / row.prefill_tokens_per_s
+            print(_line("  ratio", row.batch, prefill, ours.decode_tokens_per_s / row.decode_tokens_per_s))
+    least, most = rows[0], rows[-num_contenders]
+    if most is not least:
+        gain = most.decode_tokens_per_s / least.decode_tokens_per_s
+        print(f"batch {most.batch} decodes {gain:.2f} times as many tokens a second as batch {least.batch}")
+
+
+def _line(name: str, batch: int, prefill: float, decode: float) -> str:
+    return f"{name:<16}{batch:>6}{prefill:>15.2f}{decode:>14.2f}"
 
 
 def _read_all(checkpoint: str, args: ModelArgs) -> dict[str, torch.Tensor]:

@@ -4,11 +4,17 @@ least recently. That pages are counted and shared rightly is held to by test_sch
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import BlockManager
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.scheduler import Scheduler
+
+
+def num_runs(pages):
+    """How many stretches of neighbours."""
+    return 1 + sum(after != before + 1 for before, after in pairwise(pages))
 
 
 class Conversation:
@@ -42,7 +48,7 @@ class Conversation:
 
     @property
     def num_runs(self):
-        return 1 + sum(after != before + 1 for before, after in zip(self.pages, self.pages[1:], strict=False))
+        return num_runs(self.pages)
 
     @property
     def num_kept(self):
@@ -100,7 +106,7 @@ def test_sequences_that_share_a_prefix_lie_at_equal_distances_behind_it():
     firsts = sorted(conversation.pages[4] for conversation in together)
     assert all(conversation.pages[:4] == system.pages for conversation in together)
     assert firsts[0] == 4, "one of them goes on behind it"
-    assert {after - before for before, after in zip(firsts, firsts[1:], strict=False)} == {4}
+    assert {after - before for before, after in pairwise(firsts)} == {4}
 
 
 def test_short_sequences_do_not_cost_the_place_of_long_ones():
@@ -145,7 +151,9 @@ def test_a_server_that_has_run_for_long_reads_nearly_every_sequence_in_place():
         ends = [random_.random() < 0.03 for _ in sampled]
         for sequence, end in zip(sampled, ends, strict=True):
             if end and waiting < 350:
-                starts = [at for at in range(1, len(sequence.pages)) if sequence.pages[at] != sequence.pages[at - 1] + 1]
+                starts = [
+                    at for at in range(1, len(sequence.pages)) if sequence.pages[at] != sequence.pages[at - 1] + 1
+                ]
                 runs.append(1 + len(starts))
         scheduler.commit([999 if end else random_.randrange(900) for end in ends])
     assert scheduler.num_preemptions == 0
