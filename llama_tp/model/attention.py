@@ -89,25 +89,12 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
         if span.shared:
             return _attend_parts(groups, k, v, cache, span).reshape(q.shape)
         if groups.size(2) == 1 and lacks_kernels(q):
-            return _attend_wide(groups, k, v, span.mask).reshape(q.shape)
+            return _attend_wide(groups, k, v, span.mask)[0].reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
     )
     return out.squeeze(0).transpose(0, 1)
-
-
-def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One query for each kv head, (B, K, 1, d), in half precision on a CPU without instructions for it: SDPA would take
-    the numbers one at a time, 2 to 3 times as long. A few heads at a time become float32."""
-    out = torch.empty_like(q)
-    mask = None if mask is None else mask.float()
-    step = max(1, _WIDE // (2 * k[:, 0].numel()))
-    for head in range(0, q.size(1), step):
-        heads = slice(head, head + step)
-        wide_k, wide_v = widen(k[:, heads], v[:, heads])
-        out[:, heads] = F.scaled_dot_product_attention(q[:, heads].float(), wide_k, wide_v, attn_mask=mask)
-    return out
 
 
 def _attend_parts(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, span: Span) -> Tensor:
@@ -129,5 +116,23 @@ def _attend_parts(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, span: Span
 
 
 def _attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """SDPA, and the logarithms of its sums of exponentials, (B, K, G): the operator that SDPA calls on CPUs."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    """SDPA for queries (B, K, G, d), and the logarithms of its sums of exponentials, (B, K, G)."""
+    return _attend_wide(q, k, v, mask) if lacks_kernels(q) else _flash(q, k, v, attn_mask=mask)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What SDPA calls on CPUs; it also returns the logarithms."""
+
+
+def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in half precision on a CPU without instructions for it: SDPA would take the numbers one at a time, for
+    one query of a kv head 2 to 3 times as long. A few heads at a time become float32."""
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], device=q.device)
+    mask = None if mask is None else mask.float()
+    step = max(1, _WIDE // (2 * k[:, 0].numel()))
+    for head in range(0, q.size(1), step):
+        heads = slice(head, head + step)
+        wide_k, wide_v = widen(k[:, heads], v[:, heads])
+        out[:, heads], lse[:, heads] = _flash(q[:, heads].float(), wide_k, wide_v, attn_mask=mask)
+    return out, lse
