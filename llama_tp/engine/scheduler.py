@@ -270,7 +270,7 @@ class Scheduler:
         self.running.remove(sequence)
 
 
-def _place(share: tuple[Sequence, Chunk]) -> tuple[bool, int, int]:
+def _place(share: tuple[Sequence, Chunk]) -> tuple[bool, list[int]]:
     """Decodes first, by where their keys lie: neighbours, and those with the same prefix, share attention calls."""
     sequence, chunk = share
-    return (True, 0, 0) if len(chunk.tokens) > 1 else (False, sequence.pages[0], sequence.pages[-1])
+    return (True, []) if len(chunk.tokens) > 1 else (False, sequence.pages)
