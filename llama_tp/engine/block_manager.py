@@ -9,14 +9,17 @@ stretch of pages that nobody refers to, of those the one whose content was used 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from itertools import count
+from itertools import chain, count
 
 Tokens = Items[int]
 _ROOT = 0
 NOWHERE = range(0)
 _LEAST = 4
 """Pages for which it is worth looking for a place where they are neighbours."""
+_CHOICE = 256
+"""Places to compare: all of them, but in a large cache."""
 
 
 class BlockManager:
@@ -34,6 +37,7 @@ class BlockManager:
         self._kept: dict[int, None] = {}
         self._clock = count(1)
         self._last_use = [0] * num_pages  # when a page was allocated or last released; 0: it holds nothing of use
+        self._hand = 0  # where to look for room first: behind where there was some
         self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a claimed one
         self._node_ids = count(_ROOT + 1)
         self._nodes: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> its node, and its key
@@ -108,21 +112,37 @@ class BlockManager:
         return range(page + 1, end)
 
     def _oldest_room(self, num: int) -> range:
-        """Free neighbours, at most num: those whose youngest content is the oldest."""
+        """Free neighbours, at most num: of several such stretches the one whose youngest content is the oldest."""
         # Of halves, quarters, ... of the longest sequence at multiples of their size: rooms side by side are then at
         # equal distances, so that one attention call reads them all.
         size = self.most
         while size >= 2 * max(num, _LEAST):
             size //= 2
         while size >= _LEAST:
-            if bytes(size) in self._busy:
-                places = range(0, self.num_pages - size + 1, size)
-                free = [at for at in places if not any(self._busy[at : at + size])]
-                if free:
-                    at = min(free, key=lambda at: max(self._last_use[at : at + size]))
-                    return range(at, at + min(num, size))
+            choice: list[tuple[int, int]] = []
+            for at in chain(self._free(size, self._hand, self.num_pages), self._free(size, 0, self._hand)):
+                choice.append((max(self._last_use[at : at + size]), at))
+                if choice[-1][0] == 0 or len(choice) == _CHOICE:
+                    break
+            if choice:
+                _, at = min(choice)
+                self._hand = at + size
+                return range(at, at + min(num, size))
             size //= 2
         return NOWHERE
+
+    def _free(self, size: int, start: int, end: int) -> Iterator[int]:
+        """The multiples of size, from start to before end, where so many pages are neither in use nor claimed."""
+        free = bytes(size)
+        at = self._busy.find(free, start)
+        while at >= 0:
+            place = -(-at // size) * size
+            if place >= end:
+                return
+            if self._busy[place : place + size] == free:
+                yield place
+                place += size
+            at = self._busy.find(free, max(place, at + 1))
 
     def register(self, pages: list[int], index: int, tokens: Tokens) -> None:
         """Page `index` of a sequence is full of these tokens from now on, and those before it are registered."""
