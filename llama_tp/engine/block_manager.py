@@ -16,9 +16,10 @@ from itertools import chain, count
 Tokens = Items[int]
 _ROOT = 0
 NOWHERE = range(0)
-_LEAST = 4
-"""Pages for which it is worth looking for a place where they are neighbours."""
-_CHOICE = 256
+_STEP = 4
+"""Room begins at a multiple of so many pages: sequences of about one length lie at equal distances, so that one
+attention call reads them all. Fewer pages are not worth looking for."""
+_CHOICE = 512
 """Places to compare: all of them, but in a large cache."""
 
 
@@ -36,12 +37,14 @@ class BlockManager:
         self._blank = dict.fromkeys(range(num_pages))  # ordered sets; what was freed first is reused first
         self._kept: dict[int, None] = {}
         self._clock = count(1)
-        self._last_use = [0] * num_pages  # when a page was allocated or last released; 0: it holds nothing of use
+        self._last_use = [0] * num_pages  # when a page that is kept was released; 0: it holds nothing of use
+        self._may_have_room = True  # False from when none was found until pages come back
         self._hand = 0  # where to look for room first: behind where there was some
         self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a claimed one
         self._node_ids = count(_ROOT + 1)
         self._nodes: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> its node, and its key
         self._pages: dict[tuple[int, tuple[int, ...]], int] = {}  # (node before, tokens) -> page
+        self._children: dict[int, set[int]] = {}  # node -> pages whose node before it is
 
     @property
     def num_free(self) -> int:
@@ -85,64 +88,64 @@ class BlockManager:
         if not room or self._references[room[0]]:
             self.unclaim(room)
             room = self._room_behind(pages[-1], likely) if pages else NOWHERE
-            room = room or self._oldest_room(likely)
+            if not room and self._may_have_room:
+                room = self._find_room(likely)
+                self._may_have_room = bool(room)
             for claimed in room:
                 self._busy[claimed] += 1
         page = room[0] if room else next(reversed(self._blank), next(iter(self._kept), None))
         if page is None:
             return None, NOWHERE
-        self.unclaim(room[:1])
+        if room:
+            self._busy[page] -= 1
         self._forget(page)
-        self._blank.pop(page, None)
-        self._kept.pop(page, None)
+        del self._blank[page]
         self._refer(page)
-        self._last_use[page] = next(self._clock)
         return page, room[1:]
 
     def unclaim(self, room: range) -> None:
         """The sequence will not grow any more, or not there."""
         for page in room:
             self._busy[page] -= 1
+            self._may_have_room |= not self._busy[page]
 
     def _room_behind(self, page: int, num: int) -> range:
-        """Pages right behind this one that are free and hold nothing younger than it does."""
-        age, end = self._last_use[page], page + 1
-        while end < min(page + 1 + num, self.num_pages) and not self._busy[end] and self._last_use[end] < age:
+        """Blank pages right behind this one."""
+        end = page + 1
+        while end < min(page + 1 + num, self.num_pages) and not self._busy[end] and end in self._blank:
             end += 1
         return range(page + 1, end)
 
-    def _oldest_room(self, num: int) -> range:
-        """Free neighbours, at most num: of several such stretches the one whose youngest content is the oldest."""
-        # Of halves, quarters, ... of the longest sequence at multiples of their size: rooms side by side are then at
-        # equal distances, so that one attention call reads them all.
-        size = self.most
-        while size >= 2 * max(num, _LEAST):
-            size //= 2
-        while size >= _LEAST:
+    def _find_room(self, num: int) -> range:
+        """Free neighbours, `num` or half as many, ...: blank ones, or those whose youngest content is the oldest."""
+        step = min(_STEP, self.most)
+        size = min(max(num, step), self.most)
+        while size >= step:
             choice: list[tuple[int, int]] = []
-            for at in chain(self._free(size, self._hand, self.num_pages), self._free(size, 0, self._hand)):
-                choice.append((max(self._last_use[at : at + size]), at))
-                if choice[-1][0] == 0 or len(choice) == _CHOICE:
+            for at in chain(self._free(size, step, self._hand, self.num_pages), self._free(size, step, 0, self._hand)):
+                age = max(self._last_use[at : at + size])
+                choice.append((age, -at if age else at))  # of one content the end, which is of less use
+                if age == 0 or len(choice) == _CHOICE:
                     break
             if choice:
-                _, at = min(choice)
+                at = abs(min(choice)[1])
                 self._hand = at + size
                 return range(at, at + min(num, size))
             size //= 2
         return NOWHERE
 
-    def _free(self, size: int, start: int, end: int) -> Iterator[int]:
-        """The multiples of size, from start to before end, where so many pages are neither in use nor claimed."""
+    def _free(self, size: int, step: int, start: int, end: int) -> Iterator[int]:
+        """The multiples of step, from start to before end, where `size` pages are neither in use nor claimed."""
         free = bytes(size)
         at = self._busy.find(free, start)
         while at >= 0:
-            place = -(-at // size) * size
-            if place >= end:
+            at = -(-at // step) * step
+            if at >= end:
                 return
-            if self._busy[place : place + size] == free:
-                yield place
-                place += size
-            at = self._busy.find(free, max(place, at + 1))
+            if self._busy[at : at + size] == free:
+                yield at
+                at += step
+            at = self._busy.find(free, at)
 
     def register(self, pages: list[int], index: int, tokens: Tokens) -> None:
         """Page `index` of a sequence is full of these tokens from now on, and those before it are registered."""
@@ -154,6 +157,7 @@ class BlockManager:
         if key not in self._pages:  # else a page with this content was registered in the meantime: keep that one
             self._nodes[page] = (next(self._node_ids), key)
             self._pages[key] = page
+            self._children.setdefault(before, set()).add(page)
 
     def release(self, pages: list[int]) -> None:
         """Drop one reference to each page; what nobody refers to is free, and kept if it can serve others."""
@@ -161,10 +165,11 @@ class BlockManager:
         for page in reversed(pages):  # the end of a prefix is of less use than its beginning
             assert self._references[page] > 0, f"page {page} was freed twice"
             self._references[page] -= 1
-            is_kept = page in self._nodes
-            self._last_use[page] = now if is_kept else 0
             if self._references[page] == 0:
                 self._busy[page] -= 1
+                self._may_have_room |= not self._busy[page]
+                is_kept = page in self._nodes
+                self._last_use[page] = now if is_kept else 0
                 (self._kept if is_kept else self._blank)[page] = None
 
     def _refer(self, page: int) -> None:
@@ -172,7 +177,14 @@ class BlockManager:
         self._references[page] += 1
 
     def _forget(self, page: int) -> None:
-        """Nobody will find this page any more, nor the pages after it."""
-        if page in self._nodes:
-            _, key = self._nodes.pop(page)
+        """Nobody will find this page any more, nor the pages after it, so nobody refers to them: all are blank."""
+        doomed = [page] if page in self._nodes else []
+        while doomed:
+            one = doomed.pop()
+            node, key = self._nodes.pop(one)
             del self._pages[key]
+            self._children.get(key[0], set()).discard(one)
+            doomed += self._children.pop(node, ())
+            del self._kept[one]
+            self._blank[one] = None
+            self._last_use[one] = 0

@@ -7,6 +7,7 @@ share them. Only what that would break into too many calls is gathered.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _CALL_BYTES = 1 << 18
 """Reading so many bytes of keys and values takes about as long as one more attention call."""
 _GATHER_BYTES = 3 << 18
 """Gathering so many takes about as long as one more run: a call, and adding its result to the others'."""
+_MOST_RUNS = 8
+"""A sequence of more runs is gathered in any case."""
 _BUCKET = 64
 """In deterministic mode a query at position p is shown so many keys, times the least factor that covers p."""
 
@@ -86,20 +89,31 @@ class PageTable:
             first = end
         return tuple(spans)
 
-    def _runs(self, chunk: Chunk) -> list[Run]:
-        """Where all that the chunk's queries see lies."""
-        pages, size, length = self._pages[chunk.row], self._page_size, chunk.start + len(chunk.tokens)
-        starts = [start for start in self._starts[chunk.row] if start * size < length]
-        ends = [*(start * size for start in starts[1:]), length]
-        return [Run(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=True)]
-
     def _group(self, chunk: Chunk) -> _Group:
-        *shared, own = self._runs(chunk)
+        length = chunk.start + len(chunk.tokens)
+        runs = self._runs(chunk.row, length, _MOST_RUNS if self._can_read_runs(chunk) else 1)
+        if not runs:
+            return _Group([chunk], (), [], longest=length, used=length, is_scattered=True)
+        *shared, own = runs
         return _Group([chunk], tuple(shared), [own.first], longest=own.length, used=own.length)
+
+    def _can_read_runs(self, chunk: Chunk) -> bool:
+        """Whether attention can add up what it finds in several places."""
+        return self._device.type == "cpu" and len(chunk.tokens) == 1
+
+    def _runs(self, row: int, length: int, most: int) -> list[Run]:
+        """Where a row's first `length` tokens lie; nothing if that is in more than so many runs."""
+        pages, size = self._pages[row], self._page_size
+        starts = self._starts[row]
+        num = bisect_left(starts, -(-length // size))
+        if num > most:
+            return []
+        ends = [*(start * size for start in starts[1:num]), length]
+        return [Run(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=False)]
 
     def _are_even(self, one: _Group, two: _Group) -> bool:
         """Whether both read the same shared runs, and what else they read lies at even distances, in one call."""
-        if one.shared != two.shared or not self._pays(one, two):
+        if one.is_scattered or two.is_scattered or one.shared != two.shared or not self._pays(one, two):
             return False
         distance = two.firsts[0] - one.firsts[-1]
         is_even = len(one.firsts) == 1 or distance == one.firsts[-1] - one.firsts[-2]
@@ -117,13 +131,12 @@ class PageTable:
         return in_vain <= (count - 1) * self._waste
 
     def _placed(self, group: _Group) -> _Group:
-        """The group as it is best read: with its runs gathered where there are too many for what they hold."""
+        """The group as it is best read: with its runs gathered where they hold too little."""
         if not group.shared:
             return group
         shared = sum(run.length for run in group.shared)
         used = len(group.chunks) * shared + group.used
-        can_read_runs = self._device.type == "cpu" and len(group.chunks[0].tokens) == 1
-        if can_read_runs and used > len(group.shared) * self._few:
+        if used > len(group.shared) * self._few:
             return group
         return _Group(group.chunks, (), [], longest=shared + group.longest, used=used, is_scattered=True)
 
@@ -157,8 +170,8 @@ class PageTable:
             length = position // _BUCKET * _BUCKET + _BUCKET
             count = min(end, length) - position
             keys: Run | Pages
-            runs = self._runs(chunk)
-            if len(runs) == 1 and runs[0].first + length <= self._num_slots:
+            runs = self._runs(chunk.row, end, most=1)
+            if runs and runs[0].first + length <= self._num_slots:
                 keys = Run(runs[0].first, length, count=count)  # all of them read the same slots: no stride
             else:
                 keys = self._gathered([chunk.row], length, count)

@@ -167,6 +167,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     room: range = range(0)
     """Pages that are free for it to grow into."""
+    num_shared: int = 0
+    """Pages, from the first, that it found in the cache."""
     num_registered: int = 0
     """Pages, from the first, that prompts which begin alike can find."""
 

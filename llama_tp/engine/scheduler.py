@@ -20,7 +20,7 @@ from llama_tp.engine.block_manager import NOWHERE, BlockManager
 from llama_tp.engine.request import Chunk, FinishReason, Logprobs, Request, Sequence, StepPlan, TokenEvent
 
 _SOON = 16
-"""Pages that any sequence is given room for, if it may need them."""
+"""Pages of room that a sequence is given beyond what it has, if it may need them."""
 
 
 class QueueFull(ValueError):
@@ -200,7 +200,7 @@ class Scheduler:
         self._page_updates += [(sequence.row, index, page) for index, page in enumerate(shared)]
         sequence.pages = shared
         sequence.num_computed = len(shared) * self.config.page_size
-        sequence.num_registered = len(shared)
+        sequence.num_registered = sequence.num_shared = len(shared)
         self.num_prompt_tokens += len(sequence.tokens)
         self.num_prefix_hits += sequence.num_computed
         return sequence
@@ -238,9 +238,9 @@ class Scheduler:
         return True
 
     def _likely_pages(self, sequence: Sequence) -> int:
-        """Pages that the sequence may come to need: few generate all that they may."""
+        """Pages that the sequence may need soon: few generate all that they may."""
         most = self._num_pages(sequence.num_prompt + sequence.request.params.max_new_tokens)
-        return min(most, max(2 * self._num_pages(len(sequence.tokens)), _SOON))
+        return min(most, self._num_pages(len(sequence.tokens)) + _SOON)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take pages from younger sequences until this one has enough. False if it is the youngest itself."""
@@ -270,7 +270,10 @@ class Scheduler:
         self.running.remove(sequence)
 
 
-def _place(share: tuple[Sequence, Chunk]) -> tuple[bool, list[int]]:
+def _place(share: tuple[Sequence, Chunk]) -> tuple[int, ...]:
     """Decodes first, by where their keys lie: neighbours, and those with the same prefix, share attention calls."""
     sequence, chunk = share
-    return (True, []) if len(chunk.tokens) > 1 else (False, sequence.pages)
+    if len(chunk.tokens) > 1:
+        return (1,)
+    pages, shared = sequence.pages, sequence.num_shared
+    return (0, pages[0], pages[max(0, shared - 1)], pages[shared])

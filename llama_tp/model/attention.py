@@ -89,7 +89,7 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
         if span.shared:
             return _attend_parts(groups, k, v, cache, span).reshape(q.shape)
         if groups.size(2) == 1 and lacks_kernels(q):
-            return _attend_wide(groups, k, v, span.mask)[0].reshape(q.shape)
+            return _attend_wide(groups, k, v, span.mask)[0].to(q.dtype).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
@@ -105,14 +105,14 @@ def _attend_parts(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, span: Span
     """
     b, _, size, _ = q.shape
     out, lse = _attend_part(q, k, v, span.mask)
+    out = out.float()
     together = q.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, K, B * G, d)
     for run in span.shared:
         part, part_lse = _attend_part(together, *cache.read(run))
         part, part_lse = (one[0].unflatten(1, (b, size)).transpose(0, 1) for one in (part, part_lse))
-        weight = torch.sigmoid(part_lse - lse).unsqueeze(-1).to(out.dtype)
-        out = torch.lerp(out, part, weight)
+        out = torch.lerp(out, part.float(), torch.sigmoid(part_lse - lse).unsqueeze(-1))
         lse = torch.logaddexp(lse, part_lse)
-    return out
+    return out.to(q.dtype)
 
 
 def _attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -125,10 +125,10 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same in half precision on a CPU without instructions for it: SDPA would take the numbers one at a time, for
-    one query of a kv head 2 to 3 times as long. A few heads at a time become float32."""
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], device=q.device)
+    """The same from half precision to float32, on a CPU without instructions for it: SDPA would take the numbers one at
+    a time, for one query of a kv head 2 to 3 times as long. A few heads at a time become float32."""
+    out = torch.empty_like(q, dtype=torch.float32)
+    lse = out.new_empty(q.shape[:3])
     mask = None if mask is None else mask.float()
     step = max(1, _WIDE // (2 * k[:, 0].numel()))
     for head in range(0, q.size(1), step):

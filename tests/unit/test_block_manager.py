@@ -68,24 +68,52 @@ def test_sequences_of_one_length_lie_at_equal_distances_however_old_the_cache():
             conversation.end()
 
 
-def test_what_was_used_least_recently_is_overwritten():
+def test_the_end_of_what_was_used_least_recently_is_overwritten():
     blocks = BlockManager(num_pages=24, page_size=2, most=8)
     first, second, third = (Conversation(blocks, 8) for _ in range(3))
     for conversation in (second, third, first):
         conversation.end()
     Conversation(blocks, 4).end()
-    assert (first.num_kept, second.num_kept, third.num_kept) == (8, 0, 8)
+    assert (first.num_kept, second.num_kept, third.num_kept) == (8, 4, 8)
 
 
-def test_the_next_turn_goes_on_behind_the_last_one_over_what_is_older():
-    blocks = BlockManager(num_pages=16, page_size=2, most=8)
-    for _ in range(2):
-        Conversation(blocks, 8).end()
-    turn = Conversation(blocks, 3)
-    turn.end()
-    next_turn = Conversation(blocks, 7, prompt=turn.tokens)
-    assert next_turn.num_shared == 3
-    assert next_turn.num_runs == 1
+def test_the_next_turn_goes_on_behind_the_last_one():
+    blocks = BlockManager(num_pages=32, page_size=2, most=8)
+    turns = [Conversation(blocks, 3, likely=8) for _ in range(4)]
+    for turn in turns:
+        turn.end()
+    for turn in turns:
+        next_turn = Conversation(blocks, 7, prompt=turn.tokens)
+        assert (next_turn.num_shared, next_turn.num_runs) == (3, 1)
+
+
+def test_a_conversation_that_is_overwritten_in_the_middle_leaves_nothing_useless_behind():
+    blocks = BlockManager(num_pages=16, page_size=2, most=16)
+    conversation = Conversation(blocks, 16)
+    conversation.end()
+    blocks._forget(conversation.pages[4])
+    assert (conversation.num_kept, len(blocks._kept), len(blocks._blank)) == (4, 4, 12)
+    assert blocks.num_free == 16
+
+
+def test_conversations_that_take_turns_are_all_found_again_where_there_is_room_for_them():
+    random_ = random.Random(3)
+    blocks = BlockManager(num_pages=512, page_size=2, most=64)
+    tokens: list[list[tuple[int, int]]] = [[] for _ in range(10)]
+    num_found = num_pages = 0
+    for _ in range(300):
+        which = random_.randrange(len(tokens))
+        before = tokens[which] if len(tokens[which]) < 60 else []
+        turn = Conversation(blocks, len(before) // 2 + random_.randint(1, 5), likely=16, prompt=before)
+        num_found, num_pages = num_found + turn.num_shared, num_pages + len(before) // 2
+        tokens[which] = turn.tokens
+        turn.end()
+    assert num_found == num_pages
+
+
+def test_sequences_shorter_than_the_least_room_lie_together_too():
+    blocks = BlockManager(num_pages=12, page_size=2, most=3)
+    assert [Conversation(blocks, 3).pages for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
 def test_another_answer_to_one_system_prompt_leaves_the_first_where_it_is():
@@ -158,5 +186,6 @@ def test_a_server_that_has_run_for_long_reads_nearly_every_sequence_in_place():
         scheduler.commit([999 if end else random_.randrange(900) for end in ends])
     assert scheduler.num_preemptions == 0
     assert not any(scheduler.blocks._busy)
-    assert sum(count <= 2 for count in runs) / len(runs) > 0.95
-    assert sum(count == 1 for count in runs) / len(runs) > 0.45
+    assert sum(count == 1 for count in runs) / len(runs) > 0.4
+    assert sum(count <= 2 for count in runs) / len(runs) > 0.9
+    assert max(runs) <= 4
