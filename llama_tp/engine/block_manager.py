@@ -39,7 +39,7 @@ class BlockManager:
         self._clock = count(1)
         self._last_use = [0] * num_pages  # when a page that is kept was released; 0: it holds nothing of use
         self._may_have_room = True  # False from when none was found until pages come back
-        self._hand = 0  # where to look for room first: behind where there was some
+        self._hand = 0  # where to look for room first: in a cache with too many places to see all, not always there
         self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a claimed one
         self._node_ids = count(_ROOT + 1)
         self._nodes: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> its node, and its key
@@ -129,7 +129,8 @@ class BlockManager:
                     break
             if choice:
                 at = abs(min(choice)[1])
-                self._hand = at + size
+                if len(choice) == _CHOICE:
+                    self._hand = at + size
                 return range(at, at + min(num, size))
             size //= 2
         return NOWHERE

@@ -109,7 +109,7 @@ class PageTable:
         if num > most:
             return []
         ends = [*(start * size for start in starts[1:num]), length]
-        return [Run(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=False)]
+        return [Run(pages[start] * size, end - start * size) for start, end in zip(starts[:num], ends, strict=True)]
 
     def _are_even(self, one: _Group, two: _Group) -> bool:
         """Whether both read the same shared runs, and what else they read lies at even distances, in one call."""
