@@ -269,10 +269,10 @@ def _show(rows: list[Row], num_contenders: int) -> None:
         for row in others:
             prefill = ours.prefill_tokens_per_s / row.prefill_tokens_per_s
             print(_line("  ratio", row.batch, prefill, ours.decode_tokens_per_s / row.decode_tokens_per_s))
-    least, most = rows[0], rows[-num_contenders]
-    if most is not least:
-        gain = most.decode_tokens_per_s / least.decode_tokens_per_s
-        print(f"batch {most.batch} decodes {gain:.2f} times as many tokens a second as batch {least.batch}")
+    one, other = rows[0], rows[-num_contenders]
+    if one is not other:
+        gain = other.decode_tokens_per_s / one.decode_tokens_per_s
+        print(f"batch {other.batch} decodes {gain:.2f} times as many tokens a second as batch {one.batch}")
 
 
 def _line(name: str, batch: int, prefill: float, decode: float) -> str:

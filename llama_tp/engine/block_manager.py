@@ -34,7 +34,7 @@ class BlockManager:
         self.page_size = page_size
         self.most = most
         self._references = [0] * num_pages
-        self._blank = dict.fromkeys(range(num_pages))  # ordered sets; what was freed first is reused first
+        self._blank = dict.fromkeys(range(num_pages))  # ordered sets, by when they were freed
         self._kept: dict[int, None] = {}
         self._clock = count(1)
         self._last_use = [0] * num_pages  # when a page that is kept was released; 0: it holds nothing of use
@@ -120,7 +120,7 @@ class BlockManager:
         """Free neighbours, `num` or half as many, ...: blank ones, or those whose youngest content is the oldest."""
         step = min(_STEP, self.most)
         size = min(max(num, step), self.most)
-        while size >= step:
+        while True:
             choice: list[tuple[int, int]] = []
             for at in chain(self._free(size, step, self._hand, self.num_pages), self._free(size, step, 0, self._hand)):
                 age = max(self._last_use[at : at + size])
@@ -132,8 +132,9 @@ class BlockManager:
                 if len(choice) == _CHOICE:
                     self._hand = at + size
                 return range(at, at + min(num, size))
-            size //= 2
-        return NOWHERE
+            if size == step:
+                return NOWHERE
+            size = max(step, size // 2)
 
     def _free(self, size: int, step: int, start: int, end: int) -> Iterator[int]:
         """The multiples of step, from start to before end, where `size` pages are neither in use nor claimed."""

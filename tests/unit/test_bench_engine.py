@@ -1,0 +1,55 @@
+"""`llama-tp bench engine` on a tiny checkpoint: its table, its JSON and its refusals. What it measures is no test's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llama_tp.checkpoint.convert import convert
+from llama_tp.cli import bench_engine
+from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_text import make_sentencepiece_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    meta = write_meta(folder / "meta", meta_tensors())
+    tokenizer = make_sentencepiece_model(folder)
+    convert(
+        original_ckpt_dir=str(meta),
+        tokenizer_path=str(tokenizer),
+        model_parallel_size=1,
+        save_checkpoint_dir=str(folder / "converted"),
+        max_seq_len=64,
+        model_args_path=str(folder / "model_args.json"),
+    )
+    return str(folder / "converted")
+
+
+@pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache"])
+def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, against):
+    bench_engine(checkpoint, batch=(1, 2), prompt=24, prefix=16, new=3, runs=1, against=against, dtype="float32")
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)
+    names = ["llama_tp"] + ([against] if against else [])
+    assert [(row["batch"], row["contender"]) for row in rows] == [(size, name) for size in (1, 2) for name in names]
+    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
+    assert "prompts of 24, of which 16 are the same in all, 3 new; median of 1 runs" in table[0]
+    assert sum("ratio" in line for line in table) == 2 * (len(names) - 1)
+    gain = rows[-len(names)]["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
+    assert table[-1] == f"batch 2 decodes {gain:.2f} times as many tokens a second as batch 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"against": "vllm"}, "against='vllm' must be one of transformers, deterministic, no_prefix_cache"),
+        ({"new": 1}, "new=1 must be at least 2"),
+        ({"prompt": 8, "prefix": 8}, "prefix=8 must be 0 or more, and less than prompt=8"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(checkpoint, settings, words):
+    with pytest.raises(ValueError, match=words):
+        bench_engine(checkpoint, **settings)
