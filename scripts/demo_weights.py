@@ -4,9 +4,14 @@ from llama_tp.checkpoint.demo import fetch_demo
 from llama_tp.command import run_command
 
 
-def demo_weights(output: str = "model/smollm2", model_parallel_size: int = 1) -> str:
-    """Write Meta-style shards and the tokenizer into `output`, and print it."""
-    return str(fetch_demo(str(output), model_parallel_size=model_parallel_size))
+def demo_weights(output: str = "model/smollm2", model_parallel_size: int = 1) -> None:
+    """Write Meta-style shards and the tokenizer into a folder, and print it.
+
+    Args:
+        output: the folder
+        model_parallel_size: how many shards to make of them, as Meta's larger models have
+    """
+    print(fetch_demo(output, model_parallel_size=model_parallel_size))
 
 
 if __name__ == "__main__":

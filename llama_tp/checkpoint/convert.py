@@ -41,10 +41,18 @@ def convert(
 ) -> None:
     """Convert Meta's original weights, and write model_args.json into the checkpoint and to `model_args_path`.
 
-    Under torchrun each rank writes its share. `model_parallel_size` is that of the originals (7B: 1, 13B: 2, 70B: 8);
-    the result loads at any legal tensor-parallel size. `max_seq_len` and `max_batch_size` become the defaults of the
-    model. An existing checkpoint is replaced only with `overwrite`. If any rank fails: ValueError (or OSError) on all,
-    and nothing is left behind.
+    Under torchrun each rank writes its share. The result loads at any legal tensor-parallel size. If any rank fails:
+    ValueError (or OSError) on all, and nothing is left behind.
+
+    Args:
+        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, to compare its vocabulary with the weights
+        model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8
+        save_checkpoint_dir: folder to write
+        max_seq_len: goes into model_args.json, as the context to serve by default
+        max_batch_size: likewise, as the sequences to compute together
+        model_args_path: file to write the model's arguments to once more
+        overwrite: replace what is in save_checkpoint_dir
     """
     with _process_group():
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)

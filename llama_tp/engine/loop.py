@@ -8,7 +8,6 @@ starts the whole group afresh.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -20,6 +19,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.scheduler import QueueFull
 from llama_tp.engine.stats import EngineStats
+from llama_tp.parallel.launch import leave
 
 log = logging.getLogger(__name__)
 
@@ -207,5 +207,4 @@ def _or_die(run: Callable[[], None]) -> None:
         run()
     except BaseException:
         log.critical("the engine failed; this rank ends so that the group is started afresh", exc_info=True)
-        logging.shutdown()
-        os._exit(EXIT_STEP_FAILED)
+        leave(EXIT_STEP_FAILED)

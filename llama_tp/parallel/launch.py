@@ -1,4 +1,4 @@
-"""Joining the group: from torchrun's environment to a rank, a device, a mesh and a `Comm`."""
+"""Joining the group, from torchrun's environment to a rank, a device, a mesh and a `Comm`; and leaving it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,22 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it ended in between, so no signal will come
         os._exit(1)
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this rank at once, with what it has printed and logged written out.
+
+    Not the way a process ends by itself: while the interpreter takes itself apart, the threads of torch's process
+    groups have been seen to abort it ("terminate called without an active exception"), and torchrun takes one rank that
+    aborts for the failure of all. Nor does it wait for peers, which a broken group would.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # such as a full disk: what was printed is lost
+            status = status or 1
+    os._exit(status)
 
 
 def _agree_on_leader(lead: bool) -> int:

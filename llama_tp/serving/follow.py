@@ -6,10 +6,10 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import NoReturn
 
 from llama_tp.config import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
+from llama_tp.parallel.launch import leave
 from llama_tp.serve_config import ModelConfig, TorchrunSection, read_yaml
 from llama_tp.serving.start import LoadedRank, load_rank
 
@@ -44,15 +44,9 @@ def _follow(rank: LoadedRank) -> None:
         # Peers break off as PeerLost between steps and as torch's RuntimeError within one. All else is a bug.
         reason = "; ".join(str(error).splitlines())[:500]
         log.critical("%s: ending: %s", _place(), reason, exc_info=not isinstance(error, RuntimeError))
-        _end_at_once()
+        leave(EXIT_STEP_FAILED)
     log.info("%s: ending: the leader has released this rank", _place())
     engine.comm.close()
-
-
-def _end_at_once() -> NoReturn:
-    """Without the clean-up of a group that is broken, which may wait for the others."""
-    logging.shutdown()
-    os._exit(EXIT_STEP_FAILED)
 
 
 def _place() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from llama_tp.parallel import shared_memory
 from llama_tp.parallel.comm import GroupComm, PeerLost
-from llama_tp.parallel.launch import join
+from llama_tp.parallel.launch import join, leave
 
 
 def main() -> None:
@@ -51,13 +51,13 @@ def main() -> None:
     start = time.monotonic()
     if comm.is_leader:
         time.sleep(4)  # silent for longer than the timeout
-        return
+        leave()
     try:
         comm.publish(None)
     except PeerLost as error:
         assert 1.9 < time.monotonic() - start < 3.5, time.monotonic() - start
         print(f"noticed: {error}\n", end="")
-        return
+        leave()
     raise AssertionError("nobody noticed that the leader is silent")
 
 

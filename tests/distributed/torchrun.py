@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from llama_tp.parallel.launch import Group
+from llama_tp.parallel import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,14 +27,11 @@ def torchrun(
     )
 
 
-def leave(group: Group) -> NoReturn:
-    """The end of a rank whose work is done. It does not wait for the interpreter to take itself apart: torch's threads
-    have been seen to abort a rank then ("terminate called without an active exception")."""
+def leave(group: launch.Group) -> NoReturn:
+    """The end of a rank whose work is done, as all of them are."""
     dist.barrier()
     group.comm.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    launch.leave()
 
 
 def check(done: subprocess.CompletedProcess[str]) -> None:

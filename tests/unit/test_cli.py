@@ -16,6 +16,7 @@ from llama_tp import cli
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
 from tests.unit.text_fixtures import file_of
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 DEMO = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}
 
 
@@ -92,9 +93,23 @@ def test_the_help_of_a_command_explains_every_argument(run, words, function):
     documentation = inspect.getdoc(function)
     assert code == 0
     assert " ".join(documentation.splitlines()[0].split()) in text
+    assert "FIRE_METADATA" not in text
     for parameter in inspect.signature(function).parameters:
         assert parameter in text.lower()
         assert f"{parameter}: " in documentation, f"{parameter} is not explained"
+
+
+@pytest.mark.parametrize("script", ["convert_checkpoints", "demo_weights", "download_model"])
+def test_the_help_of_a_script_explains_every_argument(script):
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PAGER": "cat"})
+    lines = (done.stdout + done.stderr).splitlines()
+    arguments = [number for number, line in enumerate(lines) if line.lstrip().startswith("Type: ")]
+    assert arguments
+    for number in arguments:  # its name, type, perhaps a default, and what it is
+        assert any(
+            line and not line.startswith("Default: ") for line in map(str.strip, lines[number + 1 : number + 3])
+        ), lines[number - 1]
 
 
 def test_the_help_of_all_names_every_command(run):
@@ -181,13 +196,41 @@ def test_followers_say_nothing_of_what_the_first_rank_says(run, monkeypatch):
     assert run("plan", "nowhere.json") == (1, "", "")
 
 
+ABORTS = """
+import atexit, os, sys
+from llama_tp.command import run_command
+
+def work(status: int = 0, full: bool = False) -> None:
+    if full:
+        sys.stdout = open("/dev/full", "w")
+    print("done")
+    if status:
+        sys.exit(status)
+
+atexit.register(os.abort)  # stands for torch's threads, which do this now and then
+run_command(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "out"), [([], 0, "done\n"), (["--status=7"], 7, "done\n"), (["--full"], 1, ""), (["--no"], 2, "")]
+)
+def test_a_rank_of_torchrun_ends_with_its_command_and_does_not_take_the_interpreter_apart(argv, code, out):
+    command = [sys.executable, "-c", ABORTS, *argv]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGABRT
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+
+
 def test_an_unknown_command_or_argument_is_an_error(run, params):
     code, out, err = run("conquer")
     assert code != 0
     assert "conquer" in out + err
     code, out, err = run("plan", params(DEMO), "--size=3")
     assert code != 0
-    assert "size" in out + err
+    assert out == "", "the work was done before the mistake was noticed"
+    assert "size" in err
 
 
 @pytest.mark.parametrize(

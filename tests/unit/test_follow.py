@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -86,7 +87,7 @@ def loaded(monkeypatch, two_hosts, caplog):
     def end(code):
         raise Ended(code)
 
-    monkeypatch.setattr(follow_module.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
 
     def with_engine(engine):
         rank = start_module.LoadedRank(engine, SameThread(), config=None, tokenizer=None, chat="none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine import loop as loop_module
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EXIT_STEP_FAILED, EngineLoop, EngineThread
@@ -306,8 +306,8 @@ def test_a_follower_whose_leader_is_lost_ends_its_process(start, model, monkeypa
             raise PeerLost("publishing a plan failed: timed out")
 
     ended = []
-    monkeypatch.setattr(loop_module.os, "_exit", ended.append)
-    monkeypatch.setattr(loop_module.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
     config = EngineConfig(max_seq_len=64, max_batch_size=2)
     follower = Engine(runner_of(model, config), Deserted(), config)
     assert EngineThread().run(follower.follow).wait(PATIENCE_S)
