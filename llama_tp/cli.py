@@ -307,7 +307,7 @@ def bench_engine(
         return
     engine.bench_engine(
         checkpoint,
-        batches=[batch] if isinstance(batch, int) else list(batch),
+        batches=list(batch) if isinstance(batch, (tuple, list)) else [batch],
         prompt=prompt,
         prefix=prefix,
         new=new,

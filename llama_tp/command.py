@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, NoReturn
@@ -16,22 +17,29 @@ from fire import decorators
 
 decorators.FIRE_METADATA = "__fire_metadata__"  # by its own name, --help lists it among the commands
 
-_SPEAK_S = 0.5
-"""torchrun ends all ranks as soon as one has ended: this long the others leave rank 0 to print its line."""
+_SPEAK_S = 5.0
+"""torchrun ends all ranks as soon as one has ended: this long the others leave rank 0 to print its line and end. A rank
+that is still there afterwards is the only one with a problem, and prints its own."""
 
 
 def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | None = None) -> NoReturn:
     """Run a function with the arguments of the command line. What a user or a disk can cause ends in exit code 1.
 
-    Under torchrun only rank 0 prints the line: functions that run on several ranks raise on all of them.
+    Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the line for all.
     """
     signal.signal(signal.SIGTERM, _end)
-    status = _run(function, name)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from llama_tp.parallel.launch import leave
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(_run(function, name))
+    from llama_tp.parallel.launch import leave
 
-        leave(status)
-    sys.exit(status)
+    try:
+        status = _run(function, name)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    leave(status)
 
 
 def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> int:
@@ -42,16 +50,14 @@ def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> 
         for call in work:
             call()
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            line = "; ".join(str(error).splitlines()) or type(error).__name__
-            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-        else:
-            time.sleep(_SPEAK_S)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            time.sleep(_SPEAK_S + 0.1 * rank)
+        line = "; ".join(str(error).splitlines()) or type(error).__name__
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    except SystemExit as end:
-        return int(end.code or 0)
     return 0
 
 

@@ -6,7 +6,6 @@ in seconds, with transformers' LlamaForCausalLM as the trainer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,8 +86,11 @@ def _lessons(tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
     return lessons
 
 
-def _train(args: ModelArgs, lessons: Sequence[tuple[list[int], int]], *, seconds: float = 60) -> LlamaForCausalLM:
-    """Until every lesson is known with a margin. AssertionError if that takes too long."""
+def _train(args: ModelArgs, lessons: Sequence[tuple[list[int], int]], *, steps: int = 2000) -> LlamaForCausalLM:
+    """Until every lesson is known with a margin. AssertionError if that takes too many steps.
+
+    On one thread: two that wait for each other take a minute on two cores that others use, too.
+    """
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -102,20 +104,28 @@ def _train(args: ModelArgs, lessons: Sequence[tuple[list[int], int]], *, seconds
         attn_implementation="sdpa",
     )
     ids, targets = _pad(lessons)
-    deadline = time.monotonic() + seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train_on_this_thread(config, ids, targets, steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_on_this_thread(config: LlamaConfig, ids: Tensor, targets: Tensor, steps: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-        while True:
+        for _ in range(steps):
             logits = model(ids).logits[:, :-1]
             if _margin(logits.detach(), targets) > MIN_MARGIN:
                 return model.eval().requires_grad_(False)
-            assert time.monotonic() < deadline, f"the tiny Llama 2 has not learnt its passage in {seconds} s"
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    raise AssertionError(f"the tiny Llama 2 has not learnt its passage in {steps} steps")
 
 
 def _pad(lessons: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:

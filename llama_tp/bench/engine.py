@@ -55,11 +55,21 @@ class Row:
     runs: int
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One run: its prefill ends with the last prompt's first token. Decodes that ran beside prompts are part of it."""
+
+    prefill_s: float
+    decode_s: float
+    decoded: int
+    """Tokens sampled after the prefill."""
+
+
 class Contender(Protocol):
     name: str
 
-    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
-        """Seconds of the prefill, the first token included, and of the remaining new - 1 steps."""
+    def run(self, prompts: Prompts, new: int) -> Taken:
+        """Generate exactly `new` tokens for each prompt."""
         ...
 
 
@@ -71,7 +81,7 @@ class OurEngine:
         self.name = name
         self._ids = count()
 
-    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
+    def run(self, prompts: Prompts, new: int) -> Taken:
         params = SamplingParams(max_new_tokens=new, temperature=0)
         waiting = set()
         for prompt in prompts:
@@ -81,10 +91,10 @@ class OurEngine:
         start = perf_counter()
         while waiting:
             waiting -= {event.request_id for event in self.engine.step()}
-        first = perf_counter()
+        first, decoded = perf_counter(), 0
         while self.engine.num_requests:
-            self.engine.step()
-        return first - start, perf_counter() - first
+            decoded += len(self.engine.step())
+        return Taken(first - start, perf_counter() - first, decoded)
 
 
 class Transformers:
@@ -95,19 +105,31 @@ class Transformers:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def run(self, prompts: Prompts, new: int) -> tuple[float, float]:
-        first = self._generate(prompts, 1)
-        return first, self._generate(prompts, new) - first
-
-    def _generate(self, prompts: Prompts, new: int) -> float:
+    def run(self, prompts: Prompts, new: int) -> Taken:
         ids = torch.tensor(prompts)
-        start = perf_counter()
+        times = _Times([perf_counter()])
         with torch.inference_mode():
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                streamer=times,
             )
-        assert out.size(1) == ids.size(1) + new
-        return perf_counter() - start
+        start, _, first, *_, last = times
+        assert len(times) == 2 + new
+        return Taken(first - start, last - first, len(prompts) * (new - 1))
+
+
+class _Times(list[float]):
+    """A streamer of transformers: when it was given the prompts, and then each step's tokens."""
+
+    def put(self, _tokens: torch.Tensor) -> None:
+        self.append(perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def bench_engine(
@@ -126,6 +148,10 @@ def bench_engine(
     """What `llama-tp bench engine` does. Call it on every rank."""
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
+    if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
+        raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
+    if not isinstance(runs, int) or runs < 1:
+        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
     if new < 2:
         raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
     if not 0 <= prefix < prompt:
@@ -242,7 +268,7 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     beginning = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
     keys = [(size, contender.name) for size in batches for contender in contenders]
-    seconds: dict[tuple[int, str], list[tuple[float, float]]] = {key: [] for key in keys}
+    runs_of: dict[tuple[int, str], list[Taken]] = {key: [] for key in keys}
     turns = [(run, size) for run in range(runs + 1) for size in batches]
     screen = Console(stderr=True)
     for run, size in track(turns, console=screen, transient=True, disable=not screen.is_terminal):
@@ -250,12 +276,12 @@ def _measure(
         for contender in contenders:
             taken = contender.run([beginning + end for end in ends], new)
             if run:  # the first one warms up
-                seconds[size, contender.name].append(taken)
+                runs_of[size, contender.name].append(taken)
     rows = []
-    for (size, name), all_taken in seconds.items():
-        prefill = statistics.median(first for first, _ in all_taken)
-        decode = statistics.median(rest for _, rest in all_taken)
-        rows.append(Row(name, size, prompt, new, size * prompt / prefill, size * (new - 1) / decode, runs))
+    for (size, name), all_taken in runs_of.items():
+        prefill = statistics.median(size * prompt / taken.prefill_s for taken in all_taken)
+        decode = statistics.median(taken.decoded / taken.decode_s for taken in all_taken)
+        rows.append(Row(name, size, prompt, new, prefill, decode, runs))
     return rows
 
 

@@ -105,7 +105,7 @@ def leave(status: int = 0) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # such as a full disk: what was printed is lost
+        except (OSError, ValueError):  # a full disk, or closed: what was printed is lost
             status = status or 1
     os._exit(status)
 

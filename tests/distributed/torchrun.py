@@ -29,7 +29,8 @@ def torchrun(
 
 def leave(group: launch.Group) -> NoReturn:
     """The end of a rank whose work is done, as all of them are."""
-    dist.barrier()
+    if group.mesh is not None:
+        dist.barrier()
     group.comm.close()
     launch.leave()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_tp import cli
+from llama_tp import cli, command
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
 from tests.unit.text_fixtures import file_of
 
@@ -192,8 +192,20 @@ def test_several_problems_are_one_line_still(run, params):
 
 
 def test_followers_say_nothing_of_what_the_first_rank_says(run, monkeypatch):
+    """torchrun ends them while they wait for it. One that is still there is the only one with a problem."""
     monkeypatch.setenv("RANK", "1")
-    assert run("plan", "nowhere.json") == (1, "", "")
+    slept = []
+    monkeypatch.setattr(command.time, "sleep", slept.append)
+    code, out, err = run("plan", "nowhere.json")
+    assert (code, out) == (1, "")
+    assert slept[0] > 1
+    assert is_one_line(err)
+
+    def is_ended(_seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command.time, "sleep", is_ended)
+    assert run("plan", "nowhere.json") == (143, "", "")
 
 
 ABORTS = """
@@ -201,6 +213,8 @@ import atexit, os, sys
 from llama_tp.command import run_command
 
 def work(status: int = 0, full: bool = False) -> None:
+    if status == 9:
+        raise RuntimeError("a bug")
     if full:
         sys.stdout = open("/dev/full", "w")
     print("done")
@@ -213,7 +227,8 @@ run_command(work)
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "out"), [([], 0, "done\n"), (["--status=7"], 7, "done\n"), (["--full"], 1, ""), (["--no"], 2, "")]
+    ("argv", "code", "out"),
+    [([], 0, "done\n"), (["--status=7"], 7, "done\n"), (["--status=9"], 1, ""), (["--full"], 1, ""), (["--no"], 2, "")],
 )
 def test_a_rank_of_torchrun_ends_with_its_command_and_does_not_take_the_interpreter_apart(argv, code, out):
     command = [sys.executable, "-c", ABORTS, *argv]
