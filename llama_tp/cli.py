@@ -291,6 +291,8 @@ def bench_engine(
     """
     if arrivals not in (None, "poisson"):
         raise ValueError(f"arrivals={arrivals!r} must be poisson")
+    if arrivals is None and (rate or concurrency):
+        raise ValueError("rate and concurrency are those of a load: add --arrivals poisson")
     from llama_tp.bench import engine
     from llama_tp.bench.load import Load, Slo, parse_rate
 

@@ -93,11 +93,13 @@ class BlockManager:
                 self._may_have_room = bool(room)
             for claimed in room:
                 self._busy[claimed] += 1
-        page = room[0] if room else next(reversed(self._blank), next(iter(self._kept), None))
-        if page is None:
-            return None, NOWHERE
         if room:
+            page = room[0]
             self._busy[page] -= 1
+        elif self.num_free == 0:
+            return None, NOWHERE
+        else:
+            page = self._single()
         self._forget(page)
         del self._blank[page]
         self._refer(page)
@@ -115,6 +117,11 @@ class BlockManager:
         while end < min(page + 1 + num, self.num_pages) and not self._busy[end] and end in self._blank:
             end += 1
         return range(page + 1, end)
+
+    def _single(self) -> int:
+        """A free page: one that nobody claims, if there is any; a blank one, or the oldest."""
+        free = chain(reversed(self._blank), self._kept)
+        return next((page for page in free if not self._busy[page]), next(chain(reversed(self._blank), self._kept)))
 
     def _find_room(self, num: int) -> range:
         """Free neighbours, `num` or half as many, ...: blank ones, or those whose youngest content is the oldest."""

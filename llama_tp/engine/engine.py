@@ -127,7 +127,7 @@ class Engine:
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.num_waiting,
             pages_used=scheduler.blocks.num_used,
             pages_total=self.config.num_pages,
             preemptions=scheduler.num_preemptions,
@@ -145,6 +145,8 @@ class Engine:
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
         ):
+            if others := [token for token in tokens if not isinstance(token, int)]:
+                raise ValueError(f"{name} {others[0]!r} must be an integer")
             strangers = [token for token in tokens if not 0 <= token < vocab_size]
             if strangers:
                 raise ValueError(f"{name} {strangers[0]} is outside the vocabulary of {vocab_size}")
@@ -163,7 +165,7 @@ class Engine:
         """Continue each prompt of token ids. Call it on every rank; only the leader gets completions, others [].
 
         The n completions of a prompt stand side by side. Prompts of any lengths and number run together, without
-        padding. ValueError names the first prompt that can never run.
+        padding. ValueError names the first prompt that can never run; RuntimeError if requests were added already.
         """
         if not self.is_leader:
             self.follow()
@@ -177,6 +179,8 @@ class Engine:
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(prompts):
             raise ValueError(f"{len(every)} params for {len(prompts)} prompts; pass one for each, or one for all")
+        if self.num_requests:
+            raise RuntimeError(f"{self.num_requests} requests were added and have not ended; step until they have")
         requests = []
         for index, (prompt, one) in enumerate(zip(prompts, every, strict=True)):
             request = Request(str(index), tuple(prompt), one)
@@ -185,12 +189,19 @@ class Engine:
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from None
             requests.append(request)
+        try:
+            return self._complete(requests)
+        finally:
+            for request_id in self.scheduler.request_ids():  # of what was interrupted
+                self.cancel(request_id)
+
+    def _complete(self, requests: list[Request]) -> list[Completion]:
         events: dict[tuple[str, int], list[TokenEvent]] = {
             (request.id, index): [] for request in requests for index in range(request.params.n)
         }
         queue = deque(requests)
         while queue or self.num_requests:
-            while queue and self.scheduler.has_room:
+            while queue and self.scheduler.has_room(queue[0]):
                 self.add(queue.popleft())
             for event in self.step():
                 events[event.request_id, event.index].append(event)

@@ -81,6 +81,7 @@ class EngineLoop:
         self._events: list[TokenEvent] = []
         self._deadlines: list[tuple[float, Request]] = []  # in no order: requests with a timeout are few
         self._last_contact = time.monotonic()
+        self._num_polling = 0
         self._stopping = False
         self._thread = thread or EngineThread()
         self._ended: threading.Event | None = None
@@ -103,9 +104,12 @@ class EngineLoop:
     def poll(self, timeout_s: float) -> list[TokenEvent]:
         """Everything that happened since the last poll, oldest first; waits up to timeout_s for something."""
         with self._changed:
-            self._last_contact = time.monotonic()
-            self._changed.wait_for(lambda: bool(self._events), timeout_s)
-            self._last_contact = time.monotonic()
+            self._num_polling += 1
+            try:
+                self._changed.wait_for(lambda: bool(self._events), timeout_s)
+            finally:
+                self._num_polling -= 1
+                self._last_contact = time.monotonic()
             events, self._events = self._events, []
             return events
 
@@ -167,7 +171,9 @@ class EngineLoop:
 
     def _cancel_abandoned(self) -> None:
         """The last client to leave is never reported: nobody polls any more."""
-        if self.engine.num_requests and time.monotonic() - self._last_contact > self._abandon_after_s:
+        if self._num_polling or not self.engine.num_requests:
+            return
+        if time.monotonic() - self._last_contact > self._abandon_after_s:
             log.info("nobody has polled for %g s: cancelling all requests", self._abandon_after_s)
             for request_id in self.engine.scheduler.request_ids():
                 self._end(request_id, FinishReason.CANCELLED)

@@ -20,7 +20,7 @@ class FinishReason(str, Enum):
     CANCELLED = "cancelled"
     """Nobody waits for it any more."""
     ERROR = "error"
-    """Its own logits were not finite."""
+    """Its own logits were not finite, or what it asks for leaves no token to sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +74,10 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0, and finite"),
-            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "finite"),
-            ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "finite"),
-            ("logit_bias", all(abs(bias) < float("inf") for bias in self.logit_bias.values()), "of finite numbers"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]"),
+            ("presence_penalty", abs(self.presence_penalty) <= 1000, "in [-1000, 1000]"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 1000, "in [-1000, 1000]"),
+            ("logit_bias", all(abs(bias) <= 1000 for bias in self.logit_bias.values()), "of numbers in [-1000, 1000]"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("n", self.n >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),

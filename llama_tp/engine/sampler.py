@@ -60,13 +60,14 @@ class Sampler:
         return not self._states
 
     def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int | None], dict[int, Logprobs]]:
-        """One id per row of float32 logits (R, V), None where the row's logits are not finite; and by row, for the rows
-        that ask, what the unmodified logits say of the ids."""
+        """One id per row of float32 logits (R, V), None where the row's logits are not finite or all of them ruled out;
+        and by row, for the rows that ask, what the unmodified logits say of the ids."""
         edited = self.edit(logits, sequences)
         ids = argmax(edited)
         # A NaN or +inf anywhere in a row shows in its maximum.
-        highest = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) if edited is logits else logits.amax(dim=-1)
-        finite = highest.isfinite()
+        finite = edited.gather(-1, ids.unsqueeze(-1)).squeeze(-1).isfinite()
+        if edited is not logits:
+            finite &= logits.amax(dim=-1).isfinite()
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
             rows = _on(logits, drawn)

@@ -34,8 +34,9 @@ class Scheduler:
         self.config = config
         self.blocks = BlockManager(config.num_pages, config.page_size, config.pages_per_sequence)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.running: list[Sequence] = []  # in order of admission
         self._by_id: dict[str, list[Sequence]] = {}  # those that have not ended
+        self._num_sequences = 0  # in there
         self._free_rows = list(range(config.max_batch_size))  # a heap: the lowest row first
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -56,9 +57,13 @@ class Scheduler:
         return request_id in self._by_id
 
     @property
-    def has_room(self) -> bool:
-        """Whether another request may wait."""
-        return len(self.waiting) < self.config.max_waiting
+    def num_waiting(self) -> int:
+        """Outputs that have not ended and hold no cache."""
+        return self._num_sequences - len(self.running)
+
+    def has_room(self, request: Request) -> bool:
+        """Whether the request may wait, with all of its outputs."""
+        return self.num_waiting + request.params.n <= self.config.max_waiting
 
     def request_ids(self) -> list[str]:
         """Of the requests that have not ended, in order of arrival."""
@@ -77,6 +82,8 @@ class Scheduler:
         total = len(request.prompt) + request.params.max_new_tokens
         if not request.prompt:
             raise ValueError("the prompt is empty; it needs at least one token")
+        if request.params.n > self.config.max_waiting:
+            raise ValueError(f"n={request.params.n} exceeds max_waiting={self.config.max_waiting}")
         if total > self.config.max_seq_len:
             raise ValueError(
                 f"prompt of {len(request.prompt)} tokens + max_new_tokens={request.params.max_new_tokens} "
@@ -93,18 +100,22 @@ class Scheduler:
         if request.id in self._by_id:
             raise ValueError(f"request id {request.id!r} is already in use")
         self.check(request)
-        if not self.has_room:
-            raise QueueFull(f"max_waiting={self.config.max_waiting} sequences wait already; try again later")
+        if not self.has_room(request):
+            raise QueueFull(
+                f"{self.num_waiting} outputs wait already, and n={request.params.n} more would exceed "
+                f"max_waiting={self.config.max_waiting}; try again later"
+            )
         first, *forks = sequences = [Sequence(request, list(request.prompt), i) for i in range(request.params.n)]
         first.forks = forks
         self._by_id[request.id] = sequences
+        self._num_sequences += len(sequences)
         self.waiting.append(first)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Forget a request, or one of its outputs, and free what it holds, now. False if it is not here (any more)."""
         doomed = [one for one in self._by_id.get(request_id, ()) if index in (None, one.index)]
         for sequence in doomed:
-            self._queue_forks(sequence)
+            self._pass_on(sequence)
             self._end(sequence)
         return bool(doomed)
 
@@ -170,10 +181,19 @@ class Scheduler:
         forks, sequence.forks = sequence.forks, []
         self.waiting.extendleft(reversed(forks))
 
+    def _pass_on(self, sequence: Sequence) -> None:
+        """If it was to compute the prompt for others, let the next of them do it, in its place."""
+        if not sequence.forks:
+            return
+        heir, *heir.forks = sequence.forks
+        sequence.forks = []
+        self.waiting.insert(0 if sequence.row >= 0 else self.waiting.index(sequence), heir)
+
     def _end(self, sequence: Sequence) -> None:
         """The sequence has its last token, or is not wanted any more; its request ends with its last sequence."""
         siblings = self._by_id[sequence.request.id]
         siblings.remove(sequence)
+        self._num_sequences -= 1
         if not siblings:
             del self._by_id[sequence.request.id]
         if sequence.row >= 0:

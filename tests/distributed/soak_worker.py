@@ -56,15 +56,16 @@ def lead(engine: Engine, num_requests: int, rng: random.Random) -> Counter[str]:
     ends: Counter[str] = Counter()
     earlier: list[tuple[int, ...]] = []
     number = step = 0
+    coming = random_request(number, rng, earlier)
     while number < num_requests or engine.num_requests:
         for _ in range(rng.choice([0, 0, 1, 2])):
-            if number < num_requests and engine.scheduler.has_room:
-                request = random_request(number, rng, earlier)
-                engine.add(request)
-                lives[request.id] = request
+            if number < num_requests and engine.scheduler.has_room(coming):
+                engine.add(coming)
+                lives[coming.id] = coming
                 if rng.random() < CANCELLED:
-                    doomed[request.id] = step + rng.randint(0, 12)
+                    doomed[coming.id] = step + rng.randint(0, 12)
                 number += 1
+                coming = random_request(number, rng, earlier)
         for request_id in [request_id for request_id, due in doomed.items() if due <= step]:
             del doomed[request_id]
             ends["cancelled"] += engine.cancel(request_id)

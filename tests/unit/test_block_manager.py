@@ -161,6 +161,17 @@ def test_room_is_left_to_who_claimed_it_until_nothing_else_is_left():
     assert not any(blocks._busy)
 
 
+def test_a_claimed_page_is_not_taken_while_a_lone_one_is_free():
+    blocks = BlockManager(num_pages=12, page_size=2, most=8)
+    for conversation in [Conversation(blocks, 4) for _ in range(3)][::-1]:  # the last pages are blank for longest
+        blocks.release(conversation.pages)
+    first = Conversation(blocks, 1, likely=8)  # claims the 7 pages behind its own
+    others = [Conversation(blocks, 1, likely=1) for _ in range(4)]
+    assert all(other.pages[0] not in first.room for other in others)
+    taken = Conversation(blocks, 1, likely=8)
+    assert taken.pages[0] in first.room, "nothing else is left"
+
+
 def test_a_server_that_has_run_for_long_reads_nearly_every_sequence_in_place():
     """Mixed lengths, ends that nobody knows, and half of the requests behind one of two system prompts."""
     random_ = random.Random(0)

@@ -210,9 +210,11 @@ def test_a_sequence_may_fill_the_context_to_the_last_token(model):
         ([], "prompt is empty"),
         ([1, 128], "token id 128 is outside the vocabulary of 128"),
         ([-1], "token id -1"),
+        ([1, 1.7], "token id 1.7 must be an integer"),
+        ("ab", "token id 'a' must be an integer"),
         ([1] * 117, "prompt of 117 tokens"),
     ],
-    ids=["empty", "too high", "negative", "too long"],
+    ids=["empty", "too high", "negative", "fraction", "text", "too long"],
 )
 def test_a_prompt_that_can_never_run_is_named_and_nothing_is_left_behind(model, alone, prompt, words):
     engine = engine_of(model)
@@ -220,6 +222,28 @@ def test_a_prompt_that_can_never_run_is_named_and_nothing_is_left_behind(model, 
         engine.generate([PROMPTS[0], PROMPTS[1], prompt, [-5]], GREEDY)
     assert is_clean(engine)
     assert engine.generate(PROMPTS, GREEDY) == alone
+
+
+def test_what_was_interrupted_leaves_nothing_behind(model, alone, monkeypatch):
+    engine = engine_of(model)
+
+    def interrupted(_plan):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "execute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, GREEDY)
+    assert is_clean(engine)
+    assert engine.generate(PROMPTS, GREEDY) == alone
+
+
+def test_generate_does_not_mix_with_requests_that_were_added(model):
+    engine = engine_of(model)
+    engine.add(Request("0", (1,), GREEDY))
+    with pytest.raises(RuntimeError, match="1 requests were added and have not ended"):
+        engine.generate(PROMPTS, GREEDY)
+    assert len(drain(engine)) > 0
 
 
 @pytest.mark.parametrize("num_params", [1, 3])
@@ -342,7 +366,7 @@ def test_more_prompts_than_may_wait_are_all_continued(model, alone):
     engine = engine_of(model, max_batch_size=1, max_waiting=1)
     assert engine.generate(PROMPTS, GREEDY) == alone
     engine.add(Request("a", (1,), GREEDY))
-    with pytest.raises(QueueFull, match="max_waiting=1 sequences wait already"):
+    with pytest.raises(QueueFull, match="1 outputs wait already, and n=1 more would exceed max_waiting=1"):
         engine.add(Request("b", (1,), GREEDY))
     engine.step()
     engine.add(Request("b", (1,), GREEDY))
@@ -364,6 +388,30 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_neighbour_s_logits(model, 
     value = frozenset({128}) if name == "stop_ids" else {128: -100.0}
     with pytest.raises(ValueError, match=f"{name}: token id 128 is outside the vocabulary of 128"):
         engine_of(model).generate(PROMPTS[:2], GREEDY.but(min_new_tokens=2, **{name: value}))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_request_that_rules_out_every_token_ends_alone(model, alone, temperature):
+    """It was given id 0, for ever."""
+    every = GREEDY.but(stop_ids=frozenset(range(128)), min_new_tokens=5, temperature=temperature, seed=1)
+    engine = engine_of(model)
+    stuck, *others = engine.generate([PROMPTS[0], *PROMPTS], [every, *[GREEDY] * len(PROMPTS)])
+    assert (stuck.token_ids, stuck.finish_reason) == ([], FinishReason.ERROR)
+    assert others == alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"repetition_penalty": 1e-40}, r"repetition_penalty=1e-40 must be in \[0.01, 100\]"),
+        ({"presence_penalty": -1e39}, r"presence_penalty=-1e\+39 must be in \[-1000, 1000\]"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must be in"),
+        ({"logit_bias": {5: 1e39}}, "logit_bias={5: 1e.39} must be of numbers in"),
+    ],
+)
+def test_what_float32_could_not_hold_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(**settings)
 
 
 def test_a_minimum_length_is_kept_against_a_stop_id(model, alone):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.scheduler import QueueFull, Scheduler
 
 STOP_ID = 7
 
@@ -154,6 +154,7 @@ class Simulation:
         assert arrivals == sorted(arrivals), "first come, first served"
         assert scheduler.request_ids() == list(dict.fromkeys(life.request.id for life in self.living))
         forks = [fork for sequence in known for fork in sequence.forks]
+        assert scheduler.num_waiting == len(scheduler.waiting) + len(forks)
         assert sorted((one.request.id, one.index) for one in (*known, *forks)) == sorted(
             (life.request.id, life.index) for life in self.living
         ), "an output was lost"
@@ -514,6 +515,37 @@ def test_cancelling_an_output_that_waits_for_the_prompt_leaves_its_siblings_to_s
     assert (len(scheduler.waiting), scheduler.living("r0")) == (0, [0, 2])
     simulation.run()
     assert simulation.hits == 6, "three pages of two; the last token must be computed"
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_when_the_output_that_computes_the_prompt_is_cancelled_the_next_one_computes_it_for_all(steps):
+    simulation = simulation_of(max_batched_tokens=4)
+    scheduler = simulation.scheduler
+    simulation.add(8, 3, n=4)
+    simulation.add(2, 3)
+    for _ in range(steps):
+        simulation.step()
+    simulation.cancel(simulation.life("r0", 0), alone=True)
+    heir = scheduler.waiting[0]
+    assert (heir.request.id, heir.index, len(heir.forks)) == ("r0", 1, 2)
+    simulation.run()
+    assert simulation.hits == 2 * 6, "of three outputs, two found three pages of two tokens"
+
+
+def test_no_more_outputs_wait_than_may_wait_and_those_of_one_request_count():
+    simulation = simulation_of(max_waiting=5, max_batch_size=2, max_batched_tokens=64)
+    simulation.add(3, 2, n=3)
+    simulation.add(3, 2, n=2)
+    with pytest.raises(QueueFull, match="5 outputs wait already, and n=1 more would exceed max_waiting=5; try again"):
+        simulation.add(3, 2)
+    simulation.step()
+    assert simulation.scheduler.num_waiting == 3
+    with pytest.raises(QueueFull):
+        simulation.add(3, 2, n=3)
+    with pytest.raises(ValueError, match="n=6 exceeds max_waiting=5"):
+        simulation.add(3, 2, n=6)
+    simulation.add(3, 2, n=2)
+    simulation.run()
 
 
 def test_an_id_that_was_cancelled_and_came_back_in_mid_step_does_not_get_the_old_one_s_token():
