@@ -34,23 +34,27 @@ def verify(checkpoint: str) -> None:
     print(f"{checkpoint}: {len(manifest.files)} files are as they were written")
 
 
-def plan(model_args: str, memory: str = "80GiB") -> None:
+def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> None:
     """Print the legal tensor-parallel sizes of a model, what a rank holds at each, and how many tokens fit beside it.
 
     Args:
         model_args: model_args.json or Meta's params.json (with a vocab_size)
         memory: of one rank's device, such as 24GiB
+        dtype: of weights and cache: bfloat16, float16 or float32, as the start-up log says
     """
     from llama_tp.config import ModelArgs, parse_memory
     from llama_tp.parallel.plan import legal_tp_sizes, num_parameters_of_rank
 
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+    if dtype not in sizes:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(sizes)}")
     args = ModelArgs.load(model_args)
     if args.vocab_size < 1:
         raise ValueError(
             f"{model_args}: vocab_size={args.vocab_size} leaves the vocabulary open; "
             "use the model_args.json of a converted checkpoint"
         )
-    print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in bfloat16:")
+    print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in {dtype}:")
     try:
         size_of_memory = parse_memory(memory)
     except ValueError as error:
@@ -60,8 +64,8 @@ def plan(model_args: str, memory: str = "80GiB") -> None:
     fitting = f"tokens that fit in {memory}"
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
     for size in legal_tp_sizes(args):
-        weights = 2 * num_parameters_of_rank(args, size)
-        token = 2 * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
+        weights = sizes[dtype] * num_parameters_of_rank(args, size)
+        token = sizes[dtype] * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
         context = token * args.max_seq_len
         tokens = max(0, size_of_memory - weights) // token
         row = f"{size:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB"

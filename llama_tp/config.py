@@ -212,7 +212,7 @@ class EngineConfig:
     """What loading derives cache_pages from, for one rank: bytes ("6GiB"), or, below 1, a share of what is free beside
     the weights."""
     max_waiting: int = 1024
-    """Sequences that may wait for a place in the batch; more are refused."""
+    """Outputs that may wait for a place in the batch; a request that would make them more is refused."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share pages."""
     deterministic: bool = False

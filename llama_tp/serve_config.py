@@ -42,7 +42,7 @@ class HandlerSection(_Section):
     max_seq_len: PositiveInt | None = None
     """Prompt plus generated tokens of one request; by default what model_args.json says."""
     max_batch_size: PositiveInt | None = None
-    """Requests that generate at the same time; by default what model_args.json says."""
+    """Outputs that are generated at the same time; by default what model_args.json says."""
     max_batched_tokens: PositiveInt = 512
     """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
     page_size: PositiveInt = 16

@@ -117,7 +117,7 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams
     timeout_s: float | None = None
-    """Seconds from its arrival, waiting included, after which `EngineLoop` ends it with what it has."""
+    """Seconds from its arrival at the engine, waiting included, after which `EngineLoop` ends it with what it has."""
 
 
 @dataclass(frozen=True, slots=True)

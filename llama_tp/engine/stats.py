@@ -37,8 +37,9 @@ class EngineStats:
     """Counters since the start, and how things stand now."""
 
     running: int
-    """Sequences that hold KV cache."""
+    """Outputs that hold KV cache."""
     waiting: int
+    """Outputs that hold none yet, or no more."""
     pages_used: int
     """Pages that sequences refer to; pages that are merely kept for later prompts do not count."""
     pages_total: int
@@ -48,6 +49,6 @@ class EngineStats:
     prefix_hit_tokens: int
     """How many of them were found in the cache."""
     tokens_out: int
-    """Tokens sampled."""
+    """Tokens that became part of an output."""
     step_seconds: HistogramSnapshot
     """Of steps that computed something."""

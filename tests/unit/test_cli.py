@@ -142,6 +142,9 @@ def test_plan_of_the_demo_lists_one_and_three_ranks(run, params):
 def test_plan_counts_the_tokens_that_a_device_has_room_for(run, params):
     _, out, _ = run("plan", params(DEMO), "--memory", "1GiB")
     assert "tokens that fit in 1GiB" in out.splitlines()[1]
+    tokens = [int(run("plan", params(DEMO), "--dtype", one)[1].split()[-1]) for one in ("bfloat16", "float32")]
+    assert tokens[0] > 2 * tokens[1], "the weights take twice as much, too"
+    assert "dtype='int8' must be one of" in run("plan", params(DEMO), "--dtype=int8")[2]
     code, _, err = run("plan", params(DEMO), "--memory", "0.9")
     assert code == 1
     assert is_one_line(err)
