@@ -6,6 +6,7 @@ The leader calls `add`, `step` and `cancel`, or just `generate`; every other ran
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections import deque
 from collections.abc import Sequence as Items
@@ -183,7 +184,7 @@ class Engine:
             raise RuntimeError(f"{self.num_requests} requests were added and have not ended; step until they have")
         requests = []
         for index, (prompt, one) in enumerate(zip(prompts, every, strict=True)):
-            request = Request(str(index), tuple(prompt), one)
+            request = Request(str(index), _ids(prompt), one)
             try:
                 self.check(request)
             except ValueError as error:
@@ -206,6 +207,14 @@ class Engine:
             for event in self.step():
                 events[event.request_id, event.index].append(event)
         return [_completion(one) for one in events.values()]
+
+
+def _ids(prompt: Items[int]) -> tuple[int, ...]:
+    """Integers of other libraries as Python's. What is none is left for the check to name."""
+    try:
+        return tuple(map(operator.index, prompt))
+    except TypeError:
+        return tuple(prompt)
 
 
 def _completion(events: list[TokenEvent]) -> Completion:

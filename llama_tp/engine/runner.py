@@ -5,7 +5,7 @@ nobody's, and every query attends alone: so each reduction has a fixed shape, an
 bit in any company and in any chunks. Kernels choose how to add up by the shape of what they are given.
 
 Decides nothing. Its memory between steps is the KV cache and the page table that the plans describe, and a guess: while
-a GPU computes a step, the next one is laid out as if every sequence went on. Nothing but time depends on whether it did.
+a GPU computes a step, the next one is laid out as if every sequence went on. Only time depends on whether it did.
 """
 
 from __future__ import annotations

@@ -238,6 +238,10 @@ def test_what_was_interrupted_leaves_nothing_behind(model, alone, monkeypatch):
     assert engine.generate(PROMPTS, GREEDY) == alone
 
 
+def test_prompts_may_be_tensors(model, alone):
+    assert engine_of(model).generate([torch.tensor(PROMPTS[0]), torch.tensor(PROMPTS[1]).numpy()], GREEDY) == alone[:2]
+
+
 def test_generate_does_not_mix_with_requests_that_were_added(model):
     engine = engine_of(model)
     engine.add(Request("0", (1,), GREEDY))
