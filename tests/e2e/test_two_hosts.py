@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,12 +29,13 @@ from tests.e2e.torchserve_rig import (
     package,
     processes_marked,
     serve,
+    wait_until,
 )
 from tests.tiny_llama2 import ENDLESS, PASSAGE, passage_prompt
 
 pytestmark = pytest.mark.e2e
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 8.0
 PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
 REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3) + " ")
 LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
@@ -73,8 +74,8 @@ class SecondHost:
     def stop(self) -> list[psutil.Process]:
         """End the loop as Ctrl-C or systemd would. What had to be killed after some seconds."""
         os.killpg(self._shell.pid, signal.SIGTERM)
-        self._shell.wait(10)
-        wait_until(lambda: not self.processes(), timeout_s=10)
+        self._shell.wait(20)
+        wait_until(lambda: not self.processes(), timeout_s=20)
         left = self.processes()
         for process in left:
             process.kill()
@@ -89,13 +90,6 @@ def second_host(model_dir: Path, *, endpoint: str, rdzv_id: str) -> Iterator[Sec
     finally:
         left = host.stop()
     assert not left, f"the second host was told to stop, but left behind: {left}"
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return met
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +157,8 @@ def how_it_ends(stream: Stream) -> str:
 def wait_until_both_serve_again(server: TorchServe, leader: psutil.Process, follower: psutil.Process) -> None:
     """The group ends as a whole, TorchServe notices, and a new group is READY."""
     for process in (leader, follower):
-        assert wait_until(lambda process=process: is_gone(process), TIMEOUT_S + 5)
-    assert wait_until(lambda: not server.is_ready(), 5)
+        assert wait_until(lambda process=process: is_gone(process), TIMEOUT_S + 20)
+    assert wait_until(lambda: not server.is_ready(), 30)
     server.wait_ready(120)
 
 
@@ -182,7 +176,7 @@ def test_when_a_follower_is_lost_streams_end_and_both_hosts_serve_again(
 
         assert how_it_ends(stream) == "cut off"
         noticed_s = time.monotonic() - lost
-    assert noticed_s < TIMEOUT_S + 3
+    assert noticed_s < TIMEOUT_S + 8
     if how is signal.SIGSTOP:
         follower.kill()  # nothing else ends it, least of all the agent that waits for it
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,7 @@ class TorchServe:
                 shown += [f"--- {name}", *(line[:400] for line in end)]
         return "\n".join(shown)
 
-    def stop(self, grace_s: float = 10) -> list[str]:
+    def stop(self, grace_s: float = 20) -> list[str]:
         """End the server; what it started has to follow by itself. What had to be killed after grace_s, as text.
 
         As `torchserve --stop` does, this tells Java alone. A torchrun agent that were told at the same time could end
@@ -213,8 +213,8 @@ class TorchServe:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=5)
-        self._process.wait(5)
+        psutil.wait_procs(left, timeout=20)
+        self._process.wait(20)
         assert not self.processes()
         return killed
 
@@ -254,7 +254,11 @@ class Stream:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
         self._connection.request("POST", PREDICT, body)
         self._socket = self._connection.sock
-        self._response = self._connection.getresponse()
+        try:
+            self._response = self._connection.getresponse()
+        except BaseException:
+            self._connection.close()
+            raise
         self.status = self._response.status
         self.headers = self._response.headers
 
@@ -295,6 +299,14 @@ def is_gone(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it has come true."""
+    deadline = time.monotonic() + timeout_s
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return met
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama_tp.config import EngineConfig
+from llama_tp.engine import loop as loop_module
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EXIT_STEP_FAILED, EngineLoop, EngineThread
@@ -23,13 +24,29 @@ from tests.unit.test_engine import RecordingComm, runner_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 LONG = SamplingParams(temperature=0, max_new_tokens=30_000)
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 """Longer than anything here takes, on the busiest machine."""
 
 
 @pytest.fixture(scope="module")
 def model():
     return random_model(MODELS["multiplier"])
+
+
+class Clock:
+    """The time of every loop, for which nothing but the test moves it."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loop_module, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -150,11 +167,13 @@ def test_polling_waits_for_the_first_event_and_no_longer(start):
     assert time.monotonic() - begin < PATIENCE_S / 2
 
 
-def test_when_nobody_polls_any_more_all_requests_are_cancelled(start, caplog):
+def test_when_nobody_polls_any_more_all_requests_are_cancelled(clock, start, caplog):
     caplog.set_level(logging.INFO)
-    loop = start(abandon_after_s=0.05, max_seq_len=32_768, max_batch_size=1)
+    loop = start(abandon_after_s=60, max_seq_len=32_768, max_batch_size=1)
     loop.submit(request_of("running", params=LONG))
     loop.submit(request_of("waiting", params=LONG))
+    wait_until(lambda: loop.engine.num_requests == 2)
+    clock.now += 61
     wait_until(lambda: "nobody has polled" in caplog.text)
     wait_until(lambda: loop.engine.num_requests == 0)
     events = loop.poll(0)
@@ -166,15 +185,19 @@ def test_when_nobody_polls_any_more_all_requests_are_cancelled(start, caplog):
     assert collect(loop, "later")["later"][-1].finish_reason is FinishReason.LENGTH
 
 
-def test_who_keeps_polling_is_not_abandoned(start):
-    loop = start(abandon_after_s=0.2, max_seq_len=32_768)
+def test_who_keeps_polling_is_not_abandoned(clock, start):
+    loop = start(abandon_after_s=60, max_seq_len=32_768)
     loop.submit(request_of("a", params=LONG))
-    end, events = time.monotonic() + 0.5, []
-    while time.monotonic() < end:
-        events += loop.poll(0.02)
-        time.sleep(0.01)
-    assert events
-    assert all(event.finish_reason is None for event in events)
+    for _ in range(3):
+        clock.now += 40
+        assert_that_it_goes_on(loop)
+
+
+def assert_that_it_goes_on(loop):
+    """Nobody polls meanwhile; the last of the steps begins after the call."""
+    num_seen = len(loop._events)
+    wait_until(lambda: len(loop._events) > num_seen + 2 or any(event.finish_reason for event in loop._events))
+    assert not any(event.finish_reason for event in loop.poll(0))
 
 
 def test_the_thread_that_loaded_the_engine_runs_every_step(model):
@@ -218,16 +241,14 @@ def test_a_loop_that_stops_lets_its_followers_go(start, model):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_request_whose_time_is_up_ends_with_what_it_has(start, n):
+def test_a_request_whose_time_is_up_ends_with_what_it_has(clock, start, n):
     loop = start(max_seq_len=32_000, max_batch_size=4)
-    loop.submit(Request("late", (1, 2, 3), LONG.but(n=n), timeout_s=0.3))
+    loop.submit(Request("late", (1, 2, 3), LONG.but(n=n), timeout_s=60))
     loop.submit(request_of("patient", params=LONG))
-    events, ended = [], set()
-    deadline = time.monotonic() + PATIENCE_S
-    while len(ended) < n and time.monotonic() < deadline:
-        events += [event for event in loop.poll(0.1) if event.request_id == "late"]
-        ended = {event.index for event in events if event.finish_reason is FinishReason.TIMEOUT}
-    assert ended == set(range(n))
+    wait_until(lambda: sum(event.request_id == "late" for event in list(loop._events)) > n)
+    clock.now += 60
+    events = collect_only(loop, "late", ends=n)
+    assert {event.index for event in events if event.finish_reason is FinishReason.TIMEOUT} == set(range(n))
     assert sum(event.token_id is not None for event in events) > n
     assert loop.stats().running == 1
     loop.cancel("patient")
@@ -242,19 +263,20 @@ def test_waiting_counts_against_the_timeout(start):
     loop.cancel("first")
 
 
-def test_an_id_that_is_used_again_does_not_inherit_a_deadline(start):
+def test_an_id_that_is_used_again_does_not_inherit_a_deadline(clock, start):
     loop = start(max_seq_len=32_000)
-    loop.submit(Request("a", (1, 2, 3), LONG, timeout_s=0.2))
-    loop.cancel("a")
-    loop.submit(request_of("a", params=LONG))
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        assert not any(event.finish_reason for event in loop.poll(0.05))
+    with loop._changed:  # the loop finds all three notes at once
+        loop.submit(Request("a", (1, 2, 3), LONG, timeout_s=60))
+        loop.cancel("a")
+        loop.submit(request_of("a", params=LONG))
+    assert_that_it_goes_on(loop)
+    clock.now += 61
+    assert_that_it_goes_on(loop)
     loop.cancel("a")
 
 
 def test_a_request_that_finds_the_queue_full_is_told_so_and_the_others_go_on(start):
-    loop = start(max_seq_len=32_000, max_batch_size=1, max_waiting=1)
+    loop = start(max_seq_len=32_000, max_batch_size=1, max_waiting=2)
     loop.submit(request_of("first", params=LONG))
     wait_until(lambda: loop.stats().running == 1)
     loop.submit(request_of("second"))
@@ -292,10 +314,12 @@ def test_notes_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
     config = EngineConfig(max_seq_len=64, max_batch_size=2, heartbeat_s=0.2)
     comm = RecordingComm()
     loop = start(Engine(runner_of(model, config), comm, config))
-    for _ in range(60):
+
+    def note_and_look():
         loop.cancel("never seen")
-        time.sleep(0.01)
-    assert heartbeats(comm) >= 1
+        return heartbeats(comm) >= 1
+
+    wait_until(note_and_look)
 
 
 def test_a_follower_whose_leader_is_lost_ends_its_process(start, model, monkeypatch, caplog):

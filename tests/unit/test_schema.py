@@ -142,17 +142,17 @@ def test_the_deepest_legal_nesting_is_accepted_parsed_or_not() -> None:
 
 
 def test_a_hundred_thousand_brackets_are_refused_at_once() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert refusal(b"[" * 100_000).code == "too_deep"
-    assert time.perf_counter() - started < 0.05
+    assert time.thread_time() - started < 0.05
 
 
 def test_megabytes_of_quotes_and_backslashes_take_linear_time() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert refusal(b'{"a": "' + b'\\"' * 1_000_000).code == "invalid_json"
     assert refusal(b'"' * 1_000_000).code == "invalid_json"
     assert len(parse_json(b'{"a": "' + b"\\\\" * 1_000_000 + b'"}')["a"]) == 1_000_000
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def itself() -> list[Any]:
@@ -284,7 +284,7 @@ class Needy(StrictModel):
         ("min_p", 1.0),
         ("min_new_tokens", 0),
         ("min_new_tokens", MAX_NEW_TOKENS),
-        ("repetition_penalty", 5e-324),
+        ("repetition_penalty", 0.01),
         ("repetition_penalty", 10),
         ("penalty", -2),
         ("penalty", 2.0),
@@ -363,6 +363,7 @@ def test_stop_token_ids_are_a_list_of_ids() -> None:
         ("min_new_tokens", 1e9, "invalid_value", ""),
         ("min_new_tokens", True, "invalid_type", ""),
         ("repetition_penalty", 0, "invalid_value", ""),
+        ("repetition_penalty", 1e-40, "invalid_value", ""),
         ("repetition_penalty", 10.5, "invalid_value", ""),
         ("repetition_penalty", "1", "invalid_type", ""),
         ("penalty", -2.5, "invalid_value", ""),
@@ -462,22 +463,22 @@ def test_an_unknown_field_is_named_together_with_the_nearest_known_one(key: str,
 
 @pytest.mark.parametrize("key", ["x" * 10**6, "a\n[METRICS]CUDA:1|#:", "{0.__class__}", "%s", "{", "__class__"])
 def test_a_hostile_key_is_refused_at_once_and_in_few_characters(key: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ApiError) as caught:
         validate(Everything, {key: "{value}" * 1000})
     assert caught.value.code == "unknown_field"
     assert len(caught.value.body()) < 600
     assert b"\n" not in caught.value.body()
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_a_hundred_thousand_bad_entries_cost_no_more_than_the_first() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ApiError, match="unknown_field"):
         validate(Everything, {str(key): key for key in range(100_000)})
     with pytest.raises(ApiError, match="invalid_type"):
         validate(Everything, {"inners": [5] * 100_000})
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 json_values = st.recursive(
