@@ -19,6 +19,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.scheduler import QueueFull
 from llama_tp.engine.stats import EngineStats
+from llama_tp.parallel.comm import PeerLost
 from llama_tp.parallel.launch import leave
 
 log = logging.getLogger(__name__)
@@ -211,6 +212,9 @@ def _or_die(run: Callable[[], None]) -> None:
     """The group has to agree step by step; a rank that cannot go on must not linger."""
     try:
         run()
+    except PeerLost as error:
+        log.critical("%s; this rank ends so that the group is started afresh", error)
+        leave(EXIT_STEP_FAILED)
     except BaseException:
         log.critical("the engine failed; this rank ends so that the group is started afresh", exc_info=True)
         leave(EXIT_STEP_FAILED)

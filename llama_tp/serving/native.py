@@ -291,6 +291,13 @@ def check_context(
     return min(max_new_tokens, room)
 
 
+def check_outputs(n: int, max_waiting: int) -> None:
+    """ApiError if so many outputs could never wait at a time."""
+    if n > max_waiting:
+        message = f"n={n} must be at most {max_waiting}, the outputs that may wait here (handler.max_waiting)"
+        raise ApiError(400, "invalid_value", message, "n")
+
+
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str = "prompt") -> None:
     """ApiError for the first id that is not in the vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):

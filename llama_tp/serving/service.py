@@ -134,6 +134,7 @@ class LlamaService:
         self._chat = chat
         self._defaults = defaults
         self._max_seq_len = loop.engine.config.max_seq_len
+        self._max_waiting = loop.engine.config.max_waiting
         self._vocab_size = loop.engine.runner.model.args.vocab_size
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._active: dict[str, _Active] = {}
@@ -189,6 +190,7 @@ class LlamaService:
     def _start(self, request_id: str, body: object) -> None:
         request = native.parse_native(body, self._defaults)
         native.check_vocabulary(request, self._vocab_size)
+        native.check_outputs(request.n, self._max_waiting)
         prompt, stop_ids = self._encode(request)
         max_new_tokens = native.check_context(
             len(prompt),

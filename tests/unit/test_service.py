@@ -462,6 +462,11 @@ def test_what_is_wrong_with_a_request_is_its_only_reply(service, body, status, c
     assert service.open_ids == set()
 
 
+def test_more_outputs_than_may_ever_wait_are_the_request_s_fault(make_service):
+    service = make_service(max_waiting=3)
+    assert refusal(service, prompt="a", n=4) == (400, "invalid_value", "n")
+
+
 @pytest.mark.parametrize("body", [b"", b"not json", b"\x1f\x8b\x08", b"[]", None, 42], ids=repr)
 def test_a_body_that_is_no_request_is_answered_with_400(service, body):
     service.open("one", body)
