@@ -141,7 +141,14 @@ def test_a_stream_is_lines_of_json_that_make_up_the_whole_answer(server: TorchSe
     assert len(ids) == whole.usage["completion_tokens"]
     assert tokenizer.decode(ids) == whole.text
     assert len(set(arrivals)) > 10
-    assert arrivals[0] - arrivals[-1] < -0.05, "all of it came at once"
+    assert any(seconds_of_a_stream(server) > 0.05 for _ in range(3)), "all of it came at once"
+
+
+def seconds_of_a_stream(server):
+    """From its first line to its last; too few if this process did not run meanwhile."""
+    with server.stream({**PASSAGE_REQUEST, "stream": True}) as stream:
+        first, *_, last = [arrival for arrival, _ in stream]
+    return last - first
 
 
 def test_no_chunk_of_a_stream_ends_in_half_a_character(server: TorchServe) -> None:
