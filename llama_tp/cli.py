@@ -42,12 +42,13 @@ def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> Non
         memory: of one rank's device, such as 24GiB
         dtype: of weights and cache: bfloat16, float16 or float32, as the start-up log says
     """
-    from llama_tp.config import ModelArgs, parse_memory
+    from llama_tp.config import DTYPES, ModelArgs, parse_memory
     from llama_tp.parallel.plan import legal_tp_sizes, num_parameters_of_rank
 
-    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
-    if dtype not in sizes:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(sizes)}")
+    names = [name for name in DTYPES if name != "auto"]
+    if dtype not in names:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(names)}")
+    itemsize = 4 if dtype == "float32" else 2
     args = ModelArgs.load(model_args)
     if args.vocab_size < 1:
         raise ValueError(
@@ -64,8 +65,8 @@ def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> Non
     fitting = f"tokens that fit in {memory}"
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
     for size in legal_tp_sizes(args):
-        weights = sizes[dtype] * num_parameters_of_rank(args, size)
-        token = sizes[dtype] * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
+        weights = itemsize * num_parameters_of_rank(args, size)
+        token = itemsize * 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim
         context = token * args.max_seq_len
         tokens = max(0, size_of_memory - weights) // token
         row = f"{size:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB"

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from time import perf_counter, process_time, sleep
@@ -148,6 +149,8 @@ def bench_engine(
     """What `llama-tp bench engine` does. Call it on every rank."""
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
+    if against == "transformers" and find_spec("transformers") is None:
+        raise ValueError("against=transformers: transformers is not installed; run pip install -e '.[bench]'")
     if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
         raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
     if not isinstance(runs, int) or runs < 1:

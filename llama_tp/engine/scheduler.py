@@ -36,7 +36,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._by_id: dict[str, list[Sequence]] = {}  # those that have not ended
-        self._num_sequences = 0  # in there
+        self._num_sequences = 0  # in there; counted, because other threads ask
         self._free_rows = list(range(config.max_batch_size))  # a heap: the lowest row first
         self.num_preemptions = 0
         self.num_prompt_tokens = 0

@@ -69,6 +69,12 @@ def test_tokens_that_were_decoded_beside_prompts_do_not_count_as_decoded_after_t
     assert taken == bench.Taken(prefill_s=4, decode_s=5, decoded=4 * 6 - (4 + 3 + 2 + 1))
 
 
+def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda _name: None)
+    with pytest.raises(ValueError, match=r"transformers is not installed; run pip install -e '.\[bench\]'"):
+        bench_engine("nowhere", against="transformers")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine import loop as loop_module
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EXIT_STEP_FAILED, EngineLoop, EngineThread
@@ -31,22 +30,6 @@ PATIENCE_S = 60.0
 @pytest.fixture(scope="module")
 def model():
     return random_model(MODELS["multiplier"])
-
-
-class Clock:
-    """The time of every loop, for which nothing but the test moves it."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
-    return clock
 
 
 @pytest.fixture

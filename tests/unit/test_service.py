@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from llama_tp.config import ModelArgs
-from llama_tp.engine import loop as loop_module
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.serving import native
 from llama_tp.serving.native import NativeDefaults
 from llama_tp.serving.service import FORM, LlamaService
 from llama_tp.text.chat import chat_format
 from tests.tiny_model import engine_of, random_model
-from tests.unit.test_loop import Clock
 from tests.unit.text_fixtures import tiny
 
 DEFAULTS = NativeDefaults(
@@ -45,13 +43,6 @@ def model(tokenizer):
     )
     model.output.weight[list(tokenizer.stop_ids)] = 0  # never among the most probable: no answer ends by chance
     return model
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(loop_module, "time", clock)
-    return clock
 
 
 @pytest.fixture
