@@ -6,6 +6,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
 
     Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the line for all.
     """
-    signal.signal(signal.SIGTERM, _end)
+    _end_on_sigterm()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(_run(function, name))
     from llama_tp.parallel.launch import leave
@@ -80,6 +81,29 @@ def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
     return decorators.SetParseFns(**texts)(accept)
 
 
+_CLEAN_UP_S = 5.0
+"""How long a command gets to clean up after SIGTERM before it is ended where it stands."""
+
+
+def _end_on_sigterm() -> None:
+    """End at SIGTERM, cleaning up as after an error, even if the main thread does not return from a collective."""
+    signal.signal(signal.SIGTERM, _end)
+    arrivals, numbers = os.pipe()
+    os.set_blocking(numbers, False)
+    signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
+    threading.Thread(target=_end_late, args=(arrivals,), name="sigterm", daemon=True).start()
+
+
 def _end(_signal: int, _frame: object) -> NoReturn:
-    """A SIGTERM cleans up as an error does."""
-    sys.exit(143)
+    sys.exit(_TERMINATED)
+
+
+def _end_late(arrivals: int) -> None:
+    """Python runs signal handlers between two instructions of the main thread; this one needs no main thread."""
+    while signal.SIGTERM not in os.read(arrivals, 64):
+        pass
+    time.sleep(_CLEAN_UP_S)
+    os._exit(_TERMINATED)
+
+
+_TERMINATED = 128 + signal.SIGTERM

@@ -31,7 +31,7 @@ def bench_comm(*, batch: int, rounds: int) -> None:
     if group.mesh is None:
         raise ValueError("one rank has nobody to talk to; run it under torchrun --nproc-per-node 4")
     rows = []
-    for comm in (group.comm, GroupComm(leader=0, timeout_s=20)):
+    for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):
         leader, last = _publish(comm, batch, rounds)
         reductions = _all_reduce(comm, rounds)
         for what, seconds in (

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.agree import agree, gather
 from llama_tp.checkpoint.fairscale import FairscaleReader
 from llama_tp.checkpoint.manifest import write_manifest
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.reader import CheckpointReader
 from llama_tp.checkpoint.staging import StagedFolder
 from llama_tp.config import ModelArgs
+from llama_tp.parallel.agreement import agree, gather
+from llama_tp.parallel.launch import meet
 
 MODEL_ARGS = "model_args.json"
 _PEER_TIMEOUT = timedelta(hours=12)
@@ -156,11 +157,12 @@ def _is_leader() -> bool:
 @contextmanager
 def _process_group() -> Iterator[None]:
     """gloo over the ranks that torchrun started; none in a plain process."""
-    if dist.is_initialized() or not dist.is_torchelastic_launched():
+    if dist.is_initialized():  # the caller's
         yield
         return
-    dist.init_process_group("gloo", timeout=_PEER_TIMEOUT)
+    meet(timeout=_PEER_TIMEOUT)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -44,7 +44,6 @@ from torch.distributed.checkpoint.storage import StorageMeta, WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from llama_tp.checkpoint.agree import agree, gather
 from llama_tp.checkpoint.dcp_metadata import load_metadata
 from llama_tp.checkpoint.hashing_file import HashingFile
 from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
@@ -52,6 +51,7 @@ from llama_tp.checkpoint.manifest import FileEntry
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
 from llama_tp.checkpoint.verify import verify
+from llama_tp.parallel.agreement import agree, gather
 
 FILE_BYTES = 1 << 30
 """A .distcp file is closed once it has this size."""

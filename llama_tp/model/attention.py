@@ -91,10 +91,25 @@ def _attend(q: Tensor, cache: LayerCache, span: Span) -> Tensor:
         if groups.size(2) == 1 and lacks_kernels(q):
             return _attend_wide(groups, k, v, span.mask)[0].to(q.dtype).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=span.mask).reshape(q.shape)
+    if span.mask is not None and q.is_cuda:
+        return _attend_masked_chunk(q, k, v, span.mask)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=True
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_masked_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One sequence's queries (T, H, d) over keys (1, K, S, d) under a mask (T, S).
+
+    With a mask and enable_gqa, CUDA has no kernel but the one that writes out all scores in float32. Seen as K
+    sequences of G heads that read the same keys, the memory-efficient kernel computes them in place.
+    """
+    num_kv_heads = k.size(1)
+    groups = q.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # (K, G, T, d)
+    k, v = (part.transpose(0, 1).expand(-1, groups.size(1), -1, -1) for part in (k, v))
+    out = F.scaled_dot_product_attention(groups, k, v, attn_mask=mask)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _attend_parts(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, span: Span) -> Tensor:

@@ -74,14 +74,16 @@ class SingleComm:
 
 
 class GroupComm:
-    """torch.distributed: one group for tensors, and a gloo group for plans unless `plans` carries them faster, all with
-    the timeout of a step.
+    """torch.distributed: one group of `backend` for tensors, and a gloo group for plans unless `plans` carries them
+    faster, all with the timeout of a step.
 
     `ordered` adds up in rank order, whatever the size of the tensor: an all-reduce splits it among the ranks, and adds
     each part up in an order of its own. It moves size / 2 times as many bytes.
     """
 
-    def __init__(self, *, leader: int, timeout_s: float, ordered: bool = False, plans: Comm | None = None) -> None:
+    def __init__(
+        self, backend: str, *, leader: int, timeout_s: float, ordered: bool = False, plans: Comm | None = None
+    ) -> None:
         self._plans = plans
         self._ordered = ordered
         self.rank = dist.get_rank()
@@ -89,7 +91,7 @@ class GroupComm:
         self.leader = leader
         self.is_leader = self.rank == leader
         # Groups of their own: the default group's timeout must outlast loading a model, a step's must not.
-        self._data = dist.new_group(timeout=timedelta(seconds=timeout_s))
+        self._data = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
         self._control = None if plans else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def all_reduce(self, x: Tensor) -> Tensor:

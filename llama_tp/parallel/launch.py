@@ -1,4 +1,8 @@
-"""Joining the group, from torchrun's environment to a rank, a device, a mesh and a `Comm`; and leaving it."""
+"""Joining the group, from torchrun's environment to a rank, a device, a mesh and a `Comm`; and leaving it.
+
+Ranks meet over gloo, which every machine has, and touch a device only after all of them have agreed that they can: a
+rank without its GPU would otherwise leave the others waiting in NCCL.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,21 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from llama_tp.parallel import shared_memory
+from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.comm import Comm, GroupComm, SingleComm
 
 log = logging.getLogger(__name__)
@@ -30,13 +40,9 @@ class Group:
     mesh: DeviceMesh | None
     """One-dimensional, axis "tp"; None for a group of one."""
 
-    def agree(self, problem: str | None) -> str | None:
-        """The first problem that any rank has, on every rank; None if all are well. A barrier."""
-        if self.mesh is None:
-            return problem
-        problems: list[str | None] = [None] * self.comm.size
-        dist.all_gather_object(problems, problem)
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
+
+_LOAD_TIMEOUT = timedelta(hours=1)
+"""Of the default group: ranks wait for each other while they read a checkpoint."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,32 +61,120 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-_LOAD_TIMEOUT = timedelta(hours=1)
-"""Of the default group: ranks wait for each other while they read a checkpoint."""
-
-
 def join(
     device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = None, deterministic: bool = False
 ) -> Group:
-    """Join the group that torchrun's environment describes; a group of one without it.
+    """Join the group that torchrun's environment describes; a group of one without it. Meets first, if need be.
 
     `lead`: whether this rank is the leader; exactly one must be. None: rank 0 is. A group of one leads itself and
     starts no process group. `timeout_s` is how long a step waits for a silent peer. `deterministic`: add up in rank
-    order, always.
-
-    From here on, a process that torchrun started dies with it.
+    order, always. ValueError, on every rank, if any of them cannot have its device.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    meet()
+    if not dist.is_initialized():
         return Group(comm=SingleComm(), device=resolve_device(device), mesh=None)
-    here = resolve_device(device)
+    here = agree(lambda: resolve_device(device))
+    _require_one_kind(gather(here.type))
+    leader = _agree_on_leader(dist.get_rank() == 0 if lead is None else lead)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=_LOAD_TIMEOUT)
     mesh = init_device_mesh(here.type, (dist.get_world_size(),), mesh_dim_names=("tp",))
-    leader = _agree_on_leader(dist.get_rank() == 0 if lead is None else lead)
     return Group(comm=_make_comm(here, leader, timeout_s, deterministic), device=here, mesh=mesh)
+
+
+_MEET_TIMEOUT_S = 300.0
+"""How long ranks wait for each other to start: torchrun starts them together, but hosts may import at different
+speeds."""
+_REPORT_AFTER_S = 10.0
+"""Ranks that are still missing are named in the log after this time, and again each time it has doubled."""
+
+
+def meet(timeout: timedelta = _LOAD_TIMEOUT) -> None:
+    """Wait for all ranks that torchrun started, and connect them over gloo. Does nothing for a group of one, or if they
+    are connected already.
+
+    From here on, a process that torchrun started dies with it. `timeout`: how long a rank may keep the others waiting
+    while it loads or converts. ValueError if WORLD_SIZE announces other ranks but torchrun did not start this process,
+    or if a rank does not start.
+    """
+    if dist.is_initialized():
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not is_under_torchrun():
+        if size > 1:
+            raise ValueError(
+                f"WORLD_SIZE={size} is set in the environment, but torchrun did not start this process; "
+                f"unset WORLD_SIZE, or start it with: torchrun --nproc-per-node {size} ..."
+            )
+        return
+    die_with_parent()
+    if size == 1:
+        return
+    rank = int(os.environ["RANK"])
+    store: dist.Store
+    if is_one_host() and sys.platform.startswith("linux"):
+        # Traffic between ranks of one host stays on the host, whatever its name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = _host_store(size)
+    else:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_MEET_TIMEOUT_S)))
+    _await_all(store, rank, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_one_host() -> bool:
+    """Whether all ranks of the group run on this host."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def _host_store(size: int) -> dist.Store:
+    """A store in a private file that the ranks of one torchrun agent share.
+
+    torchrun's own store listens on all interfaces, and anyone who can reach it can write to it.
+    """
+    folder = Path(tempfile.gettempdir(), f"llama_tp.{os.getuid()}.ranks")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    info = folder.lstat()
+    if info.st_uid != os.getuid() or info.st_mode & 0o077 or folder.is_symlink():
+        raise ValueError(f"{folder} is not a private folder of yours; remove it, or set TMPDIR")
+    for old in folder.iterdir():  # ranks that were killed leave theirs behind
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _STALE_S:
+                old.unlink()
+    agent = os.getppid()
+    started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # a pid may be used again
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.FileStore(str(folder / f"{agent}.{started}.{restarts}"), size)
+
+
+_STALE_S = 7 * 24 * 3600.0
+"""A store file of this age is deleted: ranks need it only while they start."""
+
+
+def _await_all(store: dist.Store, rank: int, size: int) -> None:
+    """Return once every rank is here. ValueError names those that are not after _MEET_TIMEOUT_S."""
+    store.set(f"here {rank}", b"1")
+    start = time.monotonic()
+    report_at = _REPORT_AFTER_S
+    missing = list(range(size))
+    while missing := [one for one in missing if not store.check([f"here {one}"])]:
+        waited = time.monotonic() - start
+        if waited > _MEET_TIMEOUT_S:
+            raise ValueError(f"rank {rank} of {size} gave up after {waited:.0f} s: ranks {missing} did not start")
+        if waited > report_at:
+            log.warning("rank %d of %d is waiting for ranks %s to start", rank, size, missing)
+            report_at *= 2
+        time.sleep(0.02)
+
+
+def _require_one_kind(kinds: list[str]) -> None:
+    if len(set(kinds)) > 1:
+        of_each = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
+        raise ValueError(f"all ranks need the same kind of device, but they have {of_each}; set device to cpu or cuda")
 
 
 def die_with_parent() -> None:
@@ -120,13 +214,13 @@ def _agree_on_leader(lead: bool) -> int:
 
 
 def _make_comm(device: torch.device, leader: int, timeout_s: float, deterministic: bool) -> Comm:
-    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     shared = None
-    if one_host and shared_memory.is_supported():
+    if is_one_host() and shared_memory.is_supported():
         try:
             shared = shared_memory.SharedMemoryComm(leader=leader, timeout_s=timeout_s)
         except OSError as error:
             log.warning("falling back to gloo: %s", error)
     if shared is not None and device.type == "cpu":
         return shared
-    return GroupComm(leader=leader, timeout_s=timeout_s, ordered=deterministic, plans=shared)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return GroupComm(backend, leader=leader, timeout_s=timeout_s, ordered=deterministic, plans=shared)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_tp.checkpoint.agree import one_line
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
-from llama_tp.parallel.launch import Group, die_with_parent, join, resolve_device
+from llama_tp.parallel.agreement import agree, one_line
+from llama_tp.parallel.launch import join, meet
 from llama_tp.serve_config import ModelConfig
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
@@ -59,35 +59,24 @@ def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -
     """
     try:
         return _load_rank(read_yaml, model_dir, lead)
-    except RuntimeError as error:
-        log.error("the model was not loaded: %s", "; ".join(str(error).splitlines()))
-        raise
+    except Exception as error:
+        reason = one_line(error)
+        log.error("the model was not loaded: %s", reason)
+        raise RuntimeError(reason) from error
 
 
 def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> LoadedRank:
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    problem: str | None = None
-    try:
-        config, args, engine_config, tokenizer, chat = _read(read_yaml(), model_dir)
-        resolve_device(engine_config.device)
-    except Exception as error:
-        problem = one_line(error)
-        engine_config = EngineConfig(device="cpu")  # enough to meet the others and say so
+    meet()
+    config, args, engine_config, tokenizer, chat = agree(lambda: _read(read_yaml(), model_dir))
     group = join(
         engine_config.device,
         timeout_s=engine_config.collective_timeout_s,
         lead=lead,
         deterministic=engine_config.deterministic,
     )
-    _fail_together(group, problem)
-    try:
-        folder = str(model_dir / config.handler.converted_ckpt_dir)
-        thread = EngineThread()
-        engine = thread.call(lambda: load_engine(folder, args, engine_config, group))
-    except Exception as error:
-        problem = one_line(error)
-    _fail_together(group, problem)
+    folder = str(model_dir / config.handler.converted_ckpt_dir)
+    thread = EngineThread()
+    engine = agree(lambda: thread.call(lambda: load_engine(folder, args, engine_config, group)))
     return LoadedRank(engine, thread, config, tokenizer, chat)
 
 
@@ -146,8 +135,3 @@ def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | 
         if config.handler.chat_format == "auto" and config.handler.mode != "chat":
             return str(error)
         raise
-
-
-def _fail_together(group: Group, problem: str | None) -> None:
-    if first := group.agree(problem):
-        raise RuntimeError(first)

@@ -21,7 +21,7 @@ def make(kind: str, timeout_s: float) -> Comm:
         return SharedMemoryComm(leader=0, timeout_s=timeout_s)
     # "shared plans": what ranks on one host's GPUs use, with gloo for NCCL
     plans = SharedMemoryComm(leader=0, timeout_s=timeout_s) if kind == "shared plans" else None
-    return GroupComm(leader=0, timeout_s=timeout_s, ordered=kind == "ordered", plans=plans)
+    return GroupComm("gloo", leader=0, timeout_s=timeout_s, ordered=kind == "ordered", plans=plans)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def main() -> None:
     for name, args in MODELS.items():
         if group.comm.size not in legal_tp_sizes(args):
             continue
-        for comm in (group.comm, GroupComm(leader=0, timeout_s=20)):
+        for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):
             model = parallelize(random_model(args), group.mesh)
             options = {
                 "num_kv_heads": local_kv_heads(args, comm.size),

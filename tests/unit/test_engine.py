@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.config import ConfigError, EngineConfig
 from llama_tp.engine import page_table
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine, GroupDiverged
@@ -540,48 +539,6 @@ def test_followers_are_released_when_a_prompt_is_refused(model):
     with pytest.raises(ValueError, match=r"prompts\[1\]"):
         leader.generate([[1], []], GREEDY)
     assert [decode(message).stop for message in comm.messages] == [True]
-
-
-def test_a_cache_that_does_not_fit_is_refused_with_the_size_that_would(monkeypatch):
-    from llama_tp.engine import load
-    from llama_tp.parallel.comm import SingleComm
-    from llama_tp.parallel.launch import Group
-
-    group = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None)
-    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)  # Llama 2 7B
-    config = EngineConfig(max_seq_len=4096, max_batch_size=16, max_batched_tokens=512)
-    monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
-    with pytest.raises(ValueError, match=r"32\.0 GiB of KV cache beside 12\.6 GiB .* lower max_batch_size to 5"):
-        load.num_pages_that_fit(args, config, group, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"beside 25\.1 GiB .* use more ranks, .*; or set dtype to bfloat16"):
-        load.num_pages_that_fit(args, config, group, torch.float32)
-    five = dataclasses.replace(config, max_batch_size=5)
-    assert load.num_pages_that_fit(args, five, group, torch.bfloat16) == 5 * 256
-
-
-@pytest.mark.parametrize(
-    ("memory", "pages", "words"),
-    [
-        ("8GiB", 1024, ""),  # a page of 7B: 16 tokens of 512 KiB
-        (2**33, 1024, ""),
-        (0.5, 732, ""),  # half of what the weights leave of 24 GiB
-        ("1GiB", 0, r"holds 2048 tokens on a rank, not one sequence of max_seq_len=4096; raise"),
-        ("20GiB", 0, r"kv_cache_memory='20GiB' asks for 20\.0 GiB .* 24\.0 GiB are free; lower it"),
-    ],
-)
-def test_the_cache_may_be_sized_in_bytes_or_as_a_share_of_what_is_free(monkeypatch, memory, pages, words):
-    from llama_tp.engine import load
-    from llama_tp.parallel.launch import Group
-
-    group = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None)
-    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)  # Llama 2 7B
-    config = EngineConfig(max_seq_len=4096, max_batch_size=16, kv_cache_memory=memory)
-    monkeypatch.setattr(load, "_free_memory", lambda _device: 24 * 2**30)
-    if words:
-        with pytest.raises(ValueError, match=words):
-            load.num_pages_that_fit(args, config, group, torch.bfloat16)
-    else:
-        assert load.num_pages_that_fit(args, config, group, torch.bfloat16) == pages
 
 
 @pytest.mark.parametrize("memory", ["", "6 GiBs", "lots", 0, -1, 1.0 - 1, True, "nan", float("inf")])

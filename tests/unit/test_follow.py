@@ -150,12 +150,14 @@ def test_what_is_wrong_on_a_follower_is_logged_there_and_told_to_the_group(two_h
     """Only rank 0 prints the errors of a command, and a rank that left without a word would be waited for."""
     heard = []
 
-    class Group:
-        def agree(self, problem):
-            heard.append(problem)
-            return f"rank 1: {problem}"
+    def agree(step):
+        with pytest.raises(ConfigError) as caught:
+            step()
+        heard.append(str(caught.value))
+        raise ValueError(f"rank 1: {caught.value}")
 
-    monkeypatch.setattr(start_module, "join", lambda *_, **__: Group())
+    monkeypatch.setattr(start_module, "meet", lambda: None)
+    monkeypatch.setattr(start_module, "agree", agree)
     with pytest.raises(SystemExit) as caught:
         follow_module.follow_leader(str(tmp_path / "nowhere.yaml"))
     assert caught.value.code == 1

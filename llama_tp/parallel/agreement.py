@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def agree(step: Callable[[], T]) -> T:
-    """Run `step` on every rank and return its own result. If it fails on any rank: ValueError on all, the first reason.
+    """Run `step` on every rank and return its own result. If it fails on any rank: ValueError on all with the first
+    reason, and the rank that has it unless all do.
 
     Without a process group it is a plain call, whose errors fly as they are.
     """
@@ -24,8 +25,9 @@ def agree(step: Callable[[], T]) -> T:
     except Exception as error:  # also what torch raises when memory runs out: a RuntimeError
         problem = one_line(error)
     problems = gather(problem)
-    if first := next(filter(None, problems), None):
-        raise ValueError(first)
+    for rank, reason in enumerate(problems):
+        if reason is not None:
+            raise ValueError(reason if len(set(problems)) == 1 else f"rank {rank}: {reason}")
     return result  # type: ignore[return-value]  # no problem anywhere, so step returned
 
 

@@ -1,0 +1,89 @@
+"""How much KV cache a rank gets, and what is said when something does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.engine import memory as module
+from llama_tp.engine.memory import MemoryModel, compute_largest_steps, config_for_measuring
+from tests.tiny_model import MODELS, engine_of, random_model
+
+GIB = 2**30
+LLAMA2_7B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)
+ARGS = MODELS["gqa"]
+CONFIG = EngineConfig(max_seq_len=4096, max_batch_size=16)
+PER_SEQUENCE = 4096 // 16
+
+
+def model_of(dtype=torch.bfloat16, **changes):
+    return MemoryModel.of(LLAMA2_7B, dataclasses.replace(CONFIG, **changes), 1, dtype)
+
+
+def test_the_needs_are_those_of_the_published_model():
+    """6.74 billion parameters; 512 KiB of keys and values a token (arXiv:2307.09288, table 1 and its architecture)."""
+    memory = model_of()
+    assert memory.weights == pytest.approx(2 * 6.74e9, rel=1e-3)
+    assert memory.page == 16 * 512 * 2**10
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read():
+    with pytest.raises(ValueError, match=r"2\.0 GiB of KV cache beside 12\.6 GiB .* 14\.0 GiB are free; use more"):
+        model_of().check(14 * GIB)
+    with pytest.raises(ValueError, match=r"beside 25\.1 GiB .*; or set dtype to bfloat16"):
+        model_of(torch.float32).check(24 * GIB)
+    with pytest.raises(ValueError, match=r"^kv_cache_memory='20GiB' asks for 20\.0 GiB .* are free; lower it"):
+        model_of(kv_cache_memory="20GiB").check(24 * GIB)
+    model_of().check(15 * GIB)
+    model_of().check(None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "step", "device", "pages"),
+    [
+        (None, 100 * GIB, 0, "cuda", 16 * PER_SEQUENCE),  # all that max_batch_size sequences can need
+        (None, 11 * GIB, GIB, "cuda", 9 * GIB // 2**23),  # 0.9 of what a step leaves
+        (None, 11 * GIB, 0, "cpu", 11 * GIB // 2**24),  # half of the host's
+        (None, 3 * GIB, 0, "cpu", PER_SEQUENCE),  # but one whole sequence in any case
+        (None, None, 0, "cpu", 16 * PER_SEQUENCE),
+        ("8GiB", 11 * GIB, 0, "cuda", 1024),
+        (2**33, None, 0, "cpu", 1024),
+        (0.5, 11 * GIB, GIB, "cuda", 5 * GIB // 2**23),
+    ],
+)
+def test_the_cache_takes_what_was_asked_for_or_a_share_of_what_is_left(memory, free, step, device, pages):
+    assert model_of(kv_cache_memory=memory).num_pages(free, step, device) == pages
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "step", "words"),
+    [
+        (None, 2 * GIB, GIB, r"the KV cache needs 2\.0 GiB on each rank, and a step 1\.0 GiB, but 2\.0 GiB are free"),
+        ("10GiB", 10 * GIB, GIB, r"the KV cache needs 10\.0 GiB"),
+        ("1GiB", 10 * GIB, 0, r"holds 2048 tokens on a rank, not one sequence of max_seq_len=4096; raise"),
+        (0.1, 10 * GIB, 0, r"kv_cache_memory=0\.1 holds 2048 tokens"),
+        (0.5, None, 0, r"does not tell how much memory is free; give bytes"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_by_name(memory, free, step, words):
+    with pytest.raises(ValueError, match=words):
+        model_of(kv_cache_memory=memory).num_pages(free, step, "cuda")
+
+
+def test_the_largest_steps_are_as_large_as_the_limits_allow_and_leave_no_row_in_use(monkeypatch):
+    limits = EngineConfig(max_seq_len=64, max_batch_size=3, max_batched_tokens=32)
+    config = config_for_measuring(limits)
+    runner = engine_of(random_model(ARGS), **dataclasses.asdict(config)).runner
+    plans, sampled = [], []
+    execute = runner.execute
+    monkeypatch.setattr(runner, "execute", lambda plan: plans.append(plan) or execute(plan))
+    monkeypatch.setattr(module.Sampler, "sample", lambda _, logits, rows: sampled.append((logits.shape, len(rows))))
+    compute_largest_steps(runner, is_leader=True)
+    prefill, decode, _ = plans
+    assert [(len(chunk.tokens), chunk.start + len(chunk.tokens)) for chunk in prefill.chunks] == [(32, 64)]
+    assert [len(chunk.tokens) for chunk in decode.chunks] == [1, 1, 1]
+    assert sampled == [((1, ARGS.vocab_size), 1), ((3, ARGS.vocab_size), 3)]
+    assert runner.page_table.num_used == 0
