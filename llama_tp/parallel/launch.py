@@ -157,7 +157,7 @@ _STALE_S = 7 * 24 * 3600.0
 
 def _await_all(store: dist.Store, rank: int, size: int) -> None:
     """Return once every rank is here. ValueError names those that are not after _MEET_TIMEOUT_S."""
-    store.set(f"here {rank}", b"1")
+    store.set(f"here {rank}", "1")
     start = time.monotonic()
     report_at = _REPORT_AFTER_S
     missing = list(range(size))
