@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from llama_tp.command import run_command
+from llama_tp.threads import available_cores, bound_spinning
 
 
 def download(model_name: str, revision: str | None = None, output: str = "model") -> None:
@@ -84,6 +85,7 @@ def generate(
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    threads: int | None = None,
 ) -> None:
     """Continue a prompt and print the text as it comes. Under torchrun, on all its ranks.
 
@@ -98,6 +100,7 @@ def generate(
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
+        threads: CPU threads of each rank; by default its share of the available cores
     """
     from llama_tp.console import run_console
     from llama_tp.engine.request import SamplingParams
@@ -109,6 +112,7 @@ def generate(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
+        threads=threads,
     )
 
 
@@ -124,6 +128,7 @@ def chat(
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    threads: int | None = None,
 ) -> None:
     """Talk to a chat model in the terminal; an empty line or Ctrl-D ends it. Under torchrun, on all its ranks.
 
@@ -139,6 +144,7 @@ def chat(
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
+        threads: CPU threads of each rank; by default its share of the available cores
     """
     from llama_tp.console import run_console
     from llama_tp.engine.request import SamplingParams
@@ -150,6 +156,7 @@ def chat(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
+        threads=threads,
     )
 
 
@@ -258,6 +265,7 @@ def bench_engine(
     against: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    threads: int | None = None,
     max_batched_tokens: int = 512,
     arrivals: str | None = None,
     rate: float | str = 0,
@@ -284,6 +292,7 @@ def bench_engine(
             and "no_prefix_cache" run our own engine in deterministic mode, and without the prefix cache
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
+        threads: CPU threads of each rank; by default its share of the available cores
         max_batched_tokens: tokens of one step
         arrivals: "poisson" runs a load of mixed requests; batch, prompt, prefix, new, runs and against do not apply
         rate: of the load, requests a second; 0 or inf is all at once
@@ -310,6 +319,7 @@ def bench_engine(
             max_batched_tokens=max_batched_tokens,
             dtype=dtype,
             device=device,
+            threads=threads,
         )
         return
     engine.bench_engine(
@@ -322,6 +332,7 @@ def bench_engine(
         against=against,
         dtype=dtype,
         device=device,
+        threads=threads,
         max_batched_tokens=max_batched_tokens,
     )
 
@@ -398,7 +409,7 @@ def bench_serve(
             max_batch_size=max_batch_size,
             max_batched_tokens=max_batched_tokens,
             tp=tp,
-            threads=max(1, len(os.sched_getaffinity(0)) // tp) if threads is None else threads,
+            threads=max(1, available_cores() // tp) if threads is None else threads,
             dtype=dtype,
         ),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
@@ -428,4 +439,5 @@ COMMANDS: dict[str, Any] = {
 def main() -> None:
     """Entry point of `llama-tp` and `python -m llama_tp`."""
     os.environ.setdefault("PAGER", "cat")  # fire shows help in a pager
+    bound_spinning(os.environ)
     run_command(COMMANDS, name="llama-tp")

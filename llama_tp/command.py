@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, NoReturn
 
@@ -28,19 +29,19 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
 
     Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the line for all.
     """
-    _end_on_sigterm()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        sys.exit(_run(function, name))
-    from llama_tp.parallel.launch import leave
+    with _ending_at_sigterm():
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            sys.exit(_run(function, name))
+        from llama_tp.parallel.launch import leave
 
-    try:
-        status = _run(function, name)
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    leave(status)
+        try:
+            status = _run(function, name)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        leave(status)
 
 
 def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> int:
@@ -85,25 +86,32 @@ _CLEAN_UP_S = 5.0
 """How long a command gets to clean up after SIGTERM before it is ended where it stands."""
 
 
-def _end_on_sigterm() -> None:
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
     """End at SIGTERM, cleaning up as after an error, even if the main thread does not return from a collective."""
     signal.signal(signal.SIGTERM, _end)
     arrivals, numbers = os.pipe()
     os.set_blocking(numbers, False)
     signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
-    threading.Thread(target=_end_late, args=(arrivals,), name="sigterm", daemon=True).start()
+    has_ended = threading.Event()
+    threading.Thread(target=_end_late, args=(arrivals, has_ended), name="sigterm", daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        signal.set_wakeup_fd(-1)
 
 
 def _end(_signal: int, _frame: object) -> NoReturn:
     sys.exit(_TERMINATED)
 
 
-def _end_late(arrivals: int) -> None:
+def _end_late(arrivals: int, has_ended: threading.Event) -> None:
     """Python runs signal handlers between two instructions of the main thread; this one needs no main thread."""
     while signal.SIGTERM not in os.read(arrivals, 64):
         pass
-    time.sleep(_CLEAN_UP_S)
-    os._exit(_TERMINATED)
+    if not has_ended.wait(_CLEAN_UP_S):
+        os._exit(_TERMINATED)
 
 
 _TERMINATED = 128 + signal.SIGTERM

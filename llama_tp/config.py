@@ -222,6 +222,8 @@ class EngineConfig:
     instructions for it, but not with AVX2 for one or two sequences."""
     device: str = "auto"
     """cpu | cuda | auto: cuda where there is one."""
+    threads: int | None = None
+    """CPU threads of this rank. None: its share of the available cores."""
     collective_timeout_s: float = 20.0
     """A peer that is silent for longer ends the group."""
     heartbeat_s: float = 2.0
@@ -233,6 +235,8 @@ class EngineConfig:
             for name in ("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size", "max_waiting")
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1
         ]
+        if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
+            problems.append(f"threads={self.threads!r} must be a positive integer")
         if self.dtype not in DTYPES:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:

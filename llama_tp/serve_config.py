@@ -81,7 +81,8 @@ class TorchrunSection(_Section):
     nproc_per_node: Annotated[int, Field(ge=1, alias="nproc-per-node")]
     rdzv_backend: str = Field(default="c10d", alias="rdzv-backend")
     rdzv_endpoint: str = Field(default="", alias="rdzv-endpoint")
-    OMP_NUMBER_THREADS: PositiveInt = 1
+    OMP_NUMBER_THREADS: PositiveInt | None = None
+    """CPU threads of each rank; by default its share of the available cores."""
 
 
 class ModelConfig(_Section):
@@ -156,6 +157,7 @@ class ModelConfig(_Section):
             deterministic=handler.deterministic,
             dtype=handler.dtype,
             device="cuda" if self.deviceType == "gpu" else "cpu",
+            threads=self.torchrun.OMP_NUMBER_THREADS,
             collective_timeout_s=handler.collective_timeout_s,
             heartbeat_s=handler.heartbeat_s,
         )

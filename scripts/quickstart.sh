@@ -79,9 +79,7 @@ else
 fi
 
 step "Building the model archive for tensor-parallel size $tp"
-threads=$(($(nproc) / tp))
-sed -e "s/nproc-per-node: 3/nproc-per-node: $tp/" -e "s/OMP_NUMBER_THREADS: 1/OMP_NUMBER_THREADS: $((threads > 0 ? threads : 1))/" \
-    configs/demo-cpu.yaml >$demo/model-config.yaml
+sed "s/nproc-per-node: 3/nproc-per-node: $tp/" configs/demo-cpu.yaml >$demo/model-config.yaml
 .venv/bin/llama-tp package --config $demo/model-config.yaml --checkpoint $demo/converted_checkpoints \
     --tokenizer $demo/weights/tokenizer.json --model_store $demo/model_store
 

@@ -20,6 +20,7 @@ from llama_tp.engine import codec
 from llama_tp.engine.request import Chunk, StepPlan
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import join
+from llama_tp.threads import available_cores
 
 _TIME = Struct("d")
 _BUSY_S = 200e-6
@@ -42,8 +43,7 @@ def bench_comm(*, batch: int, rounds: int) -> None:
             rows.append(_row(type(comm).__name__, what, seconds))
     if group.comm.is_leader:
         print(
-            f"{group.comm.size} ranks on {len(os.sched_getaffinity(0))} cores; microseconds; "
-            f"load average {os.getloadavg()[0]:.1f}"
+            f"{group.comm.size} ranks on {available_cores()} cores; microseconds; load average {os.getloadavg()[0]:.1f}"
         )
         for row in rows:
             print(f"{row['comm']:<18}{row['what']:<24} median {row['median_us']:8.1f}   p99 {row['p99_us']:8.1f}")

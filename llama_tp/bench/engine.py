@@ -144,6 +144,7 @@ def bench_engine(
     against: str | None,
     dtype: str,
     device: str,
+    threads: int | None,
     max_batched_tokens: int,
 ) -> None:
     """What `llama-tp bench engine` does. Call it on every rank."""
@@ -166,6 +167,7 @@ def bench_engine(
         max_batched_tokens=max(max_batched_tokens, *batches),
         dtype=dtype,
         device=device,
+        threads=threads,
     )
     group = join(device, timeout_s=config.collective_timeout_s)
     if against in _SETTINGS and group.comm.size > 1:
@@ -204,6 +206,7 @@ def bench_load(
     max_batched_tokens: int,
     dtype: str,
     device: str,
+    threads: int | None,
 ) -> None:
     """What `llama-tp bench engine --arrivals poisson` does. Call it on every rank."""
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
@@ -214,6 +217,7 @@ def bench_load(
         max_waiting=max(load.requests, max_batch_size),  # the load is open: nobody is sent away
         dtype=dtype,
         device=device,
+        threads=threads,
     )
     shape = {"vocab_size": args.vocab_size, "max_seq_len": config.max_seq_len}
     jobs = workload(load, **shape)

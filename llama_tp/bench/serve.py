@@ -25,6 +25,7 @@ import yaml
 from llama_tp.bench import client
 from llama_tp.bench.load import Load, Slo, context_of, describe, summarize, table, warm_up, workload
 from llama_tp.config import ModelArgs
+from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
 from llama_tp.torchserve.server import ServerError, TorchServe, check_port, descendants, free_ports
 
@@ -144,7 +145,7 @@ def where_it_goes(offline: Figures, served: Figures) -> str:
         "client": served["client_cpu_s"],
         "torchrun": served["agent_cpu_s"],
     }
-    share = sum(beside.values()) / served["duration"] / len(os.sched_getaffinity(0))
+    share = sum(beside.values()) / served["duration"] / available_cores()
     per_token = 1e6 * sum(beside.values()) / served["total_output_tokens"]
     return "\n".join(
         (
@@ -174,11 +175,11 @@ def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     options = {**asdict(load), **asdict(slo), "arrivals": "poisson", "dtype": setup.dtype, "device": "cpu"}
     options |= {"max_batch_size": setup.max_batch_size, "max_batched_tokens": setup.max_batched_tokens}
+    options["threads"] = setup.threads
     names = {"ttft_ms": "slo_ttft_ms", "tpot_ms": "slo_tpot_ms"}
     command = [sys.executable, *(launcher if setup.tp > 1 else []), "-m", "llama_tp", "bench", "engine"]
     command += [setup.checkpoint, *(f"--{names.get(name, name)}={value}" for name, value in options.items())]
-    variables = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ServerError(f"the offline engine failed: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -16,6 +16,7 @@ from llama_tp.engine.runner import ModelRunner
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.apply import local_kv_heads
 from llama_tp.parallel.launch import Group
+from llama_tp.threads import choose_num_threads, warn_of_spinning
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     device = group.device
     if device.type == "cuda":
         _prepare_cuda(device)
+    else:
+        threads = choose_num_threads(config.threads)
+        torch.set_num_threads(threads)
+        warn_of_spinning(threads)
     dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
     memory = MemoryModel.of(args, config, group.comm.size, dtype)
     agree(lambda: memory.check(free_memory(device)))

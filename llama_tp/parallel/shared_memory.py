@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_tp.parallel.comm import PeerLost
+from llama_tp.threads import available_cores
 
 _LINE = 64  # bytes of a cache line: one counter each
 _SLOT = 1 << 20  # bytes of a data slot; larger tensors travel in pieces
@@ -60,7 +61,7 @@ class SharedMemoryComm:
         self._counters = memoryview(mapping).cast("q")
         base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._addresses = [ctypes.c_void_p(base + _LINE * rank) for rank in range(self.size)]
-        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size * torch.get_num_threads() else _SPINS // 10
+        self._spins = _SPINS if available_cores() >= self.size * torch.get_num_threads() else _SPINS // 10
         self._syscall = ctypes.CDLL(None).syscall
         self._bytes = memoryview(mapping)[_LINE * self.size :]
         slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=_LINE * self.size).view(2, self.size, _SLOT)

@@ -277,7 +277,7 @@ def test_names_and_paths_reach_their_command_as_they_were_typed(run, monkeypatch
     seen = []
     monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append((checkpoint, options)))
     run("generate", "2024", "Hello", "--tokenizer=7")
-    assert seen == [("2024", {"tokenizer": "7", "dtype": "auto", "device": "auto"})]
+    assert seen == [("2024", {"tokenizer": "7", "dtype": "auto", "device": "auto", "threads": None})]
 
 
 def test_generate_continues_a_prompt_from_a_checkpoint(run, checkpoint):

@@ -91,6 +91,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     "module",
     [
         "llama_tp.config",
+        "llama_tp.threads",
         "llama_tp.serve_config",
         "llama_tp.parallel.plan",
         "llama_tp.engine.request",
@@ -118,12 +119,16 @@ def test_the_scheduler_has_neither_clock_nor_randomness(module):
     ("package", "may_import"),
     [
         ("llama_tp.config", set()),
+        ("llama_tp.threads", set()),
         ("llama_tp.model", {"llama_tp.config"}),
-        ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model"}),
+        ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model", "llama_tp.threads"}),
         ("llama_tp.text", set()),
         # a conversion checks that the tokenizer is the model's
         ("llama_tp.checkpoint", {"llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.text"}),
-        ("llama_tp.engine", {"llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"}),
+        (
+            "llama_tp.engine",
+            {"llama_tp.config", "llama_tp.threads", "llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"},
+        ),
     ],
 )
 def test_a_layer_imports_only_layers_below_it(package, may_import):

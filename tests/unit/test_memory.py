@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ import torch
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine import memory as module
 from llama_tp.engine.memory import MemoryModel, compute_largest_steps, config_for_measuring
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.scheduler import Scheduler
+from llama_tp.serve_config import ModelConfig
 from tests.tiny_model import MODELS, engine_of, random_model
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 LLAMA2_7B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)
 ARGS = MODELS["gqa"]
@@ -87,3 +92,25 @@ def test_the_largest_steps_are_as_large_as_the_limits_allow_and_leave_no_row_in_
     assert [len(chunk.tokens) for chunk in decode.chunks] == [1, 1, 1]
     assert sampled == [((1, ARGS.vocab_size), 1), ((3, ARGS.vocab_size), 3)]
     assert runner.page_table.num_used == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_demo_s_configuration_runs_32_short_requests_at_once(ranks):
+    """It admitted 8, whatever their length: the others waited 39 s for their first token."""
+    demo = ModelArgs(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, ffn_hidden_dim=1536)
+    model_config = ModelConfig.load(ROOT / "configs/demo-cpu.yaml")
+    config = model_config.engine_config(demo)
+    memory = MemoryModel.of(demo, config, ranks, torch.float32)
+    config = dataclasses.replace(config, cache_pages=memory.num_pages(4 * GIB, 0, "cpu"))
+    scheduler = Scheduler(config)
+    for number in range(32):
+        scheduler.add(Request(str(number), tuple(range(136)), SamplingParams(max_new_tokens=64)))
+    while scheduler.num_waiting:
+        _, sequences = scheduler.plan()
+        scheduler.commit([7] * len(sequences))
+    assert len(scheduler.running) == 32
+    for _ in range(63):
+        _, sequences = scheduler.plan()
+        scheduler.commit([7] * len(sequences))
+    assert scheduler.num_preemptions == 0
+    assert model_config.batchSize == 32  # what TorchServe hands over at once
