@@ -77,7 +77,7 @@ class TorchServe:
             check_port(self.port + offset)
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
-        config = self.run_dir / "config.properties"
+        config = self.run_dir / "logs" / "config.properties"  # in run_dir itself may lie the one that was given
         config.write_text(self._own_properties())
         torchserve = Path(sys.executable).with_name("torchserve")
         command = [str(torchserve), "--ncs", "--start", "--model-store", str(self.model_store)]
