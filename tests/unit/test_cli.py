@@ -186,6 +186,7 @@ def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params
         (["generate", "nowhere", "Hello", "--seed=1.5"], "seed=1.5"),
         (["chat", "nowhere", "--top_p=2"], "top_p=2"),
         (["package", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
+        (["convert", "nowhere", "out"], "nowhere is not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

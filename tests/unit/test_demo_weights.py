@@ -380,3 +380,23 @@ def test_a_missing_gguf_package_is_named_before_anything_is_fetched(tmp_path, wh
     with pytest.raises(ValueError, match=r"pip install 'llama-tp\[demo\]'"):
         demo.fetch_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_variable_that_moves_it(tmp_path, wheel, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAMA_TP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"file/cache \(Not a directory\); set LLAMA_TP_CACHE"):
+        demo.fetch_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_user_without_a_home_is_told_to_set_the_cache(tmp_path, wheel, monkeypatch):
+    """As containers have it that run under any number: Path.home() is a RuntimeError there."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLAMA_TP_CACHE")
+    monkeypatch.setattr(demo.Path, "home", no_home)
+    with pytest.raises(ValueError, match="set LLAMA_TP_CACHE"):
+        demo.fetch_demo(tmp_path / "demo")
