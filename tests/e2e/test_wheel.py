@@ -99,7 +99,7 @@ def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
         assert said.startswith(f"llama is ready at http://127.0.0.1:{port}/predictions/llama")
         yield http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     finally:
-        user.llama_tp("stop", f"--port={port}")
+        user.run("llama-tp", "stop", f"--port={port}")
         is_clean = wait_until(lambda: not processes_marked(user.variables[MARK]), 20)
         for process in processes_marked(user.variables[MARK]):
             process.kill()
@@ -170,7 +170,7 @@ def test_a_second_demo_keeps_the_first(user: User, demo: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
 
 
-def test_a_conversion_on_two_ranks_gives_the_demo_s_own_weights(user: User, demo: Path) -> None:
+def test_a_conversion_on_two_ranks_is_verified_and_answers_alike(user: User, demo: Path) -> None:
     torchrun = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "llama_tp"]
     done = user.run("torchrun", *torchrun, "convert", "demo/weights", "again", "--max_seq_len=256")
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,8 @@ def test_a_download_without_network_says_so_in_one_line(user: User) -> None:
     done = user.run("llama-tp", "download", "meta-llama/Llama-2-7b")
     del user.variables["HF_HUB_OFFLINE"]
     assert done.returncode == 1
-    assert done.stderr.startswith("llama-tp: cannot reach the hub for meta-llama/Llama-2-7b")
+    assert done.stderr.startswith("llama-tp: ")
+    assert "meta-llama/Llama-2-7b" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
