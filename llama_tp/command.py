@@ -56,7 +56,7 @@ def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> 
         if rank > 0:
             time.sleep(_SPEAK_S + 0.1 * rank)
         line = "; ".join(str(error).splitlines()) or type(error).__name__
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+        print(f"{name or os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

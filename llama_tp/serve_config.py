@@ -30,7 +30,7 @@ class HandlerSection(_Section):
     """`handler:` of model-config.yaml. Relative paths are relative to the model's folder in the model store."""
 
     converted_ckpt_dir: str
-    """What scripts/convert_checkpoints.py wrote."""
+    """What `llama-tp convert` wrote."""
     tokenizer_path: str
     """tokenizer.model (Llama 2 or 3), tokenizer.json, or a folder that holds one."""
     model_args_path: str | None = None

@@ -151,7 +151,7 @@ def bench_engine(
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if against == "transformers" and find_spec("transformers") is None:
-        raise ValueError("against=transformers: transformers is not installed; run pip install -e '.[bench]'")
+        raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
     if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
         raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
     if not isinstance(runs, int) or runs < 1:

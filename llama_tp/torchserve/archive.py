@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from llama_tp.config import ConfigError
 from llama_tp.serve_config import ModelConfig
 from llama_tp.text.tokenizer_json import SIBLINGS
+from llama_tp.torchserve.programs import program
 
 
 def build_archive(
@@ -68,7 +68,7 @@ def build_archive(
 
 
 def _run_archiver(model_name: str, version: str, handler: str | Path, config_file: str | Path, export: str) -> None:
-    archiver = Path(sys.executable).with_name("torch-model-archiver")
+    archiver = program("torch-model-archiver")
     command = [str(archiver), "--model-name", model_name, "--version", version, "--handler", str(handler)]
     command += ["--config-file", str(config_file), "--archive-format", "no-archive", "--export-path", export]
     try:

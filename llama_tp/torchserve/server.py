@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
+from llama_tp.torchserve.programs import program
+
 STOP_S = 20.0
 """How long TorchServe gets to end before it is killed."""
 
@@ -77,9 +79,9 @@ class TorchServe:
             check_port(self.port + offset)
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
-        config = self.run_dir / "config.properties"
+        config = self.run_dir / "logs" / "config.properties"  # in run_dir itself may lie the one that was given
         config.write_text(self._own_properties())
-        torchserve = Path(sys.executable).with_name("torchserve")
+        torchserve = program("torchserve")
         command = [str(torchserve), "--ncs", "--start", "--model-store", str(self.model_store)]
         command += ["--models", self.model_name, "--ts-config", str(config), "--log-config", str(self.log_config)]
         with open(self.run_dir / "logs" / "console.log", "ab") as console:
@@ -155,7 +157,8 @@ class TorchServe:
             raise ServerError(f"{self._tmp_dir} is not a private folder of yours; remove it")
         variables = {**os.environ, "TMPDIR": str(self._tmp_dir), "TEMP": str(self._tmp_dir)}
         variables["LOG_LOCATION"] = variables["METRICS_LOCATION"] = str(self.run_dir / "logs")
-        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+        folders = (str(program("torchrun").parent), str(Path(sys.executable).parent), variables.get("PATH", os.defpath))
+        variables["PATH"] = os.pathsep.join(folders)
         if home := java_home():
             variables["JAVA_HOME"] = home
         return variables

@@ -196,6 +196,6 @@ def test_what_the_archiver_says_is_passed_on_in_one_line(job):
 
 
 def test_a_missing_archiver_is_named_with_the_remedy(job, monkeypatch, tmp_path):
-    monkeypatch.setattr(archive.sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(archive, "program", lambda name: tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"pip install 'llama-tp\[serve\]'"):
         build_archive(**job)

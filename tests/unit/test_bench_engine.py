@@ -71,7 +71,7 @@ def test_tokens_that_were_decoded_beside_prompts_do_not_count_as_decoded_after_t
 
 def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda _name: None)
-    with pytest.raises(ValueError, match=r"transformers is not installed; run pip install -e '.\[bench\]'"):
+    with pytest.raises(ValueError, match=r"transformers is not installed; run pip install 'llama-tp\[bench\]'"):
         bench_engine("nowhere", against="transformers")
 
 

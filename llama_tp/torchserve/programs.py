@@ -1,0 +1,17 @@
+"""Where pip puts programs such as torchserve: beside Python in a virtual environment, elsewhere without one."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def program(name: str) -> Path:
+    """A program that came with a package of this Python; where it should be if there is none."""
+    beside_python = Path(sys.executable).parent
+    user = sysconfig.get_preferred_scheme("user")
+    for folder in (beside_python, sysconfig.get_path("scripts"), sysconfig.get_path("scripts", user)):
+        if (path := Path(folder, name)).is_file():
+            return path
+    return beside_python / name
