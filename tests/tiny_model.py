@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from llama_tp.bench.peers import transformers_model
 from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.model.attention import AttentionBackend
+from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import lower
 from llama_tp.parallel.comm import SingleComm
@@ -49,7 +52,9 @@ def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def engine_of(model: Transformer, **config: object) -> Engine:
+def engine_of(
+    model: Transformer, *, make_backend: Callable[[KVCache], AttentionBackend] | None = None, **config: object
+) -> Engine:
     """A lowered, single-rank engine around a copy of the model's weights."""
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
@@ -60,6 +65,7 @@ def engine_of(model: Transformer, **config: object) -> Engine:
         num_kv_heads=model.args.n_kv_heads,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        make_backend=make_backend,
     )
     return Engine(runner, SingleComm(), engine_config)
 

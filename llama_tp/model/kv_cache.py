@@ -2,21 +2,62 @@
 
 Legend: B sequences, K kv heads, S keys, T tokens, d head dim, P pages.
 
-In memory the slots of one head lie side by side, because attention reads them so: 1.2 to 1.8 times as fast as with the
-heads of a slot side by side (measured: docs/performance.md). What is scattered is gathered by the page.
+In memory the slots of one head are contiguous, because attention reads them so: 1.2 to 1.8 times as fast as with the
+heads of a slot contiguous (measured: docs/performance.md). Scattered slots are gathered by the page.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+class PageList:
+    """One sequence's pages, in the order of its tokens, and where they are contiguous."""
+
+    __slots__ = ("_page_size", "_range_starts", "pages")
+
+    def __init__(self, page_size: int) -> None:
+        self.pages: list[int] = []
+        self._page_size = page_size
+        self._range_starts: list[int] = []  # indices of pages that do not follow the page before
+
+    def set(self, index: int, page: int) -> None:
+        """Make `page` the entry at `index`, and the last one."""
+        pages, starts = self.pages, self._range_starts
+        del pages[index:]
+        while starts and starts[-1] >= index:
+            starts.pop()
+        if not pages or page != pages[-1] + 1:
+            starts.append(index)
+        pages.append(page)
+
+    def covers(self, position: int) -> bool:
+        """Whether there is a page for the token at this position."""
+        return position < len(self.pages) * self._page_size
+
+    def slots(self, start: int, end: int) -> list[int]:
+        """The slots of positions start .. end - 1."""
+        pages, size = self.pages, self._page_size
+        return [pages[at // size] * size + at % size for at in range(start, end)]
+
+    def ranges(self, length: int, limit: int) -> list[SlotRange]:
+        """Where the first `length` tokens are; empty if that is in more than `limit` ranges."""
+        pages, size = self.pages, self._page_size
+        num = bisect_left(self._range_starts, -(-length // size))
+        if num > limit:
+            return []
+        starts = self._range_starts[:num]
+        ends = [*(start * size for start in starts[1:]), length]
+        return [SlotRange(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring slots: of one sequence, or of `count` sequences that lie `stride` slots apart."""
+class SlotRange:
+    """Contiguous slots: of one sequence, or of `count` sequences whose ranges begin `stride` slots apart."""
 
     first: int
     length: int
@@ -25,20 +66,20 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
-    """Scattered pages: `KVCache.pages` makes them."""
+class GatheredPages:
+    """Scattered pages, to be copied together: `KVCache.gathered` makes them."""
 
-    rows: Tensor
+    indices: Tensor
     """(B * K * P,) each page of each head, in the cache seen as a list of them."""
     batch: int
     length: int
     """S: slots beyond are not read."""
     count: int = 1
-    """So many times the one sequence, where B is 1."""
+    """How often the one sequence is wanted, where B is 1."""
 
 
-Place = tuple[slice, slice | Tensor]
-"""Tokens of a step, and their slots: neighbours or not."""
+SlotMapping = tuple[tuple[slice, slice | Tensor], ...]
+"""Tokens of a step, and the slots that they are stored in: contiguous or not."""
 
 
 class KVCache:
@@ -79,9 +120,9 @@ class KVCache:
         """Of one layer."""
         return 2 * self.num_kv_heads * self._data.size(-1) * self.dtype.itemsize
 
-    def pages(self, table: Tensor, length: int, count: int = 1) -> Pages:
+    def gathered(self, table: Tensor, length: int, count: int = 1) -> GatheredPages:
         """The first `length` slots of each sequence of a page table (B, P)."""
-        return Pages((self._heads + table.unsqueeze(1)).flatten(), table.size(0), length, count)
+        return GatheredPages((self._heads + table.unsqueeze(1)).flatten(), table.size(0), length, count)
 
 
 class LayerCache:
@@ -95,31 +136,31 @@ class LayerCache:
         self._page_size = page_size
         self._k_pages, self._v_pages = (part.view(-1, page_size * part.size(-1)) for part in (k, v))
 
-    def write(self, places: tuple[Place, ...], k: Tensor, v: Tensor) -> None:
-        """Store k and v (T, K, d), already rotated, where the places say."""
-        for rows, slots in places:
+    def write(self, mapping: SlotMapping, k: Tensor, v: Tensor) -> None:
+        """Store k and v (T, K, d), already rotated."""
+        for tokens, slots in mapping:
             if isinstance(slots, slice):
-                self.k[slots] = k[rows]
-                self.v[slots] = v[rows]
+                self.k[slots] = k[tokens]
+                self.v[slots] = v[tokens]
             else:
-                self.k.index_copy_(0, slots, k[rows])
-                self.v.index_copy_(0, slots, v[rows])
+                self.k.index_copy_(0, slots, k[tokens])
+                self.v.index_copy_(0, slots, v[tokens])
 
-    def read(self, keys: Run | Pages) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, S, d): views of a run, copies of scattered pages."""
-        if isinstance(keys, Run):
+    def read(self, keys: SlotRange | GatheredPages) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, S, d): views of a range, copies of scattered pages."""
+        if isinstance(keys, SlotRange):
             return _view(self.k, keys), _view(self.v, keys)
         return self._gather(self._k_pages, keys), self._gather(self._v_pages, keys)
 
-    def _gather(self, pages: Tensor, keys: Pages) -> Tensor:
-        found = pages.index_select(0, keys.rows).view(keys.batch, self.k.size(1), -1, self.k.size(2))
+    def _gather(self, pages: Tensor, keys: GatheredPages) -> Tensor:
+        found = pages.index_select(0, keys.indices).view(keys.batch, self.k.size(1), -1, self.k.size(2))
         found = found[:, :, : keys.length]
         return found if keys.count == 1 else found.expand(keys.count, -1, -1, -1)
 
 
-def _view(slots: Tensor, run: Run) -> Tensor:
-    """A run's part of (slots, K, d)."""
+def _view(slots: Tensor, wanted: SlotRange) -> Tensor:
+    """A range of (slots, K, d)."""
     _, num_kv_heads, d = slots.shape
     slot, head, element = slots.stride()
-    shape, strides = (run.count, num_kv_heads, run.length, d), (run.stride * slot, head, slot, element)
-    return slots.as_strided(shape, strides, slots.storage_offset() + run.first * slot)
+    shape, strides = (wanted.count, num_kv_heads, wanted.length, d), (wanted.stride * slot, head, slot, element)
+    return slots.as_strided(shape, strides, slots.storage_offset() + wanted.first * slot)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_tp.model.half import lacks_kernels, widen
+from llama_tp.model.fp32_fallback import needs_fp32, upcast
 
 _FEW = 3
 """For so many tokens torch's kernel, which takes a time in proportion to them, is the faster one."""
@@ -28,7 +28,7 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._in_pieces = lacks_kernels(weight)
+        self._in_pieces = needs_fp32(weight)
         self._packed = not self._in_pieces and _can_pack(weight)
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
         self._weight = (
@@ -66,6 +66,6 @@ def _multiply_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(x.size(0), num_out)
     step = max(1, _PIECE // num_in)
     for start in range(0, num_out, step):
-        (piece,) = widen(weight[start : start + step])
+        (piece,) = upcast(weight[start : start + step])
         out[:, start : start + step] = torch.mm(piece, columns).t()
     return out

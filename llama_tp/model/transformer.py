@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_tp.config import ModelArgs
-from llama_tp.model.attention import Batch, attention
+from llama_tp.model.batch import Batch, Output
 from llama_tp.model.kv_cache import KVCache, LayerCache
 from llama_tp.model.rope import apply_rope
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits of the sampled rows out."""
+    """Token ids in, logits of the sampled tokens out."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -38,18 +38,15 @@ class Transformer(nn.Module):
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor | None:
-        """Float32 logits (rows, V), None if no row is sampled; the batch's keys and values go into the cache."""
+    def forward(self, batch: Batch, cache: KVCache) -> Output:
+        """The batch's keys and values go into the cache."""
         x = self.tok_embeddings(batch.tokens).float()  # (T, D), the residual stream
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, batch, layer_cache)
-        # What was not finite never reached the cache, so that it harms nobody else; its own sequence must end by it.
-        batch.poisoned.index_add_(0, batch.rows, (~x.isfinite().all(dim=-1)).int())
+        is_finite = x.isfinite().all(dim=-1)
         if batch.sampled.numel() == 0:
-            return None
-        poisoned = batch.poisoned[batch.rows[batch.sampled]] > 0
-        x = x[batch.sampled].masked_fill(poisoned.unsqueeze(-1), float("nan"))
-        return self.output(self.norm(x)).float()
+            return Output(None, is_finite)
+        return Output(self.output(self.norm(x[batch.sampled])).float(), is_finite)
 
 
 class TransformerBlock(nn.Module):
@@ -81,8 +78,7 @@ class Attention(nn.Module):
         qk, v = self.project(x)  # (T, H + K, d), (T, K, d)
         qk = apply_rope(qk, batch.rope)
         q, k = qk.split((qk.size(1) - v.size(1), v.size(1)), dim=1)
-        cache.write(batch.places, k, v)
-        return self.wo(attention(q, cache, batch.spans).flatten(1))
+        return self.wo(batch.attention(q, k, v, cache).flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side, for one rotation: (T, H + K, d); values (T, K, d)."""

@@ -47,10 +47,10 @@ def main() -> None:
                 read = load_model(f"{sys.argv[1]}/{name}", args, group, torch.float32)
                 loaded = ModelRunner(read, config, **options).execute(PLAN)
             runner = ModelRunner(model, config, **options)
-            for update in PLAN.page_updates:
-                runner.page_table.set(*update)
+            for row, index, page in PLAN.page_updates:
+                runner.page_table[row].set(index, page)
             with torch.no_grad():
-                dtensor = model(runner.prepare(PLAN.chunks), runner.cache).clone()  # waits for the gather
+                dtensor = model(runner.prepare(PLAN.chunks).batch, runner.cache).logits.clone()  # waits for the gather
             engine = Engine(ModelRunner(lower(model, comm), config, **options), comm, config)
             if comm.is_leader:
                 lowered = engine.runner.execute(PLAN)

@@ -89,5 +89,5 @@ def test_when_one_rank_cannot_load_all_ranks_hear_why_at_once(tmp_path, stage):
     done = torchrun(2, "tests.distributed.failed_load_worker", str(folder), stage, timeout_s=60)
     check(done)
     assert sorted(done.stdout.splitlines()) == [
-        f"rank {rank} heard: OutOfMemoryError: CUDA out of memory" for rank in range(2)
+        f"rank {rank} heard: rank 1: OutOfMemoryError: CUDA out of memory" for rank in range(2)
     ]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from llama_tp.config import ConfigError, EngineConfig
-from llama_tp.engine import page_table
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine, GroupDiverged
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.scheduler import QueueFull
-from llama_tp.model import attention
+from llama_tp.model.attention.planner import SdpaCosts
+from llama_tp.model.attention.sdpa import SdpaBackend, SdpaStep
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import lower
 from llama_tp.parallel.comm import SingleComm
@@ -148,21 +149,20 @@ def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(model):
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("gather_bytes", [0, page_table._GATHER_BYTES], ids=["read in place", "gathered"])
-def test_sharing_a_prefix_changes_no_token(model, monkeypatch, gather_bytes, sampled):
-    monkeypatch.setattr(page_table, "_GATHER_BYTES", gather_bytes)
-    shared_spans = []
-    attend = attention._attend_parts
-    monkeypatch.setattr(attention, "_attend_parts", lambda *args: shared_spans.append(args[-1]) or attend(*args))
+@pytest.mark.parametrize("costs", [SdpaCosts(gather_bytes=0), SdpaCosts()], ids=["read in place", "gathered"])
+def test_sharing_a_prefix_changes_no_token(model, monkeypatch, costs, sampled):
+    shared_calls = []
+    attend = SdpaStep._attend_ranges
+    monkeypatch.setattr(SdpaStep, "_attend_ranges", lambda *args: shared_calls.append(args[-1]) or attend(*args))
     params = SamplingParams(temperature=0.9 if sampled else 0, seed=3, max_new_tokens=30)
     prefix = list(range(2, 50))
     prompts = [[*prefix[:40], 5], [*prefix, 6, 7], [*prefix, 8], [9, 9], [*prefix[:40], *range(60, 70)]]
     expected = [engine_of(model).generate([prompt], params)[0] for prompt in prompts]
-    engine = engine_of(model, max_batch_size=5)
+    engine = engine_of(model, max_batch_size=5, make_backend=partial(SdpaBackend, costs=costs))
     engine.generate([[*prefix, 1]], GREEDY)
     assert engine.generate(prompts, params) == expected
     assert engine.stats().prefix_hit_tokens > 100
-    assert any(span.rows.stop - span.rows.start > 1 for span in shared_spans) is (gather_bytes == 0)
+    assert any(call.tokens.stop - call.tokens.start > 1 for call in shared_calls) is (costs.gather_bytes == 0)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])

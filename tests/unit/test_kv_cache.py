@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_tp.engine.request import Chunk
-from llama_tp.engine.runner import _places
-from llama_tp.model.kv_cache import KVCache, Run
+from llama_tp.model.attention.sdpa import slot_mapping
+from llama_tp.model.kv_cache import KVCache, SlotRange
 
 K, D, PAGE, PAGES = 3, 4, 5, 8
 
@@ -49,15 +48,15 @@ def test_a_layer_is_written_alone(cache):
 
 
 @pytest.mark.parametrize(
-    ("run", "slots"),
+    ("wanted", "slots"),
     [
-        (Run(7, 6), [range(7, 13)]),
-        (Run(2, 9, count=3, stride=10), [range(2, 11), range(12, 21), range(22, 31)]),
-        (Run(4, 3, count=2), [range(4, 7), range(4, 7)]),
+        (SlotRange(7, 6), [range(7, 13)]),
+        (SlotRange(2, 9, count=3, stride=10), [range(2, 11), range(12, 21), range(22, 31)]),
+        (SlotRange(4, 3, count=2), [range(4, 7), range(4, 7)]),
     ],
 )
-def test_runs_are_read_in_place(cache, run, slots):
-    found = cache.layers[1].read(run)
+def test_ranges_are_read_in_place(cache, wanted, slots):
+    found = cache.layers[1].read(wanted)
     check(found, torch.tensor([list(row) for row in slots]))
     assert found[0].untyped_storage().data_ptr() == cache._data.untyped_storage().data_ptr()
 
@@ -65,23 +64,17 @@ def test_runs_are_read_in_place(cache, run, slots):
 def test_pages_are_gathered_in_their_order(cache):
     table = torch.tensor([[6, 0, 3], [1, 1, 7]])
     slots = (table.unsqueeze(-1) * PAGE + torch.arange(PAGE)).flatten(1)
-    check(cache.layers[1].read(cache.pages(table, 3 * PAGE)), slots)
-    check(cache.layers[1].read(cache.pages(table, 12)), slots[:, :12])
-    check(cache.layers[1].read(cache.pages(table[:1], 11, count=4)), slots[:1, :11].expand(4, -1))
+    check(cache.layers[1].read(cache.gathered(table, 3 * PAGE)), slots)
+    check(cache.layers[1].read(cache.gathered(table, 12)), slots[:, :12])
+    check(cache.layers[1].read(cache.gathered(table[:1], 11, count=4)), slots[:1, :11].expand(4, -1))
 
 
 def test_neighbours_are_written_in_one_piece_and_all_others_one_by_one(cache):
-    chunks = [
-        Chunk(0, 8, (1,), True),
-        Chunk(1, 3, (1,), True),
-        Chunk(2, 0, (1, 2, 3, 4), True),
-        Chunk(3, 0, (1, 2, 3), True),
-        Chunk(4, 0, (1, 2), True),
-    ]
-    slots = [30, 22, 10, 11, 12, 13, 4, 25, 26, 0, 1]  # of the fourth, the first page ends before the second begins
-    on_device = torch.tensor([*slots, 39])
-    places = _places(chunks, [*slots, 39], on_device)  # and one that fills up the step
-    assert [(rows, where if isinstance(where, slice) else where.tolist()) for rows, where in places] == [
+    # of the fourth sequence, the first page ends before the second begins; the last is padding
+    slots = [[30], [22], [10, 11, 12, 13], [4, 25, 26], [0, 1], [39]]
+    indices = torch.tensor([slot for one in slots for slot in one])
+    mapping = slot_mapping(slots, torch.device("cpu"))
+    assert [(rows, where if isinstance(where, slice) else where.tolist()) for rows, where in mapping] == [
         (slice(0, 2), [30, 22]),
         (slice(2, 6), slice(10, 14)),
         (slice(6, 9), [4, 25, 26]),
@@ -89,7 +82,7 @@ def test_neighbours_are_written_in_one_piece_and_all_others_one_by_one(cache):
         (slice(11, 12), [39]),
     ]
     k = torch.randn(12, 2 * K, D)[:, K:]
-    cache.layers[0].write(places, k, -k)
-    torch.testing.assert_close(cache.layers[0].k[on_device], k, atol=0, rtol=0)
-    torch.testing.assert_close(cache.layers[0].v[on_device], -k, atol=0, rtol=0)
+    cache.layers[0].write(mapping, k, -k)
+    torch.testing.assert_close(cache.layers[0].k[indices], k, atol=0, rtol=0)
+    torch.testing.assert_close(cache.layers[0].v[indices], -k, atol=0, rtol=0)
     assert cache.layers[0].k.any(-1).any(-1).sum() == 12

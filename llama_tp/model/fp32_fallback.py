@@ -1,4 +1,4 @@
-"""Half precision on CPUs that have no instructions for it: kept as it is, computed in float32."""
+"""Half precision on CPUs without instructions for it: kept as it is, computed in float32."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def lacks_kernels(tensor: Tensor) -> bool:
-    """Whether this CPU could multiply the tensor only by emulating its precision."""
+def needs_fp32(tensor: Tensor) -> bool:
+    """Whether this CPU has no instructions for the tensor's dtype, and would emulate it."""
     return not tensor.is_cuda and tensor.dtype.itemsize == 2 and not _has_kernels(tensor.dtype)
 
 
@@ -22,10 +22,10 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
 
 
-def widen(*tensors: Tensor) -> list[Tensor]:
+def upcast(*tensors: Tensor) -> list[Tensor]:
     """Float32 copies of CPU tensors of any strides, for inference: the next call in this thread overwrites them.
 
-    The memory is kept, and grows to the largest call: fresh memory would cost a page fault for every 4 KiB.
+    The buffer is kept and grows to the largest call: fresh memory would cost a page fault for every 4 KiB.
     """
     size = sum(tensor.numel() for tensor in tensors)
     buffer: Tensor | None = getattr(_of_thread, "buffer", None)
