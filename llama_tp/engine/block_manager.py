@@ -3,8 +3,8 @@
 A full page is known by its tokens and by the page before it, so that two prompts which begin alike find the same pages:
 a trie whose nodes are pages. A page that nobody refers to any more keeps its content until its place is needed.
 
-Attention reads neighbouring pages in place and must gather scattered ones, so a sequence claims room to grow into: a
-stretch of pages that nobody refers to, of those the one whose content was used least recently.
+Attention reads contiguous pages in place and must gather scattered ones, so pages are reserved for a sequence to grow
+into: contiguous ones that nobody refers to, of those the ones whose content was used least recently.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from itertools import chain, count
 
 Tokens = Items[int]
 _ROOT = 0
-NOWHERE = range(0)
+NO_RESERVATION = range(0)
 _STEP = 4
-"""Room begins at a multiple of so many pages: sequences of about one length lie at equal distances, so that one
-attention call reads them all. Fewer pages are not worth looking for."""
+"""Reservations begin at multiples of this many pages, so that sequences of similar length are at equal distances, and
+one attention call reads them all. Fewer pages are not worth looking for."""
 _CHOICE = 512
-"""Places to compare: all of them, but in a large cache."""
+"""Candidates to compare: all of them, except in a large cache."""
 
 
 class BlockManager:
@@ -38,9 +38,11 @@ class BlockManager:
         self._kept: dict[int, None] = {}
         self._clock = count(1)
         self._last_use = [0] * num_pages  # when a page that is kept was released; 0: it holds nothing of use
-        self._may_have_room = True  # False from when none was found until pages come back
-        self._hand = 0  # where to look for room first: in a cache with too many places to see all, not always there
-        self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a claimed one
+        self._may_find_reservation = True  # False from when none was found until pages come back
+        self._hand = (
+            0  # where to look first: in a cache with too many candidates to see all, not always at the beginning
+        )
+        self._busy = bytearray(num_pages)  # 1 for a page that somebody refers to, and 1 more for a reserved one
         self._node_ids = count(_ROOT + 1)
         self._nodes: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> its node, and its key
         self._pages: dict[tuple[int, tuple[int, ...]], int] = {}  # (node before, tokens) -> page
@@ -79,39 +81,41 @@ class BlockManager:
             self._refer(page)
             self._kept.pop(page, None)
 
-    def allocate(self, pages: list[int], room: range, likely: int) -> tuple[int | None, range]:
-        """A page to write to for a sequence that has these, and its room behind that page; None if all are in use.
+    def allocate(self, pages: list[int], reservation: range, likely: int) -> tuple[int | None, range]:
+        """A page to write to for a sequence that has these, and what is reserved for it behind that page; None if all
+        are in use.
 
-        `room` is what the last call for this sequence gave; `likely` is how many more pages it may need. Room is given
-        to nobody else unless nothing else is left. It may still be shared: then the sequence gets another one.
+        `reservation` is what the last call for this sequence gave; `likely` is how many more pages it may need.
+        Reserved pages go to nobody else unless nothing else is left. Should one have been taken, the sequence gets a
+        new reservation.
         """
-        if not room or self._references[room[0]]:
-            self.unclaim(room)
-            room = self._room_behind(pages[-1], likely) if pages else NOWHERE
-            if not room and self._may_have_room:
-                room = self._find_room(likely)
-                self._may_have_room = bool(room)
-            for claimed in room:
-                self._busy[claimed] += 1
-        if room:
-            page = room[0]
+        if not reservation or self._references[reservation[0]]:
+            self.cancel_reservation(reservation)
+            reservation = self._reservation_behind(pages[-1], likely) if pages else NO_RESERVATION
+            if not reservation and self._may_find_reservation:
+                reservation = self._find_reservation(likely)
+                self._may_find_reservation = bool(reservation)
+            for reserved in reservation:
+                self._busy[reserved] += 1
+        if reservation:
+            page = reservation[0]
             self._busy[page] -= 1
         elif self.num_free == 0:
-            return None, NOWHERE
+            return None, NO_RESERVATION
         else:
             page = self._single()
         self._forget(page)
         del self._blank[page]
         self._refer(page)
-        return page, room[1:]
+        return page, reservation[1:]
 
-    def unclaim(self, room: range) -> None:
+    def cancel_reservation(self, reservation: range) -> None:
         """The sequence will not grow any more, or not there."""
-        for page in room:
+        for page in reservation:
             self._busy[page] -= 1
-            self._may_have_room |= not self._busy[page]
+            self._may_find_reservation |= not self._busy[page]
 
-    def _room_behind(self, page: int, num: int) -> range:
+    def _reservation_behind(self, page: int, num: int) -> range:
         """Blank pages right behind this one."""
         end = page + 1
         while end < min(page + 1 + num, self.num_pages) and not self._busy[end] and end in self._blank:
@@ -119,12 +123,12 @@ class BlockManager:
         return range(page + 1, end)
 
     def _single(self) -> int:
-        """A free page: one that nobody claims, if there is any; a blank one, or the oldest."""
+        """A free page: one that is not reserved, if there is any; a blank one, or the oldest."""
         free = chain(reversed(self._blank), self._kept)
         return next((page for page in free if not self._busy[page]), next(chain(reversed(self._blank), self._kept)))
 
-    def _find_room(self, num: int) -> range:
-        """Free neighbours, `num` or half as many, ...: blank ones, or those whose youngest content is the oldest."""
+    def _find_reservation(self, num: int) -> range:
+        """Contiguous free pages, `num`, half as many, ...: blank ones, or those whose youngest content is oldest."""
         step = min(_STEP, self.most)
         size = min(max(num, step), self.most)
         while True:
@@ -140,11 +144,11 @@ class BlockManager:
                     self._hand = at + size
                 return range(at, at + min(num, size))
             if size == step:
-                return NOWHERE
+                return NO_RESERVATION
             size = max(step, size // 2)
 
     def _free(self, size: int, step: int, start: int, end: int) -> Iterator[int]:
-        """The multiples of step, from start to before end, where `size` pages are neither in use nor claimed."""
+        """The multiples of step, from start to before end, where `size` pages are neither in use nor reserved."""
         free = bytes(size)
         at = self._busy.find(free, start)
         while at >= 0:
@@ -176,7 +180,7 @@ class BlockManager:
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._busy[page] -= 1
-                self._may_have_room |= not self._busy[page]
+                self._may_find_reservation |= not self._busy[page]
                 is_kept = page in self._nodes
                 self._last_use[page] = now if is_kept else 0
                 (self._kept if is_kept else self._blank)[page] = None

@@ -202,7 +202,7 @@ class Engine:
         }
         queue = deque(requests)
         while queue or self.num_requests:
-            while queue and self.scheduler.has_room(queue[0]):
+            while queue and self.scheduler.can_queue(queue[0]):
                 self.add(queue.popleft())
             for event in self.step():
                 events[event.request_id, event.index].append(event)

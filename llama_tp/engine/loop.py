@@ -96,11 +96,11 @@ class EngineLoop:
         Its timeout counts from here.
         """
         arrival = time.monotonic()
-        self._leave(lambda: self._add(request, arrival))
+        self._post(lambda: self._add(request, arrival))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Forget a request, or one of its outputs. Events it already caused may still be polled."""
-        self._leave(lambda: self._cancel(request_id, index))
+        self._post(lambda: self._cancel(request_id, index))
 
     def poll(self, timeout_s: float) -> list[TokenEvent]:
         """Everything that happened since the last poll, oldest first; waits up to timeout_s for something."""
@@ -126,7 +126,7 @@ class EngineLoop:
         if self._ended is not None:
             self._ended.wait()
 
-    def _leave(self, note: Callable[[], None]) -> None:
+    def _post(self, note: Callable[[], None]) -> None:
         with self._changed:
             self._last_contact = time.monotonic()
             self._notes.append(note)
@@ -148,7 +148,7 @@ class EngineLoop:
             self._cancel_abandoned()
             self._end_late()
             if self.engine.num_requests:
-                self._tell(self.engine.step())
+                self._emit(self.engine.step())
             else:
                 self.engine.heartbeat()
         self.engine.release()
@@ -158,10 +158,10 @@ class EngineLoop:
             self.engine.add(request)
         except QueueFull:
             log.info("request %s refused: the queue is full", request.id)
-            self._tell(_ends(request, FinishReason.ERROR, "queue_full"))
+            self._emit(_ends(request, FinishReason.ERROR, "queue_full"))
         except ValueError as error:
             log.error("request %s cannot run: %s", request.id, error)
-            self._tell(_ends(request, FinishReason.ERROR, "cannot_run"))
+            self._emit(_ends(request, FinishReason.ERROR, "cannot_run"))
         else:
             if request.timeout_s is not None:
                 self._deadlines.append((arrival + request.timeout_s, request))
@@ -186,17 +186,17 @@ class EngineLoop:
         now = time.monotonic()
         scheduler = self.engine.scheduler
         for deadline, request in self._deadlines:
-            if deadline <= now and scheduler.is_of(request):
+            if deadline <= now and scheduler.is_current(request):
                 log.info("request %s ended after its %g s", request.id, request.timeout_s)
                 self._end(request.id, FinishReason.TIMEOUT)
-        self._deadlines = [late for late in self._deadlines if scheduler.is_of(late[1])]
+        self._deadlines = [late for late in self._deadlines if scheduler.is_current(late[1])]
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
-        living = self.engine.scheduler.living(request_id)
+        active = self.engine.scheduler.active_outputs(request_id)
         self.engine.cancel(request_id)
-        self._tell([TokenEvent(request_id, None, reason, index=index) for index in living])
+        self._emit([TokenEvent(request_id, None, reason, index=index) for index in active])
 
-    def _tell(self, events: list[TokenEvent]) -> None:
+    def _emit(self, events: list[TokenEvent]) -> None:
         if events:
             with self._changed:
                 self._events.extend(events)

@@ -61,17 +61,17 @@ class MemoryModel:
         """Pages of KV cache for a rank that has loaded its weights, has `available` bytes free, and needs `step` of
         them while it computes."""
         config = self.config
-        room = None if available is None else max(0, available - step)
+        left = None if available is None else max(0, available - step)
         asked = self._cache_bytes()
         if config.kv_cache_memory is None:
             pages = config.num_pages
-            if room is not None:
-                share = int(DEFAULT_SHARE[device_type] * room) // self.page
+            if left is not None:
+                share = int(DEFAULT_SHARE[device_type] * left) // self.page
                 pages = min(pages, max(share, config.pages_per_sequence))
         elif asked is not None:
             pages = asked // self.page
-        elif room is not None:
-            pages = int(float(parse_memory(config.kv_cache_memory)) * room) // self.page
+        elif left is not None:
+            pages = int(float(parse_memory(config.kv_cache_memory)) * left) // self.page
         else:
             raise ValueError(f"{self._asked}: this system does not tell how much memory is free; give bytes")
         if pages < config.pages_per_sequence:
@@ -79,7 +79,7 @@ class MemoryModel:
                 f"{self._asked} holds {pages * config.page_size} tokens on a rank, not one sequence of "
                 f"{self._max_seq_len}; raise the one or lower the other"
             )
-        if room is not None and pages * self.page > room:
+        if left is not None and pages * self.page > left:
             raise ValueError(
                 f"the KV cache needs {_gib(pages * self.page)} on each rank, and a step {_gib(step)}, but "
                 f"{_gib(available or 0)} are free beside the weights; lower max_seq_len, max_batched_tokens or "

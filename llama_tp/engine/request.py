@@ -165,7 +165,7 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
     pages: list[int] = field(default_factory=list)
-    room: range = range(0)
+    reservation: range = range(0)
     """Pages that are free for it to grow into."""
     num_shared: int = 0
     """Pages, from the first, that it found in the cache."""

@@ -16,15 +16,15 @@ from collections.abc import Sequence as Items
 from types import MappingProxyType
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine.block_manager import NOWHERE, BlockManager
+from llama_tp.engine.block_manager import NO_RESERVATION, BlockManager
 from llama_tp.engine.request import Chunk, FinishReason, Logprobs, Request, Sequence, StepPlan, TokenEvent
 
 _SOON = 16
-"""Pages of room that a sequence is given beyond what it has, if it may need them."""
+"""Pages that are reserved for a sequence beyond what it has, if it may need them."""
 
 
 class QueueFull(ValueError):
-    """As many sequences wait as may wait."""
+    """The waiting queue is full."""
 
 
 class Scheduler:
@@ -61,19 +61,19 @@ class Scheduler:
         """Outputs that have not ended and hold no cache."""
         return self._num_sequences - len(self.running)
 
-    def has_room(self, request: Request) -> bool:
-        """Whether the request may wait, with all of its outputs."""
+    def can_queue(self, request: Request) -> bool:
+        """Whether the request fits into the waiting queue, with all of its outputs."""
         return self.num_waiting + request.params.n <= self.config.max_waiting
 
     def request_ids(self) -> list[str]:
         """Of the requests that have not ended, in order of arrival."""
         return list(self._by_id)
 
-    def living(self, request_id: str) -> list[int]:
+    def active_outputs(self, request_id: str) -> list[int]:
         """Which of a request's outputs have not ended."""
         return [sequence.index for sequence in self._by_id.get(request_id, ())]
 
-    def is_of(self, request: Request) -> bool:
+    def is_current(self, request: Request) -> bool:
         """Whether this very request is here: its id may have been used again."""
         return any(sequence.request is request for sequence in self._by_id.get(request.id, ()))
 
@@ -100,7 +100,7 @@ class Scheduler:
         if request.id in self._by_id:
             raise ValueError(f"request id {request.id!r} is already in use")
         self.check(request)
-        if not self.has_room(request):
+        if not self.can_queue(request):
             raise QueueFull(
                 f"{self.num_waiting} outputs wait already, and n={request.params.n} more would exceed "
                 f"max_waiting={self.config.max_waiting}; try again later"
@@ -115,7 +115,7 @@ class Scheduler:
         """Forget a request, or one of its outputs, and free what it holds, now. False if it is not here (any more)."""
         doomed = [one for one in self._by_id.get(request_id, ()) if index in (None, one.index)]
         for sequence in doomed:
-            self._pass_on(sequence)
+            self._promote_sibling(sequence)
             self._end(sequence)
         return bool(doomed)
 
@@ -181,13 +181,13 @@ class Scheduler:
         forks, sequence.forks = sequence.forks, []
         self.waiting.extendleft(reversed(forks))
 
-    def _pass_on(self, sequence: Sequence) -> None:
+    def _promote_sibling(self, sequence: Sequence) -> None:
         """If it was to compute the prompt for others, let the next of them do it, in its place."""
         if not sequence.forks:
             return
-        heir, *heir.forks = sequence.forks
+        successor, *successor.forks = sequence.forks
         sequence.forks = []
-        self.waiting.insert(0 if sequence.row >= 0 else self.waiting.index(sequence), heir)
+        self.waiting.insert(0 if sequence.row >= 0 else self.waiting.index(sequence), successor)
 
     def _end(self, sequence: Sequence) -> None:
         """The sequence has its last token, or is not wanted any more; its request ends with its last sequence."""
@@ -198,8 +198,8 @@ class Scheduler:
             del self._by_id[sequence.request.id]
         if sequence.row >= 0:
             self._evict(sequence)
-        elif carrier := next((one for one in siblings if sequence in one.forks), None):
-            carrier.forks.remove(sequence)
+        elif parent := next((one for one in siblings if sequence in one.forks), None):
+            parent.forks.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -232,7 +232,7 @@ class Scheduler:
         """Add the sequence's share to the step. The number of tokens it takes: 0 if it must wait."""
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
-        if end == start or not (self._extend(sequence, end) or self._make_room(sequence, end)):
+        if end == start or not (self._extend(sequence, end) or self._preempt_for(sequence, end)):
             return 0
         sequence.num_computed = end
         chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), sample=end == len(sequence.tokens))
@@ -250,7 +250,9 @@ class Scheduler:
         """Give the sequence pages for its first num_tokens tokens, as long as there are any. Whether there were."""
         pages = sequence.pages
         while len(pages) * self.config.page_size < num_tokens:
-            page, sequence.room = self.blocks.allocate(pages, sequence.room, self._likely_pages(sequence) - len(pages))
+            page, sequence.reservation = self.blocks.allocate(
+                pages, sequence.reservation, self._likely_pages(sequence) - len(pages)
+            )
             if page is None:
                 return False
             self._page_updates.append((sequence.row, len(pages), page))
@@ -262,7 +264,7 @@ class Scheduler:
         most = self._num_pages(sequence.num_prompt + sequence.request.params.max_new_tokens)
         return min(most, self._num_pages(len(sequence.tokens)) + _SOON)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _preempt_for(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take pages from younger sequences until this one has enough. False if it is the youngest itself."""
         while True:
             youngest = self.running[-1]
@@ -281,8 +283,8 @@ class Scheduler:
 
     def _evict(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.pages)
-        self.blocks.unclaim(sequence.room)
-        sequence.pages, sequence.room = [], NOWHERE
+        self.blocks.cancel_reservation(sequence.reservation)
+        sequence.pages, sequence.reservation = [], NO_RESERVATION
         self._page_updates = [update for update in self._page_updates if update[0] != sequence.row]
         self._freed.append(sequence.row)
         heapq.heappush(self._free_rows, sequence.row)

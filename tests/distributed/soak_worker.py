@@ -59,7 +59,7 @@ def lead(engine: Engine, num_requests: int, rng: random.Random) -> Counter[str]:
     coming = random_request(number, rng, earlier)
     while number < num_requests or engine.num_requests:
         for _ in range(rng.choice([0, 0, 1, 2])):
-            if number < num_requests and engine.scheduler.has_room(coming):
+            if number < num_requests and engine.scheduler.can_queue(coming):
                 engine.add(coming)
                 lives[coming.id] = coming
                 if rng.random() < CANCELLED:

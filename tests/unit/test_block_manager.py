@@ -28,14 +28,14 @@ class Conversation:
         own = num_pages * blocks.page_size - len(prompt)
         self.tokens = [*prompt, *((Conversation.fresh, at) for at in range(own))]
         self.pages = blocks.match([*self.tokens, None])
-        self.room = range(0)
+        self.reservation = range(0)
         self.num_shared = len(self.pages)
         blocks.share(list(self.pages))
         for index in range(self.num_shared, num_pages):
             self.grow(max(likely, num_pages) - index)
 
     def grow(self, likely):
-        page, self.room = self.blocks.allocate(self.pages, self.room, likely)
+        page, self.reservation = self.blocks.allocate(self.pages, self.reservation, likely)
         assert page is not None
         self.pages.append(page)
 
@@ -44,7 +44,7 @@ class Conversation:
         for index in range(len(self.pages)):
             self.blocks.register(self.pages, index, self.tokens[index * size : (index + 1) * size])
         self.blocks.release(self.pages)
-        self.blocks.unclaim(self.room)
+        self.blocks.cancel_reservation(self.reservation)
 
     @property
     def num_runs(self):
@@ -152,7 +152,7 @@ def test_room_is_left_to_who_claimed_it_until_nothing_else_is_left():
     third = Conversation(blocks, 14)
     assert blocks.num_free == 0
     assert third.num_runs > 1
-    page, first.room = blocks.allocate(first.pages, first.room, 7)
+    page, first.reservation = blocks.allocate(first.pages, first.reservation, 7)
     assert page is None
     third.end()
     for conversation in (first, second):
@@ -165,11 +165,11 @@ def test_a_claimed_page_is_not_taken_while_a_lone_one_is_free():
     blocks = BlockManager(num_pages=12, page_size=2, most=8)
     for conversation in [Conversation(blocks, 4) for _ in range(3)][::-1]:  # the last pages are blank for longest
         blocks.release(conversation.pages)
-    first = Conversation(blocks, 1, likely=8)  # claims the 7 pages behind its own
+    first = Conversation(blocks, 1, likely=8)  # reserves the 7 pages behind its own
     others = [Conversation(blocks, 1, likely=1) for _ in range(4)]
-    assert all(other.pages[0] not in first.room for other in others)
+    assert all(other.pages[0] not in first.reservation for other in others)
     taken = Conversation(blocks, 1, likely=8)
-    assert taken.pages[0] in first.room, "nothing else is left"
+    assert taken.pages[0] in first.reservation, "nothing else is left"
 
 
 def test_a_server_that_has_run_for_long_reads_nearly_every_sequence_in_place():

@@ -160,7 +160,7 @@ class Simulation:
         ), "an output was lost"
         for request_id in scheduler.request_ids():
             indices = [life.index for life in self.living if life.request.id == request_id]
-            assert scheduler.living(request_id) == indices
+            assert scheduler.active_outputs(request_id) == indices
 
     def _check_chunks(self, plan, names):
         for chunk in plan.chunks:
@@ -230,7 +230,7 @@ class Simulation:
         assert not any(self.follower.pages.values()), "a follower was not told"
         assert (len(scheduler), list(scheduler.waiting), scheduler.running) == (0, [], [])
         assert scheduler.blocks.num_free == self.config.num_pages
-        assert not any(scheduler.blocks._busy), "room was claimed and never given up"
+        assert not any(scheduler.blocks._busy), "pages were reserved and never given back"
         assert sorted(scheduler._free_rows) == list(range(self.config.max_batch_size))
         assert all(life.has_ended for life in self.lives.values())
 
@@ -314,7 +314,7 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
         simulation.step(cancel_meanwhile=next(iter(leaving), None))
         simulation.forget_the_ended()
     simulation.check_nothing_is_left()
-    assert simulation.restarts > 500, "too much room"
+    assert simulation.restarts > 500, "too many pages"
     assert simulation.hits > 500, "nothing was shared"
 
 
@@ -512,7 +512,7 @@ def test_cancelling_an_output_that_waits_for_the_prompt_leaves_its_siblings_to_s
     simulation.add(8, 3, n=3)
     simulation.step()
     simulation.cancel(simulation.life("r0", 1), alone=True)
-    assert (len(scheduler.waiting), scheduler.living("r0")) == (0, [0, 2])
+    assert (len(scheduler.waiting), scheduler.active_outputs("r0")) == (0, [0, 2])
     simulation.run()
     assert simulation.hits == 6, "three pages of two; the last token must be computed"
 

@@ -353,7 +353,7 @@ def test_an_output_that_a_stop_string_has_ended_frees_its_place_while_its_siblin
     wait_until(lambda: len(service._loop.engine.scheduler.running) == 2)
     assert ask(service, prompt=PROMPT, max_new_tokens=4)[0] == 200, "it got the place of output 0"
     (key,) = service._loop.engine.scheduler.request_ids()
-    assert service._loop.engine.scheduler.living(key) == [1]
+    assert service._loop.engine.scheduler.active_outputs(key) == [1]
     service.close("long")
     wait_until(lambda: service._loop.engine.num_requests == 0)
 
