@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,10 +31,16 @@ def make_sentencepiece_model(
     vocab_size: int = 400,
     user_defined_symbols: Iterable[str] = (),
 ) -> Path:
-    """tokenizer.model as Llama 2 has it: BPE, byte fallback, split digits, a dummy space in front of a text."""
+    """tokenizer.model as Llama 2 has it: BPE, byte fallback, split digits, a dummy space in front of a text.
+
+    In Llama 2's order, too: the first piece behind the bytes is a run of two spaces, then come those of words.
+    """
+    lines = [line for text in corpus for line in text.splitlines()] * 4
+    commonest = max(Counter(word[0] for line in lines for word in line.split()).values())
+    lines += [" " * 3] * (1 + commonest // 2)  # a run of four with the space in front: ▁▁ is twice in it, ▁▁▁▁ once
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in corpus for line in text.splitlines()] * 4),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -91,7 +98,8 @@ def make_metaspace_json(folder: str | Path, corpus: Iterable[str] = CORPUS, *, v
         special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([word for text in corpus for word in text.split()] * 4, trainer)
+    words = [word for text in corpus for word in text.split()] * 4
+    tokenizer.train_from_iterator([*words, *[" " * 3] * len(words)], trainer)  # ▁▁ comes first, as in Llama 2
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] in specials]
     definition["post_processor"] = {

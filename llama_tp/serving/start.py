@@ -48,6 +48,10 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
     loop.start()
+    if isinstance(rank.chat, str):
+        log.info("chat format: none: %s", rank.chat)
+    else:
+        log.info("chat format: %s (%s)", rank.chat.name, rank.chat.origin)
     return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.native_defaults())
 
 
@@ -109,10 +113,10 @@ def _read(
         model_dir / handler.model_args_path if handler.model_args_path else folder / "model_args.json"
     )
     engine_config = config.engine_config(args)
-    tokenizer = load_tokenizer(model_dir / handler.tokenizer_path)
-    if tokenizer.vocab_size > args.vocab_size:
-        mismatch = f"{tokenizer.vocab_size} ids, but the model's embedding has {args.vocab_size} rows"
-        raise ConfigError([f"handler.tokenizer_path: this tokenizer has {mismatch}: they are not of one model"])
+    try:
+        tokenizer = load_tokenizer(model_dir / handler.tokenizer_path, embedding_rows=args.vocab_size)
+    except ValueError as error:
+        raise ConfigError([f"handler.tokenizer_path: {error}"]) from None
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
 
 

@@ -162,7 +162,7 @@ def test_llama2_marks_every_exchange_and_leaves_the_last_one_open():
 )
 def test_llama2_refuses_roles_out_of_order_and_names_the_first(roles, index):
     dialog = [Message(role, "x") for role in roles]
-    with pytest.raises(ChatError, match="roles go: ") as caught:
+    with pytest.raises(ChatError, match=r"roles go: |the last message is from 'assistant'") as caught:
         chat_format("llama2", tiny("sentencepiece")).encode(dialog)
     assert caught.value.code == "invalid_role_order"
     assert (caught.value.index, caught.value.field) == (index, "role")

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Library
 
 from llama_tp.text import load_tokenizer
-from llama_tp.text.vocabulary import split_long_runs
+from llama_tp.text.tiktoken_file import split_long_runs
 from tests import tiny_text
 from tests.unit.text_fixtures import KINDS, file_of, folder_of, quick, texts, tiny
 
