@@ -90,7 +90,7 @@ def generate(
     Args:
         checkpoint: a converted checkpoint
         prompt: text to continue
-        tokenizer: tokenizer.model or tokenizer.json; by default the one beside or in the checkpoint
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         max_new_tokens: stop after so many tokens
         temperature: 0 is greedy
         top_p: sample from the most probable tokens that add up to this
@@ -129,7 +129,7 @@ def chat(
 
     Args:
         checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model or tokenizer.json; by default the one beside or in the checkpoint
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         system: a system message to begin with
         chat_format: auto, llama2, llama3, chatml or jinja
         max_new_tokens: of one answer
@@ -156,7 +156,7 @@ def chat(
 def package(
     config: str,
     checkpoint: str,
-    tokenizer: str,
+    tokenizer: str | None = None,
     model_store: str = "model_store",
     model_name: str = "llama",
     handler: str = "handler/llama_handler.py",
@@ -166,7 +166,7 @@ def package(
     Args:
         config: the model-config.yaml to serve with
         checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model or tokenizer.json
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         model_store: TorchServe's model store
         model_name: the model's name in URLs
         handler: the handler file

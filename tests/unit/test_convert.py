@@ -58,12 +58,12 @@ def test_the_checkpoint_and_model_args_are_there_and_nothing_else(job, tmp_path,
     convert(**job)
     assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
     folder = tmp_path / "converted_checkpoints"
-    assert names(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json"]
+    assert names(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json", "tokenizer.model"]
     args = ModelArgs.load(tmp_path / "model_args.json")
     assert args == ModelArgs.load(folder / "model_args.json")
     assert (args.max_seq_len, args.max_batch_size, args.vocab_size) == (512, 2, 512)
     verify(folder)
-    assert load_manifest(folder).files.keys() == {".metadata", "__0_0.distcp", "model_args.json"}
+    assert load_manifest(folder).files.keys() == {".metadata", "__0_0.distcp", "model_args.json", "tokenizer.model"}
     assert load_manifest(folder).about["dtype"] == "bfloat16"
     captured = capsys.readouterr()
     assert "converted_checkpoints" in captured.out
