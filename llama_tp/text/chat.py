@@ -6,7 +6,7 @@ Knows the formats and their rules of roles; limits, types and JSON are the serve
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llama_tp.text.chat_template import JinjaFormat
@@ -96,7 +96,7 @@ class Llama2Format:
         turns = [message.content for message in dialog]
         if dialog[0].role == "system":
             turns[:2] = [f"<<SYS>>\n{turns[0]}\n<</SYS>>\n\n{turns[1]}"]
-        begun = f" {turns.pop().strip()}" if continue_final_message else ""
+        begun = f" {turns.pop().strip()}".rstrip() if continue_final_message else ""
         *finished, last = (turn.strip() for turn in turns)
         ids: list[int] = []
         for question, answer in zip(finished[::2], finished[1::2], strict=True):
@@ -110,22 +110,20 @@ class Llama3Format:
     name = "llama3"
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
-        self.origin = origin
-        pieces = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-        self._bos, self._header, self._end_header, self._eot = _require_specials(self.name, tokenizer, *pieces)
+        specials = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        _require_specials(self.name, tokenizer, *specials)
         self.stop_ids = tokenizer.stop_ids
-        self._encode = tokenizer.encode
+        self.origin = origin
+        self._encode = tokenizer.encode_rendered
 
     def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         check_roles(dialog, (*ROLES, "ipython"))
         check_last_role(dialog, continue_final_message=continue_final_message)
-        ids = [self._bos]
-        for message in dialog:
-            ids += [*self._head(message.role), *self._encode(message.content.strip()), self._eot]
-        return ids[:-1] if continue_final_message else ids + self._head("assistant")
-
-    def _head(self, role: str) -> list[int]:
-        return [self._header, *self._encode(role), self._end_header, *self._encode("\n\n")]
+        parts = ["", "<|begin_of_text|>", ""]
+        for message in _with_open_answer(dialog, continue_final_message):
+            parts += ["<|start_header_id|>", message.role, "<|end_header_id|>", "\n\n" + message.content.strip()]
+            parts += ["<|eot_id|>", ""]
+        return self._encode(parts[:-2])
 
 
 class ChatMLFormat:
@@ -134,31 +132,32 @@ class ChatMLFormat:
     name = "chatml"
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
-        self.origin = origin
-        self._start, self._end = _require_specials(self.name, tokenizer, "<|im_start|>", "<|im_end|>")
+        _require_specials(self.name, tokenizer, "<|im_start|>", "<|im_end|>")
         self.stop_ids = tokenizer.stop_ids
-        self._encode = tokenizer.encode
-        self._adds_bos = tokenizer.adds_bos
+        self.origin = origin
+        self._bos = tokenizer.encode("", bos=tokenizer.adds_bos)
+        self._encode = tokenizer.encode_rendered
 
     def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         check_roles(dialog, ROLES)
         check_last_role(dialog, continue_final_message=continue_final_message)
-        dialog = dialog if continue_final_message else [*dialog, Message("assistant", "")]
-        ids = self._encode("", bos=self._adds_bos)
-        for message in dialog:
-            turn = self._encode(f"{message.role}\n{message.content}")
-            ids += [self._start, *turn, self._end, *self._encode("\n")]
-        return ids[: -1 - len(self._encode("\n"))]
+        parts = [""]
+        for message in _with_open_answer(dialog, continue_final_message):
+            parts += ["<|im_start|>", f"{message.role}\n{message.content}", "<|im_end|>", "\n"]
+        return self._bos + self._encode(parts[:-2])
 
 
-def _require_specials(name: str, tokenizer: Tokenizer, *pieces: str) -> list[int]:
-    special_ids: Mapping[str, int] = tokenizer.special_ids
-    if lacking := [piece for piece in pieces if piece not in special_ids]:
+def _with_open_answer(dialog: Sequence[Message], continue_final_message: bool) -> Sequence[Message]:
+    """The dialog with the answer as its last message: one to continue, or an empty one."""
+    return dialog if continue_final_message else [*dialog, Message("assistant", "")]
+
+
+def _require_specials(name: str, tokenizer: Tokenizer, *pieces: str) -> None:
+    if lacking := [piece for piece in pieces if piece not in tokenizer.special_ids]:
         raise ValueError(
             f"chat_format={name!r} needs the special tokens {', '.join(lacking)}, which this {tokenizer.kind} "
             "vocabulary lacks; set chat_format to auto or to the format of this model"
         )
-    return [special_ids[piece] for piece in pieces]
 
 
 def _check_strict_order(dialog: Sequence[Message]) -> None:

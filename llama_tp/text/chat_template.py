@@ -88,16 +88,16 @@ class JinjaFormat:
         except Exception as error:  # a template can fail in any way; none of them is the user's fault
             raise RuntimeError(f"the tokenizer's chat_template failed: {type(error).__name__}: {error}") from error
         if continue_final_message:
-            rendered = _cut(rendered, dialog)
+            rendered = _cut(rendered, contents)
         return self._special.split(rendered)
 
 
-def _cut(rendered: str, dialog: Sequence[Message]) -> str:
+def _cut(rendered: str, contents: Sequence[str]) -> str:
     """What is rendered up to the end of the last message."""
     at = rendered.rfind(_CUT.strip())
-    if at < 0:
+    if at < 0 or contents[-1].strip() not in rendered[:at]:
         problem = "the model's chat template leaves out the last message or a part of it: it cannot be continued"
-        raise ChatError("cannot_continue_message", problem, index=len(dialog) - 1, field="content")
+        raise ChatError("cannot_continue_message", problem, index=len(contents) - 1, field="content")
     # where the template trims contents, it would have trimmed this one, too
     return rendered[:at] if rendered.startswith(_CUT, at) else rendered[:at].rstrip()
 

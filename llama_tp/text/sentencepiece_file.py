@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from llama_tp.text.siblings import CONTROL_PIECE, AddedToken, Siblings
 from llama_tp.text.vocabulary import SPACE_MARK, Vocabulary, require_rows, spaced_bytes, within_embedding
@@ -37,7 +38,7 @@ class SentencePieceFile(Vocabulary):
                 f"{path} declares treat_whitespace_as_suffix, which no Llama vocabulary has: not supported"
             )
         require_rows(path, model.vocab_size(), embedding_rows)
-        added, beyond = within_embedding(path, siblings.added_tokens, siblings, embedding_rows)
+        added, beyond = within_embedding(siblings.added_tokens, embedding_rows)
         pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
         _require_same_names(path, pieces, added)
         special_ids = {
@@ -54,11 +55,13 @@ class SentencePieceFile(Vocabulary):
         for piece, i in plain.items():
             table[i] = spaced_bytes(piece, is_byte=False)
         super().__init__(
+            path,
             table,
             special_ids,
             siblings,
             ids={piece: i for i, piece in enumerate(pieces)} | {token.content: token.id for token in added},
             beyond=beyond,
+            embedding_rows=embedding_rows,
             bos_id=_known(model.bos_id()),
             eos_id=_known(model.eos_id()),
             unk_id=_known(model.unk_id()),
@@ -89,7 +92,7 @@ class SentencePieceFile(Vocabulary):
         return self._without_prefix.encode(text)
 
     @cached_property
-    def _without_prefix(self):  # type: ignore[no-untyped-def]  # the library has no types
+    def _without_prefix(self) -> Any:
         """The same model without the space that it puts in front of a text."""
         from sentencepiece import SentencePieceProcessor
 

@@ -48,7 +48,7 @@ class TiktokenFile(Vocabulary):
         names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_LLAMA3_NUM_SPECIALS - len(names))]
         own = {name: len(table) + i for i, name in enumerate(names)}
         require_rows(path, len(table) + len(own), embedding_rows)
-        added, beyond = within_embedding(path, siblings.added_tokens, siblings, embedding_rows)
+        added, beyond = within_embedding(siblings.added_tokens, embedding_rows)
         special_ids = own | {token.content: _special_id(path, token, len(table)) for token in added}
         self._encoding = Encoding(
             "llama3",
@@ -57,11 +57,13 @@ class TiktokenFile(Vocabulary):
             special_tokens=own,
         )
         super().__init__(
+            path,
             table + [b""] * (1 + max(special_ids.values()) - len(table)),
             special_ids,
             siblings,
             ids=special_ids,
             beyond=beyond,
+            embedding_rows=embedding_rows,
             bos_id=own["<|begin_of_text|>"],
             eos_id=own["<|end_of_text|>"],
         )

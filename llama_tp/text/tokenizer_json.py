@@ -37,8 +37,7 @@ class TokenizerJson(Vocabulary):
                 raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; give the tokenizer.json")
             raise ValueError(f"{path} is JSON, but no tokenizer.json: it has no 'model'; give the tokenizer's own file")
         try:
-            tokens = _added_tokens(path, definition, siblings)
-            added, beyond = within_embedding(path, tokens, siblings, embedding_rows)
+            added, beyond = within_embedding(_added_tokens(path, definition, siblings), embedding_rows)
             names = {token.content: _hidden_name(token.id) for token in added if token.special}
             library = Library.from_str(json.dumps(_renamed(definition, added, names, beyond)))
         except _Refused as error:
@@ -61,11 +60,13 @@ class TokenizerJson(Vocabulary):
                 table[i] = decoder.bytes_of_added(piece) if piece in plain else decoder.bytes_of(piece)
 
         super().__init__(
+            path,
             table,
             special_ids,
             siblings,
             ids=ids,
             beyond=beyond,
+            embedding_rows=embedding_rows,
             bos_id=next((ids[piece] for piece in _BOS_PIECES if piece in ids), None),
             eos_id=next((ids[piece] for piece in _EOS_PIECES if piece in ids), None),
             unk_id=ids.get(definition["model"].get("unk_token") or ""),
@@ -105,6 +106,7 @@ def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings)
     tokens = {
         fields["content"]: AddedToken.of(fields["id"], fields, special=fields["content"] in special)
         for fields in definition.get("added_tokens") or []
+        if fields["content"]
     }
     for token in siblings.added_tokens:
         known = tokens.setdefault(token.content, token)

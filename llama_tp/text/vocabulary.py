@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -28,20 +28,22 @@ def require_well_formed(text: str) -> None:
 class Vocabulary(ABC):
     """A tokenizer file together with the files beside it; see `llama_tp.text.tokenizer.Tokenizer` for the contract.
 
-    `ids` maps every piece to its id, and `special_ids` those that no text spells. bos_id, eos_id: as the tokenizer file
-    itself has them; the files beside it have the last word.
+    `ids` maps every piece to its id, `special_ids` those that no text spells, `beyond` those that the model's embedding
+    has no row for. bos_id, eos_id: as the tokenizer file itself has them; the files beside it have the last word.
     """
 
     kind: str
 
     def __init__(
         self,
+        path: Path,
         table: list[bytes],
         special_ids: Mapping[str, int],
         siblings: Siblings,
         *,
         ids: Mapping[str, int],
         beyond: Mapping[str, int],
+        embedding_rows: int | None,
         bos_id: int | None,
         eos_id: int | None,
         unk_id: int | None = None,
@@ -49,15 +51,23 @@ class Vocabulary(ABC):
     ) -> None:
         self.vocab_size = len(table)
         self.special_ids = special_ids
-        self.bos_id = siblings.token_id("bos", ids, bos_id)
-        self.eos_id = siblings.token_id("eos", ids, eos_id)
+        self.bos_id = siblings.token_id("bos", {**ids, **beyond}, bos_id)
+        self.eos_id = siblings.token_id("eos", {**ids, **beyond}, eos_id)
+        for name, token_id in (("BOS", self.bos_id), ("EOS", self.eos_id)):
+            if embedding_rows is not None and token_id is not None and token_id >= embedding_rows:
+                raise ValueError(
+                    f"{path}: {name} has id {token_id}, but the model's embedding has {embedding_rows} rows: "
+                    "the tokenizer is not this model's"
+                )
         self.adds_bos = self.bos_id is not None and siblings.adds_bos is not False
         self.drops_leading_space = drops_leading_space
         self.chat_template = siblings.chat_template
         self.chat_template_file = siblings.chat_template_file
         self.beyond_embedding = beyond
         stops = {special_ids[p] for p in _STOP_PIECES if p in special_ids} | siblings.stop_ids
-        self.stop_ids = frozenset(stops if self.eos_id is None else {*stops, self.eos_id})
+        if self.eos_id is not None:
+            stops.add(self.eos_id)
+        self.stop_ids = frozenset(i for i in stops if embedding_rows is None or i < embedding_rows)
         self._table = table
         self._unk_id = unk_id
         self._forbidden = {id_: piece for piece, id_ in special_ids.items() if id_ != unk_id}
@@ -134,23 +144,13 @@ class Vocabulary(ABC):
 
 
 def within_embedding(
-    path: Path, tokens: Iterable[AddedToken], siblings: Siblings, embedding_rows: int | None
+    tokens: Sequence[AddedToken], embedding_rows: int | None
 ) -> tuple[list[AddedToken], dict[str, int]]:
-    """The added tokens that a model with this embedding has, and the ids of the others by piece.
-
-    ValueError if BOS or EOS is one of the others: without it the model cannot work as its files say.
-    """
+    """The added tokens that a model with this embedding has, and the ids of the others by piece."""
     if embedding_rows is None:
         return list(tokens), {}
     kept = [token for token in tokens if token.id < embedding_rows]
-    beyond = {token.content: token.id for token in tokens if token.id >= embedding_rows}
-    for name in ("bos_token", "eos_token"):
-        if (piece := siblings.template_variables.get(name)) in beyond:
-            raise ValueError(
-                f"{path}: the {name} {piece!r} has id {beyond[str(piece)]}, but the model's embedding has "
-                f"{embedding_rows} rows: the tokenizer is not this model's"
-            )
-    return kept, beyond
+    return kept, {token.content: token.id for token in tokens if token.id >= embedding_rows}
 
 
 def require_rows(path: Path, num_ids: int, embedding_rows: int | None) -> None:
