@@ -89,7 +89,7 @@ class Siblings:
         named: dict[str, str | list[str]] = {}
         for config in (self._special_tokens_map, self.tokenizer_config):
             for name, token in config.items():
-                if name == "additional_special_tokens" and isinstance(token, list):
+                if name in ("additional_special_tokens", "extra_special_tokens") and isinstance(token, list):
                     named[name] = [piece for piece in map(_content, token) if piece is not None]
                 elif name.endswith("_token") and (piece := _content(token)) is not None:
                     named[name] = piece
@@ -112,7 +112,9 @@ class Siblings:
             if not isinstance(token_id, int):
                 raise ValueError(f"{path}: {piece!r} must have a number as its id, not {token_id!r}; download it again")
             if str(token_id) not in known:
-                yield AddedToken.of(token_id, {"content": piece}, special=piece in self.special_pieces)
+                yield AddedToken.of(
+                    token_id, {"content": piece, "normalized": False}, special=piece in self.special_pieces
+                )
 
     def _template(self, file: Path) -> tuple[str | None, str | None]:
         """The default chat template, and the name of the file that it is in."""
