@@ -48,10 +48,6 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
     loop.start()
-    if isinstance(rank.chat, str):
-        log.info("chat format: none: %s", rank.chat)
-    else:
-        log.info("chat format: %s (%s)", rank.chat.name, rank.chat.origin)
     return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.native_defaults())
 
 
@@ -85,6 +81,8 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
         deterministic=engine_config.deterministic,
     )
     _fail_together(group, problem)
+    if lead:
+        log.info("chat format: %s", f"none: {chat}" if isinstance(chat, str) else f"{chat.name} ({chat.origin})")
     try:
         folder = str(model_dir / config.handler.converted_ckpt_dir)
         thread = EngineThread()
