@@ -56,7 +56,8 @@ class Siblings:
         self._config_path = folder / "tokenizer_config.json"
         self.tokenizer_config = _read_json(self._config_path)
         self._special_tokens_map = _read_json(folder / "special_tokens_map.json")
-        self._generation_config = _read_json(folder / "generation_config.json")
+        self._generation_path = folder / "generation_config.json"
+        self._generation_config = _read_json(self._generation_path)
         self.template_variables = self._named_tokens()
         """bos_token, pad_token and so on, as a template refers to them."""
         self.stop_ids = frozenset(self._generation_ids("eos"))
@@ -129,8 +130,12 @@ class Siblings:
         return template, self._config_path.name if template else None
 
     def _generation_ids(self, name: str) -> Sequence[int]:
-        ids = self._generation_config.get(f"{name}_token_id")
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+        value = self._generation_config.get(f"{name}_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token_id, int) for token_id in ids):
+            problem = f"{name}_token_id={json.dumps(value)} must be an id or a list of ids"
+            raise ValueError(f"{self._generation_path}: {problem}; download it again")
+        return ids
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:

@@ -181,6 +181,7 @@ class _Decoder:
         for at, step in enumerate(steps):
             if step["type"] == "Metaspace":
                 self._replaced.append((step["replacement"], " "))
+                # The library drops all spaces of the first piece, also those that the text began with.
                 self.drops_leading_space = step["prepend_scheme"] != "never"
             elif step["type"] == "Replace":
                 pattern = step["pattern"].get("String")

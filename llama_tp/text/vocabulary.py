@@ -69,7 +69,6 @@ class Vocabulary(ABC):
             stops.add(self.eos_id)
         self.stop_ids = frozenset(i for i in stops if embedding_rows is None or i < embedding_rows)
         self._table = table
-        self._unk_id = unk_id
         self._forbidden = {id_: piece for piece, id_ in special_ids.items() if id_ != unk_id}
         self._strips = {token.content: token for token in siblings.added_tokens if token.lstrip or token.rstrip}
         piece_of = {id_: piece for piece, id_ in special_ids.items()}

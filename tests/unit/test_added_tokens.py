@@ -101,6 +101,15 @@ def test_added_tokens_decoder_of_another_form_is_refused(made):
         load_tokenizer(made[0])
 
 
+@every_kind
+def test_stop_ids_of_another_form_are_refused(made):
+    (made[0].parent / "generation_config.json").write_text('{"eos_token_id": ["2"]}')
+    with pytest.raises(
+        ValueError, match=r'generation_config\.json: eos_token_id=\["2"\] must be an id or a list of ids'
+    ):
+        load_tokenizer(made[0])
+
+
 def test_a_tokenizer_json_that_lacks_ids_in_between_is_refused(tmp_path):
     path = tiny_text.make_tokenizer_json(tmp_path)
     size = load_tokenizer(path).vocab_size

@@ -5,13 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from llama_tp.text import ChatFormat, Message, Tokenizer, chat_format, load_tokenizer
 from tests.tiny_chat import TEMPLATES, dialog_of, ids_by_transformers, make_chat_tokenizer
-from tests.unit.text_fixtures import quick
 
 FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -46,13 +45,14 @@ def without_system(dialog: list[Message], name: str) -> list[Message]:
     return [m for m in dialog if m.role != "system"] if name == "mistral" else dialog
 
 
+few = settings(deadline=None, max_examples=25)
 every_file = pytest.mark.parametrize("file", FILES)
 every_model = pytest.mark.parametrize("name", TEMPLATES)
 
 
 @every_file
 @every_model
-@quick
+@few
 @given(dialog=dialogs)
 def test_prompts_are_those_of_transformers(name, file, dialog):
     dialog = without_system(dialog, name)
@@ -61,7 +61,7 @@ def test_prompts_are_those_of_transformers(name, file, dialog):
 
 @every_file
 @every_model
-@quick
+@few
 @given(dialog=dialogs, begun=contents)
 def test_a_last_message_is_continued_as_transformers_continues_it(name, file, dialog, begun):
     dialog = [*without_system(dialog, name), Message("assistant", begun)]
@@ -71,7 +71,7 @@ def test_a_last_message_is_continued_as_transformers_continues_it(name, file, di
 
 @every_file
 @every_model
-@quick
+@few
 @given(dialog=dialogs)
 def test_prompts_are_those_of_transformers_where_the_files_say_legacy(name, file, dialog):
     """Then every text behind a special token begins with a space of its own."""

@@ -150,6 +150,24 @@ def test_a_stream_joined_is_the_answer_in_one_piece(service, tokenizer, asked, p
     assert all(chunk.keys() == {"text", "ids"} for chunk in chunks[:-1])
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"prompt": PROMPT}, " the the"),
+        ({"prompt": [1, 40, 41]}, " the the"),
+        ({"prompt": [1]}, "the the"),
+        ({"dialog": DIALOG}, "the the"),
+    ],
+    ids=str,
+)
+def test_a_completion_begins_with_the_space_that_parts_it_from_its_prompt(service, tokenizer, asked, text, streaming):
+    (word,) = tokenizer.encode("the")
+    body = {**asked, "logit_bias": {str(word): 100}, "max_new_tokens": 2}
+    answered = "".join(c["text"] for c in stream(service, **body)) if streaming else ask(service, **body)[1]["text"]
+    assert answered == text
+
+
 def check_alignment(chunks, tokenizer):
     ids, text = [], ""
     for chunk in chunks[:-1]:
