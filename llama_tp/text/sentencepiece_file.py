@@ -40,7 +40,7 @@ class SentencePieceFile(Vocabulary):
         require_rows(path, model.vocab_size(), embedding_rows)
         added, beyond = within_embedding(siblings.added_tokens, embedding_rows)
         pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-        _require_same_names(path, pieces, added)
+        _check_added(path, pieces, added)
         special_ids = {
             piece: i
             for i, piece in enumerate(pieces)
@@ -152,8 +152,14 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _require_same_names(path: Path, pieces: list[str], added: list[AddedToken]) -> None:
+def _check_added(path: Path, pieces: list[str], added: list[AddedToken]) -> None:
+    """ValueError for a token that contradicts the model, or is looked for in ways that sentencepiece does not know."""
     for token in added:
+        if token.single_word or (not token.special and (token.lstrip or token.rstrip)):
+            raise ValueError(
+                f"{path}: a file beside it adds {token.content!r} with single_word, lstrip or rstrip, which is not "
+                "supported beside a tokenizer.model; give the model's tokenizer.json"
+            )
         if token.id < len(pieces) and pieces[token.id] != token.content:
             raise ValueError(
                 f"{path} has {pieces[token.id]!r} as id {token.id}, but a file beside it says {token.content!r}: "

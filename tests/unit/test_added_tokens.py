@@ -86,6 +86,17 @@ def test_added_text_in_a_sentencepiece_vocabulary_is_found_where_transformers_fi
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_a_sentencepiece_vocabulary_refuses_tokens_that_only_tokenizer_json_can_describe(tmp_path, flag):
+    path = tiny_text.make_sentencepiece_model(tmp_path)
+    size = load_tokenizer(path).vocab_size
+    update_config(tmp_path, added_tokens_decoder={size: describe("<obs>", **{flag: True})})
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.model: .*adds '<obs>' with .*{flag}.*give the model's tokenizer\.json"
+    ):
+        load_tokenizer(path)
+
+
 @every_kind
 def test_a_token_with_two_ids_is_refused(made):
     path, size = made

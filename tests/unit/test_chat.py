@@ -330,6 +330,20 @@ def test_a_generation_block_is_its_content(template):
     assert ids == ids_by_transformers(template, SEVERAL)
 
 
+def test_special_tokens_that_are_declared_as_normalized_are_tokens_all_the_same(tmp_path):
+    """The library looks for them behind the space that its normalizer puts in front, and so finds some of them only."""
+    path = tiny_text.make_metaspace_json(tmp_path)
+    definition = json.loads(path.read_text())
+    for token in definition["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(definition))
+    (tmp_path / "chat_template.jinja").write_text("<s>the</s><s>{{ messages[0].content }}</s>")
+    tokenizer = load_tokenizer(path)
+    ids = chat_format("auto", tokenizer).encode(dialog_of("</s>dog"))
+    assert [i for i in ids if i in tokenizer.special_ids.values()] == [1, 2, 1, 2]
+    assert tokenizer.decode(ids).replace(" ", "") == "the</s>dog"
+
+
 NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|tool|>"}
 
 
