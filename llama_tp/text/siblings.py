@@ -20,6 +20,8 @@ SIBLINGS = (
 
 # Tokens with these names steer a model even where the vocabulary declares them as plain text.
 CONTROL_PIECE = re.compile(r"▁?(<[|｜].+[|｜]>|</?s>|<unk>|<pad>)", re.DOTALL)
+# What a file names as its pad_token and the like may be a word of the language, too: "!" in some. That stays text.
+_MARKUP = re.compile(r"[<\[].+[>\]]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,11 @@ class Siblings:
         self._generation_config = _read_json(self._generation_path)
         self.template_variables = self._named_tokens()
         """bos_token, pad_token and so on, as a template refers to them."""
+        self.special_pieces = self._special_pieces()
+        """The tokens that are special because a file names their purpose."""
         self.stop_ids = frozenset(self._generation_ids("eos"))
         self.added_tokens = [*self._added_tokens(), *self._legacy_added_tokens(folder / "added_tokens.json")]
         self.chat_template, self.chat_template_file = self._template(folder / "chat_template.jinja")
-
-    @property
-    def special_pieces(self) -> set[str]:
-        """The tokens that are special because a file names their purpose."""
-        tokens = self.template_variables.values()
-        return {piece for token in tokens for piece in (token if isinstance(token, list) else [token])}
 
     @property
     def adds_bos(self) -> bool | None:
@@ -97,6 +95,11 @@ class Siblings:
                 elif name.endswith("_token") and token is None:
                     named.pop(name, None)
         return named
+
+    def _special_pieces(self) -> set[str]:
+        named = self.template_variables.values()
+        pieces = {piece for token in named for piece in (token if isinstance(token, list) else [token])}
+        return {piece for piece in pieces if _MARKUP.fullmatch(piece)}
 
     def _added_tokens(self) -> Iterator[AddedToken]:
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}

@@ -144,6 +144,15 @@ def test_a_named_token_is_special_though_the_vocabulary_has_it_as_a_word(tmp_pat
     assert chat_format("auto", tokenizer).encode([Message("user", "x")])[0] == size
 
 
+@every_kind
+def test_a_word_of_the_language_stays_text_whatever_it_is_named_as(made):
+    path, _ = made
+    update_config(path.parent, pad_token="t", additional_special_tokens=["h"], chat_template="{{ pad_token }}")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode("that !")) == "that !"
+    assert tokenizer.decode(chat_format("auto", tokenizer).encode([Message("user", "x")])) == "t"
+
+
 def test_llama3s_reserved_tokens_have_the_names_that_the_files_beside_give_them(tmp_path):
     path = tiny_text.make_tiktoken_model(tmp_path)
     plain = load_tokenizer(path)
