@@ -146,7 +146,7 @@ def generate(
     Args:
         checkpoint: a converted checkpoint
         prompt: text to continue
-        tokenizer: tokenizer.model or tokenizer.json; by default the one beside or in the checkpoint
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         max_new_tokens: stop after so many tokens
         temperature: 0 is greedy
         top_p: sample from the most probable tokens that add up to this
@@ -188,7 +188,7 @@ def chat(
 
     Args:
         checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model or tokenizer.json; by default the one beside or in the checkpoint
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         system: a system message to begin with
         chat_format: auto, llama2, llama3, chatml or jinja
         max_new_tokens: of one answer
@@ -234,7 +234,7 @@ def config(name: str | None = None) -> None:
 def package(
     config: str,
     checkpoint: str,
-    tokenizer: str,
+    tokenizer: str | None = None,
     model_store: str = "model_store",
     model_name: str = "llama",
     handler: str | None = None,
@@ -244,7 +244,7 @@ def package(
     Args:
         config: the model-config.yaml to serve with; `llama-tp config` prints some to start from
         checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model or tokenizer.json
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         model_store: TorchServe's model store
         model_name: the model's name in URLs
         handler: the handler file; by default llama-tp's own

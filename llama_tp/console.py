@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -12,9 +13,11 @@ from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.parallel.launch import join
-from llama_tp.text.chat import ChatError, Message, chat_format
+from llama_tp.text.chat import chat_format
 from llama_tp.text.detokenizer import TextStream
+from llama_tp.text.dialog import ChatError, Message
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+from llama_tp.text.tokenizer_files import find_tokenizer
 
 
 def run_console(
@@ -28,7 +31,7 @@ def run_console(
 ) -> None:
     """Load a checkpoint on all ranks, let the leader `act`, and end on all ranks together."""
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
-    words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)))
+    words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)), embedding_rows=args.vocab_size)
     config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device, threads=threads)
     group = join(config.device, timeout_s=config.collective_timeout_s)
     thread = EngineThread()
@@ -57,23 +60,27 @@ class Console:
     def complete(self, prompt: str, params: SamplingParams) -> str:
         """Print the continuation of a prompt as it is generated, then a line of statistics on stderr."""
         ids = self._tokenizer.encode(prompt, bos=self._tokenizer.adds_bos)
-        return self._answer(ids, params, self._tokenizer.stop_ids)
+        return self._answer(ids, params, self._tokenizer.stop_ids, continues=True)
 
     def chat(self, format_name: str, params: SamplingParams, system: str | None = None) -> None:
         """Read a line, print the answer, until the end of input or an empty line."""
         chat = chat_format(format_name, self._tokenizer)
+        print(f"Chat format: {chat.name} ({chat.origin}).", file=sys.stderr)
         dialog = [Message("system", system)] if system else []
         print("Ctrl-D or an empty line ends the conversation.", file=sys.stderr)
         while line := _ask():
             try:
                 ids = chat.encode([*dialog, Message("user", line)])
-                answer = self._answer(ids, params, chat.stop_ids)
+                answer = self._answer(ids, params, chat.stop_ids, continues=False)
             except (ChatError, ValueError) as error:
                 print(error, file=sys.stderr)
                 continue
             dialog += [Message("user", line), Message("assistant", answer)]
 
-    def _answer(self, prompt: Sequence[int], params: SamplingParams, stop_ids: frozenset[int]) -> str:
+    def _answer(
+        self, prompt: Sequence[int], params: SamplingParams, stop_ids: frozenset[int], *, continues: bool
+    ) -> str:
+        """Generate and print. `continues`: the text goes on with the prompt's, and does not begin anew."""
         room = self._max_seq_len - len(prompt)
         if room < 1:
             raise ValueError(f"the prompt has {len(prompt)} tokens; this model is set to at most {self._max_seq_len}")
@@ -81,7 +88,8 @@ class Console:
         params = params.but(stop_ids=stop_ids, max_new_tokens=min(params.max_new_tokens, room))
         start = first = perf_counter()
         self._loop.submit(Request(str(self._num_requests), tuple(prompt), params))
-        stream, text, count, reason = TextStream(self._tokenizer), "", 0, None
+        stream = TextStream(self._tokenizer, after=prompt if continues else ())
+        text, count, reason = "", 0, None
         while reason is None:
             for event in self._loop.poll(1.0):
                 if event.token_id is not None:
@@ -114,7 +122,6 @@ def _ask() -> str:
 def _find_tokenizer(checkpoint: Path) -> Path:
     """The tokenizer in the checkpoint's folder, or beside it."""
     for folder in (checkpoint, checkpoint.resolve().parent):
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (folder / name).is_file():
-                return folder / name
+        with suppress(FileNotFoundError):
+            return find_tokenizer(folder)
     raise FileNotFoundError(f"there is no tokenizer in {checkpoint} or beside it; pass --tokenizer")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,25 +29,32 @@ def make_sentencepiece_model(
     corpus: Iterable[str] = CORPUS,
     *,
     vocab_size: int = 400,
-    user_defined_symbols: Iterable[str] = (),
+    **options: object,
 ) -> Path:
-    """tokenizer.model as Llama 2 has it: BPE, byte fallback, split digits, a dummy space in front of a text."""
+    """tokenizer.model as Llama 2 has it: BPE, byte fallback, split digits, a dummy space in front of a text.
+
+    In Llama 2's order, too: the first piece behind the bytes is a run of two spaces, then come those of words. Other
+    options are those of sentencepiece's trainer.
+    """
+    lines = [line for text in corpus for line in text.splitlines()] * 4
+    commonest = max(Counter(word[0] for line in lines for word in line.split()).values())
+    lines += [" " * 3] * (1 + commonest // 2)  # a run of four with the space in front: ▁▁ is twice in it, ▁▁▁▁ once
     model = io.BytesIO()
+    as_llama2 = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "hard_vocab_limit": False,
+        "character_coverage": 1.0,
+        "byte_fallback": True,
+        "split_digits": True,
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in corpus for line in text.splitlines()] * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        user_defined_symbols=list(user_defined_symbols),
-        minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=model, **{**as_llama2, **options}
     )
     path = Path(folder) / "tokenizer.model"
     path.write_bytes(model.getvalue())
@@ -91,7 +99,8 @@ def make_metaspace_json(folder: str | Path, corpus: Iterable[str] = CORPUS, *, v
         special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([word for text in corpus for word in text.split()] * 4, trainer)
+    words = [word for text in corpus for word in text.split()] * 4
+    tokenizer.train_from_iterator([*words, *[" " * 3] * len(words)], trainer)  # ▁▁ comes first, as in Llama 2
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] in specials]
     definition["post_processor"] = {

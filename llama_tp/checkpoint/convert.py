@@ -24,6 +24,7 @@ from llama_tp.checkpoint.staging import StagedFolder
 from llama_tp.config import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
+from llama_tp.text.tokenizer_files import copy_tokenizer
 
 MODEL_ARGS = "model_args.json"
 _PEER_TIMEOUT = timedelta(hours=12)
@@ -47,7 +48,7 @@ def convert(
 
     Args:
         original_ckpt_dir: folder with params.json and consolidated.00.pth and so on
-        tokenizer_path: the model's tokenizer.model or tokenizer.json, to compare its vocabulary with the weights
+        tokenizer_path: the model's tokenizer.model or tokenizer.json; the checkpoint keeps it, and what belongs to it
         model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8
         save_checkpoint_dir: folder to write
         max_seq_len: goes into model_args.json, as the context to serve by default
@@ -61,7 +62,7 @@ def convert(
             reader = agree(lambda: _open(str(original_ckpt_dir), str(tokenizer_path), model_parallel_size))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
-            _write(reader, args, staged, model_parallel_size)
+            _write(reader, args, staged, model_parallel_size, str(tokenizer_path))
             agree(lambda: _finish(staged, args, str(model_args_path)))
         finally:
             if _is_leader():
@@ -75,12 +76,7 @@ def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int)
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
     reader = FairscaleReader(original_ckpt_dir, model_parallel_size)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size > reader.args.vocab_size:
-        raise ValueError(
-            f"{tokenizer_path} has {tokenizer.vocab_size} tokens but the embedding in {original_ckpt_dir} has "
-            f"{reader.args.vocab_size} rows: the tokenizer is not this model's"
-        )
+    load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
     return reader
 
 
@@ -100,7 +96,9 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
         )
 
 
-def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, model_parallel_size: int) -> None:
+def _write(
+    reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, model_parallel_size: int, tokenizer_path: str
+) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=_is_leader()) as advance:
         files = dcp.save(reader, staged.path, advance=advance)
@@ -113,6 +111,7 @@ def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, mode
     def describe() -> None:
         if _is_leader():
             args.save(staged.path / MODEL_ARGS)
+            copy_tokenizer(tokenizer_path, staged.path)
             write_manifest(staged.path, known=files, about=about)
 
     agree(describe)

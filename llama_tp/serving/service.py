@@ -7,6 +7,7 @@ with its last reply. Nothing here raises for what a user sent: that is a reply, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -16,8 +17,9 @@ from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving import native
 from llama_tp.serving.native import NativeDefaults, NativeRequest, Part
 from llama_tp.serving.schema import ApiError, shown
-from llama_tp.text.chat import ChatError, ChatFormat, Message
+from llama_tp.text.chat import ChatFormat
 from llama_tp.text.detokenizer import TextStream
+from llama_tp.text.dialog import ChatError, Message
 from llama_tp.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Reply:
 class _Output:
     """One of a request's outputs: how far it is, and what of it no reply holds yet."""
 
-    def __init__(self, tokenizer: Tokenizer, request: NativeRequest, index: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: NativeRequest, index: int, after: Sequence[int]) -> None:
+        """`after`: the ids whose text it continues."""
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error: ApiError | None = None
@@ -50,7 +53,7 @@ class _Output:
         """Whether a reply holds its end."""
         self._index = None if request.n == 1 else index
         self._token_bytes = tokenizer.token_bytes
-        self._stream = TextStream(tokenizer, request.stop, min_tokens=request.min_new_tokens)
+        self._stream = TextStream(tokenizer, request.stop, min_tokens=request.min_new_tokens, after=after)
         self._text: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[dict[str, Any]] | None = None if request.logprobs is None else []
@@ -205,7 +208,8 @@ class LlamaService:
         self._num_started += 1
         key = f"{request_id}#{self._num_started}"
         self._id_of[key] = request_id
-        outputs = [_Output(self._tokenizer, request, index) for index in range(request.n)]
+        continued = prompt if request.dialog is None else []  # a completion goes on with a text, an answer begins one
+        outputs = [_Output(self._tokenizer, request, index, continued) for index in range(request.n)]
         chunk_tokens = native.chunk_tokens(request, self._longest_token) if request.stream else max_new_tokens
         self._active[request_id] = _Active(request, key, len(prompt), outputs, chunk_tokens)
         self._loop.submit(Request(key, tuple(prompt), params, request.timeout_s))

@@ -74,6 +74,8 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
         lead=lead,
         deterministic=engine_config.deterministic,
     )
+    if lead:
+        log.info("chat format: %s", f"none: {chat}" if isinstance(chat, str) else f"{chat.name} ({chat.origin})")
     folder = str(model_dir / config.handler.converted_ckpt_dir)
     thread = EngineThread()
     engine = agree(lambda: thread.call(lambda: load_engine(folder, args, engine_config, group)))
@@ -98,10 +100,10 @@ def _read(
         model_dir / handler.model_args_path if handler.model_args_path else folder / "model_args.json"
     )
     engine_config = config.engine_config(args)
-    tokenizer = load_tokenizer(model_dir / handler.tokenizer_path)
-    if tokenizer.vocab_size > args.vocab_size:
-        mismatch = f"{tokenizer.vocab_size} ids, but the model's embedding has {args.vocab_size} rows"
-        raise ConfigError([f"handler.tokenizer_path: this tokenizer has {mismatch}: they are not of one model"])
+    try:
+        tokenizer = load_tokenizer(model_dir / handler.tokenizer_path, embedding_rows=args.vocab_size)
+    except ValueError as error:
+        raise ConfigError([f"handler.tokenizer_path: {error}"]) from None
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
 
 

@@ -1,7 +1,8 @@
 """Text at the edges: tokenizers, chat formats and streaming detokenizers. Imports nothing else of llama_tp."""
 
-from llama_tp.text.chat import ChatError, ChatFormat, Message, chat_format
+from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.detokenizer import Detokenizer, TextStream
+from llama_tp.text.dialog import ChatError, Message
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [

@@ -7,14 +7,23 @@ from collections.abc import Sequence
 
 from llama_tp.text.tokenizer import Tokenizer
 
+_MAX_UNFINISHED = 3
+"""Bytes that a character can lack its last one with."""
+
 
 class Detokenizer:
-    """Pushes and the flush, joined, are `tokenizer.decode` of all ids."""
+    """Pushes and the flush, joined, are what the ids add to the text of those that they come `after`.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    That is, the text before them and they are `tokenizer.decode` of all ids together. After nothing a text begins: the
+    space that a vocabulary puts in front of a text is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drops_space = tokenizer.drops_leading_space
+        before = self._last_bytes(after)
+        self._utf8.decode(before)  # the next bytes may complete a character that it leaves unfinished
+        self._drops_space = tokenizer.drops_leading_space and not before
 
     def push(self, token_id: int) -> str:
         """Text that the token completes."""
@@ -28,6 +37,15 @@ class Detokenizer:
         """What is left of an unfinished character, as U+FFFD. Call once, at the end."""
         return self._utf8.decode(b"", final=True)
 
+    def _last_bytes(self, ids: Sequence[int]) -> bytes:
+        """As many of the last bytes of a text as can be a part of a character."""
+        raw = b""
+        for token_id in reversed(ids):
+            raw = self._token_bytes(token_id) + raw
+            if len(raw) >= _MAX_UNFINISHED:
+                break
+        return raw[-_MAX_UNFINISHED:]
+
 
 class TextStream:
     """A Detokenizer that ends at the first stop string to be complete; of several complete at once, the longest.
@@ -36,8 +54,10 @@ class TextStream:
     tokens is not searched: no stop string ends or begins in it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0, after: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, after)
         self._matchers = [_Matcher(s) for s in stop]
         self._num_exempt = min_tokens
         self._held = ""

@@ -1,146 +1,241 @@
-"""tokenizer.json, the file of the tokenizers library, and the files that stand beside it."""
+"""tokenizer.json, the file of the tokenizers library.
+
+The library finds special tokens wherever their names stand, in a user's text, too. So it is given names for them that
+no text can hold: they are found where we write them, by the library's own rules, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama_tp.text.vocabulary import CONTROL_PIECE, SPACE_MARK, Vocabulary, spaced_bytes
+from llama_tp.text.siblings import AddedToken, Siblings, parse_json
+from llama_tp.text.vocabulary import Vocabulary, require_rows, require_well_formed, within_embedding
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BOS_PIECES = ("<|begin_of_text|>", "<s>")
 _EOS_PIECES = ("<|end_of_text|>", "</s>", "<|im_end|>", "<|endoftext|>")
+_NONCE = secrets.token_hex(8)
 
 
 class TokenizerJson(Vocabulary):
-    """A tokenizer.json of the tokenizers library, with what its sibling files say of BOS, EOS and chat."""
+    """A tokenizer.json of the tokenizers library, with what the files beside it say of BOS, EOS and chat."""
 
     kind = "tokenizer.json"
 
-    def __init__(self, path: Path, data: bytes) -> None:
+    def __init__(self, path: Path, data: bytes, siblings: Siblings, embedding_rows: int | None) -> None:
         from tokenizers import Tokenizer as Library
 
-        definition = _parse_json(path, data)
+        definition = parse_json(path, data)
         if not isinstance(definition.get("model"), dict):
+            if "vocab" in definition and "config" in definition:
+                raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; give the tokenizer.json")
             raise ValueError(f"{path} is JSON, but no tokenizer.json: it has no 'model'; give the tokenizer's own file")
         try:
-            added = {token["id"]: token for token in definition.get("added_tokens") or []}
-            for token in added.values():
-                token["special"] |= CONTROL_PIECE.fullmatch(token["content"]) is not None
-            library = Library.from_str(json.dumps(definition))
+            added, beyond = within_embedding(_added_tokens(path, definition, siblings), embedding_rows)
+            names = {token.content: _hidden_name(token.id) for token in added if token.special}
+            library = Library.from_str(json.dumps(_renamed(definition, added, names, beyond)))
+        except _Refused as error:
+            raise ValueError(str(error)) from None
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a readable tokenizer.json ({error}); download it again") from None
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True  # despite its name: special tokens in a text are encoded as plain text
+        _require_ids(path, library, added, names)
 
-        special_ids = {t["content"]: i for i, t in added.items() if t["special"]}
-        to_bytes = _piece_decoder(path, definition)
-        vocab = library.get_vocab()
-        table = [b""] * (max(vocab.values()) + 1)
-        for piece, i in vocab.items():
+        piece_of_name = {name: piece for piece, name in names.items()}
+        ids = {piece_of_name.get(name, name): i for name, i in library.get_vocab().items()}
+        require_rows(path, 1 + max(ids.values()), embedding_rows)
+        special_ids = {piece: ids[piece] for piece in names}
+        decoder = _Decoder.of(path, library)
+        plain = {token.content for token in added}
+        table = [b""] * (1 + max(ids.values()))
+        for piece, i in ids.items():
             if piece not in special_ids:
-                table[i] = piece.encode() if i in added else to_bytes(piece)
-        spaced = next((i for p, i in vocab.items() if p.startswith(SPACE_MARK) and table[i]), None)
+                table[i] = decoder.bytes_of_added(piece) if piece in plain else decoder.bytes_of(piece)
 
-        siblings = _Siblings(path.parent)
         super().__init__(
+            path,
             table,
             special_ids,
-            bos_id=siblings.token_id("bos", vocab, _BOS_PIECES),
-            eos_id=siblings.token_id("eos", vocab, _EOS_PIECES),
-            unk_id=vocab.get(definition["model"].get("unk_token") or ""),
-            drops_leading_space=spaced is not None and not library.decode([spaced]).startswith(" "),
+            siblings,
+            ids=ids,
+            beyond=beyond,
+            embedding_rows=embedding_rows,
+            bos_id=next((ids[piece] for piece in _BOS_PIECES if piece in ids), None),
+            eos_id=next((ids[piece] for piece in _EOS_PIECES if piece in ids), None),
+            unk_id=ids.get(definition["model"].get("unk_token") or ""),
+            drops_leading_space=decoder.drops_leading_space,
         )
         self._library = library
-        self.stop_ids |= siblings.generation_stop_ids
-        self.chat_template = siblings.chat_template
-        adds_bos = siblings.tokenizer_config.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = library.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
-        self.adds_bos = adds_bos and self.bos_id is not None
+        self._names = names
+        if siblings.adds_bos is None:
+            first = library.encode("a", add_special_tokens=True).ids[:1]
+            self.adds_bos = self.bos_id is not None and first == [self.bos_id]
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, *, begins: bool = True) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
 
+    def encode_rendered(self, parts: Sequence[str]) -> list[int]:
+        """All parts at once: whether a part begins the text, and what white space a token takes, is for the library."""
+        texts, specials = parts[::2], parts[1::2]
+        for text in texts:
+            require_well_formed(text)
+        written = "".join(self._names[part] if at % 2 else part for at, part in enumerate(parts))
+        ids = self._library.encode(written, add_special_tokens=False).ids
+        expected = [self.special_ids[piece] for piece in specials]
+        found = [i for i in ids if i in self._forbidden]
+        if found != [i for i in expected if i in self._forbidden]:
+            # The library overlooks some declared as normalized, and would write out the name.
+            return super().encode_rendered(parts)
+        return ids
 
-SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-"""Files that a tokenizer.json may have beside it, and that belong to it."""
+
+class _Refused(ValueError):
+    """A file that can be read and is not supported, or contradicts the files beside it."""
 
 
-class _Siblings:
-    """What the optional files beside a tokenizer.json say."""
+def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings) -> list[AddedToken]:
+    """Those of the file, and those that only the files beside it have, by id."""
+    special = siblings.special_pieces | {token.content for token in siblings.added_tokens if token.special}
+    tokens = {
+        fields["content"]: AddedToken.of(fields["id"], fields, special=fields["content"] in special)
+        for fields in definition.get("added_tokens") or []
+        if fields["content"]
+    }
+    for token in siblings.added_tokens:
+        known = tokens.setdefault(token.content, token)
+        if known.id != token.id:
+            raise _Refused(f"{path} has {token.content!r} as id {known.id}, but a file beside it says {token.id}")
+    for piece, i in _entries(definition["model"].get("vocab") or {}):
+        if piece in special and piece not in tokens:
+            tokens[piece] = AddedToken(i, piece, special=True)
+    return sorted(tokens.values(), key=lambda token: token.id)
 
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer_config = _read_json(folder / "tokenizer_config.json")
-        self._special_tokens_map = _read_json(folder / "special_tokens_map.json")
-        self._generation_config = _read_json(folder / "generation_config.json")
-        self.generation_stop_ids = frozenset(self._generation_ids("eos"))
-        template_file = folder / "chat_template.jinja"
-        template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if not isinstance(template, (str, type(None))):
+
+def _entries(vocab: Mapping[str, int] | Sequence[Sequence[Any]]) -> Iterable[tuple[str, int]]:
+    """(piece, id) of a model's own vocabulary, which lists pieces with ids or, for Unigram, with scores."""
+    return vocab.items() if isinstance(vocab, Mapping) else ((entry[0], i) for i, entry in enumerate(vocab))
+
+
+def _hidden_name(token_id: int) -> str:
+    """The name of a special token in the library: between noncharacters, and not to be guessed."""
+    return f"\U0010ffff{_NONCE}.{token_id}\U0010ffff"
+
+
+def _renamed(
+    definition: Mapping[str, Any], added: Sequence[AddedToken], names: Mapping[str, str], beyond: Mapping[str, int]
+) -> dict[str, Any]:
+    """The definition with these added tokens, under these names, and without the tokens beyond the embedding."""
+    model = dict(definition["model"])
+    vocab = model.get("vocab") or {}
+    touched = {piece for piece, _ in _entries(vocab) if piece in names or piece in beyond}
+    if touched and isinstance(vocab, Mapping):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items() if piece not in beyond}
+    elif touched:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab if piece not in beyond]
+    if touched and "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if touched.isdisjoint(_pieces_of(merge))]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    tokens = [{**asdict(token), "content": names.get(token.content, token.content)} for token in added]
+    return {**definition, "model": model, "added_tokens": tokens}
+
+
+def _pieces_of(merge: str | Sequence[str]) -> tuple[str, str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+def _require_ids(path: Path, library: Any, added: Sequence[AddedToken], names: Mapping[str, str]) -> None:
+    """ValueError for an added token to which the library gives another id: it numbers them without gaps."""
+    for token in added:
+        actual = library.token_to_id(names.get(token.content, token.content))
+        if actual != token.id:
             raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: chat_template must be text, not {type(template).__name__}"
+                f"{path}: the added token {token.content!r} is to have id {token.id}, but the vocabulary goes on at "
+                f"{actual}; the file is not complete"
             )
-        self.chat_template = template_file.read_text("utf-8") if template_file.is_file() else template
-
-    def token_id(self, name: str, vocab: Mapping[str, int], guesses: Sequence[str]) -> int | None:
-        """Id of "bos" or "eos": as a file names it, else as generation_config.json numbers it, else the first guess."""
-        for config in (self.tokenizer_config, self._special_tokens_map):
-            token = config.get(f"{name}_token")
-            piece = token.get("content") if isinstance(token, dict) else token
-            if isinstance(piece, str) and piece in vocab:
-                return vocab[piece]
-        if f"{name}_token" in self.tokenizer_config:  # null: said to have none
-            return None
-        if ids := self._generation_ids(name):
-            return ids[0]
-        return next((vocab[piece] for piece in guesses if piece in vocab), None)
-
-    def _generation_ids(self, name: str) -> list[int]:
-        ids = self._generation_config.get(f"{name}_token_id")
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_json(path, path.read_bytes()) if path.is_file() else {}
+class _Decoder:
+    """From pieces to bytes, as the steps say that tokenizer.json declares for decoding."""
+
+    def __init__(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """_Refused for steps that do not treat each piece by itself."""
+        types = [step["type"] for step in steps]
+        self.drops_leading_space = False
+        self._is_byte_level = "ByteLevel" in types
+        self._falls_back = "ByteFallback" in types
+        self._replaced: list[tuple[str, str]] = []
+        if self._is_byte_level:
+            self._require(steps, {"ByteLevel", "ByteFallback", "Fuse"})
+            self._byte_of = _byte_level_alphabet()
+            return
+        self._require(steps, {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"})
+        for at, step in enumerate(steps):
+            if step["type"] == "Metaspace":
+                self._replaced.append((step["replacement"], " "))
+                # The library drops all spaces of the first piece, also those that the text began with.
+                self.drops_leading_space = step["prepend_scheme"] != "never"
+            elif step["type"] == "Replace":
+                pattern = step["pattern"].get("String")
+                if pattern is None:
+                    raise _Refused(f"the decoder step {json.dumps(step)}; a Replace needs a pattern that is a String")
+                self._replaced.append((pattern, step["content"]))
+            elif step["type"] == "Strip":
+                if (step["content"], step["start"], step["stop"]) != (" ", 1, 0) or "Fuse" not in types[:at]:
+                    raise _Refused(
+                        f"the decoder step {json.dumps(step)}; a Strip must take one space off the whole text"
+                    )
+                self.drops_leading_space = True
+
+    @classmethod
+    def of(cls, path: Path, library: Any) -> _Decoder:
+        """The library's decoder; without one, what undoes its pre-tokenizer."""
+        declared = library.decoder or library.pre_tokenizer
+        steps = list(_flatten(json.loads(declared.__getstate__()))) if declared else []
+        if not library.decoder:
+            steps = [step for step in steps if step["type"] in ("ByteLevel", "Metaspace")]
+        try:
+            return cls(steps)
+        except _Refused as error:
+            raise ValueError(f"{path} has {error}") from None
+
+    def bytes_of(self, piece: str) -> bytes:
+        if self._is_byte_level:
+            is_spelled = all(char in self._byte_of for char in piece)
+            return bytes(self._byte_of[char] for char in piece) if is_spelled else piece.encode()
+        if self._falls_back and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        for pattern, content in self._replaced:
+            piece = piece.replace(pattern, content)
+        return piece.encode()
+
+    def bytes_of_added(self, piece: str) -> bytes:
+        """An added token is written in characters, in a byte-level vocabulary, too."""
+        return piece.encode() if self._is_byte_level else self.bytes_of(piece)
+
+    @staticmethod
+    def _require(steps: Sequence[Mapping[str, Any]], supported: set[str]) -> None:
+        types = sorted({step["type"] for step in steps})
+        if not types or not supported.issuperset(types):
+            raise _Refused(
+                f"the decoder steps {types}; supported are ByteLevel, or Replace, Metaspace, ByteFallback, Fuse, Strip"
+            )
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path} is not a JSON object; download it again")
-    return parsed
-
-
-def _piece_decoder(path: Path, definition: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """The function from a piece to its bytes, found from the decoder that tokenizer.json declares."""
-    steps = list(_flatten(definition.get("decoder"))) + list(_flatten(definition.get("pre_tokenizer")))
-    types = {step["type"] for step in steps}
-    if "ByteLevel" in types:
-        byte_of = _byte_level_alphabet()
-        return lambda p: bytes(byte_of[c] for c in p) if all(c in byte_of for c in p) else p.encode()
-    if {"ByteFallback", "Metaspace"} & types:
-        falls_back = "ByteFallback" in types
-        return lambda p: spaced_bytes(p, is_byte=falls_back and _BYTE_PIECE.fullmatch(p) is not None)
-    raise ValueError(f"{path} has the decoder steps {sorted(types)}; supported are ByteLevel, Metaspace, ByteFallback")
-
-
-def _flatten(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+def _flatten(component: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The steps of a decoder or pre-tokenizer, sequences opened."""
-    if component is not None:
+    if component["type"] != "Sequence":
         yield component
-        for step in component.get("decoders") or component.get("pretokenizers") or ():
-            yield from _flatten(step)
+    for step in component.get("decoders") or component.get("pretokenizers") or ():
+        yield from _flatten(step)
 
 
 def _byte_level_alphabet() -> dict[str, int]:

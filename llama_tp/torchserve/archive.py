@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama_tp.config import ConfigError
 from llama_tp.serve_config import ModelConfig
-from llama_tp.text.tokenizer_json import SIBLINGS
+from llama_tp.text.tokenizer_files import copy_tokenizer, find_tokenizer
 from llama_tp.torchserve.programs import program
 
 
@@ -19,23 +19,24 @@ def build_archive(
     model_name: str,
     config_file: str | Path,
     checkpoint: str | Path,
-    tokenizer: str | Path,
+    tokenizer: str | Path | None = None,
     handler: str | Path,
     model_store: str | Path,
     version: str = "1.0",
 ) -> Path:
-    """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer file.
+    """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer, by default its own.
 
     The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that
     name is replaced once the new one is complete. ValueError or FileNotFoundError says what is wrong, before anything
     is written.
     """
     config = ModelConfig.load(config_file)
-    checkpoint, tokenizer = Path(checkpoint), Path(tokenizer)
-    for path in (checkpoint / "model_args.json", tokenizer, Path(handler)):
+    checkpoint = Path(checkpoint)
+    for path in (checkpoint / "model_args.json", Path(handler)):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
     wanted = Path(config.handler.tokenizer_path).name
+    tokenizer = find_tokenizer(tokenizer or checkpoint, preferred=wanted)
     if wanted != tokenizer.name:
         raise ConfigError(
             [f"handler.tokenizer_path={wanted!r} but the tokenizer is {tokenizer.name!r}; make them agree"]
@@ -58,8 +59,7 @@ def build_archive(
         args_path.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / "model_args.json", args_path)
-        for path in _tokenizer_files(tokenizer):
-            shutil.copy(path, beside / path.name)
+        copy_tokenizer(tokenizer, beside, name=wanted)
         target = store / model_name
         if target.exists():
             target.rename(Path(building, ".old"))
@@ -77,12 +77,6 @@ def _run_archiver(model_name: str, version: str, handler: str | Path, config_fil
         raise FileNotFoundError(f"{archiver} does not exist; install it: pip install 'llama-tp[serve]'") from None
     if done.returncode:
         raise ValueError(f"torch-model-archiver failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-
-
-def _tokenizer_files(tokenizer: Path) -> list[Path]:
-    """The file, and what a tokenizer.json needs beside it: the chat template and the special tokens."""
-    beside = [tokenizer.with_name(name) for name in SIBLINGS] if tokenizer.suffix == ".json" else []
-    return [tokenizer, *(path for path in beside if path.is_file())]
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import llama_tp
-from llama_tp.text.chat import Message
+from llama_tp.text import Message
 from tests.distributed.torchrun import leave
 
 PROMPTS = ["Once upon a time", "The capital of France is", "def fibonacci(n):", "Water boils at"]

@@ -110,6 +110,29 @@ def test_a_tokenizer_json_brings_its_chat_template_along(job, tmp_path):
     assert "unrelated.json" not in present
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["a folder", "by default"])
+def test_the_tokenizer_of_a_checkpoint_is_its_default_and_brings_all_that_belongs_to_it(job, tmp_path, given):
+    files = {
+        "tokenizer.model": "words",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "x",
+        "added_tokens.json": "{}",
+    }
+    for name, content in files.items():
+        (job["checkpoint"] / name).write_text(content)
+    del job["tokenizer"]
+    folder = build_archive(**job, **({"tokenizer": job["checkpoint"]} if given else {}))
+    for name, content in files.items():
+        assert (folder / name).read_text() == content
+
+
+def test_a_checkpoint_without_a_tokenizer_needs_one(job):
+    del job["tokenizer"]
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer\.json nor tokenizer\.model"):
+        build_archive(**job)
+    assert not job["model_store"].exists()
+
+
 def test_an_older_folder_is_replaced_whole(job):
     first = build_archive(**job)
     (first / "stale").write_text("left over")

@@ -11,22 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_tp.text import ChatError, Message, Tokenizer, chat_format, load_tokenizer
 from tests import tiny_text
+from tests.tiny_chat import LLAMA2, dialog_of
 from tests.unit.text_fixtures import file_of, folder_of, quick, texts, tiny
 
-LLAMA2_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}"
-    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
-    "{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate: ' + message['content']) }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
 LLAMA3_TEMPLATE = """
 {%- for message in messages %}
     {%- if loop.first %}
@@ -51,7 +38,7 @@ THINK_TEMPLATE = (
     "{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>' ~ content ~ eos_token }}{% endfor %}"
 )
 BASES = {  # template -> the vocabulary it is rendered for
-    LLAMA2_TEMPLATE: "metaspace",
+    LLAMA2: "metaspace",
     LLAMA3_TEMPLATE: "tokenizer.json",
     SMOLLM2_TEMPLATE: "tokenizer.json",
     THINK_TEMPLATE: "tokenizer.json",
@@ -83,22 +70,17 @@ def tokenizer_with(template: str) -> Tokenizer:
 def transformers_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     with open(f"{folder}/tokenizer_config.json") as file:
         config = json.load(file)
-    specials = {name: config[name] for name in ("bos_token", "eos_token") if isinstance(config[name], str)}
+    specials = {name: token for name, token in config.items() if name.endswith("_token") and isinstance(token, str)}
     return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **specials)
 
 
-def ids_by_transformers(template: str, dialog: list[Message], folder: str | None = None) -> list[int]:
+def ids_by_transformers(template: str, dialog: list[Message], folder: str | None = None, **options: bool) -> list[int]:
     return transformers_tokenizer(folder or folder_with(template).name).apply_chat_template(
         [{"role": m.role, "content": m.content} for m in dialog],
         chat_template=template,
-        add_generation_prompt=True,
         return_dict=False,
+        **(options or {"add_generation_prompt": True}),
     )
-
-
-def dialog_of(*contents: str, system: str | None = None) -> list[Message]:
-    turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    return turns if system is None else [Message("system", system), *turns]
 
 
 ONE = dialog_of("What is the capital of France?")
@@ -162,7 +144,7 @@ def test_llama2_marks_every_exchange_and_leaves_the_last_one_open():
 )
 def test_llama2_refuses_roles_out_of_order_and_names_the_first(roles, index):
     dialog = [Message(role, "x") for role in roles]
-    with pytest.raises(ChatError, match="roles go: ") as caught:
+    with pytest.raises(ChatError, match=r"roles go: |the last message is from 'assistant'") as caught:
         chat_format("llama2", tiny("sentencepiece")).encode(dialog)
     assert caught.value.code == "invalid_role_order"
     assert (caught.value.index, caught.value.field) == (index, "role")
@@ -321,7 +303,7 @@ def test_a_template_may_look_for_tags_in_a_content(said):
 def test_what_a_template_refuses_is_a_chat_error_with_its_words():
     dialog = [Message("user", "a"), Message("user", "b < c")]
     with pytest.raises(ChatError, match=r"^Conversation roles must alternate: b < c$") as caught:
-        chat_format("jinja", tokenizer_with(LLAMA2_TEMPLATE)).encode(dialog)
+        chat_format("jinja", tokenizer_with(LLAMA2)).encode(dialog)
     assert (caught.value.code, caught.value.param("messages")) == ("invalid_role_order", "messages")
 
 
@@ -333,6 +315,51 @@ def test_templates_have_the_helpers_of_transformers():
     )
     dialog = dialog_of("é < '", "x", "y")
     assert chat_format("jinja", tokenizer_with(template)).encode(dialog) == ids_by_transformers(template, dialog)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
+        "{%- for m in messages %}\n {%- generation -%}\n {{ m.role ~ loop.index }}\n {% endgeneration %}\n{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    ],
+)
+def test_a_generation_block_is_its_content(template):
+    ids = chat_format("jinja", tokenizer_with(template)).encode(SEVERAL)
+    assert ids == ids_by_transformers(template, SEVERAL)
+
+
+def test_special_tokens_that_are_declared_as_normalized_are_tokens_all_the_same(tmp_path):
+    """The library looks for them behind the space that its normalizer puts in front, and so finds some of them only."""
+    path = tiny_text.make_metaspace_json(tmp_path)
+    definition = json.loads(path.read_text())
+    for token in definition["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(definition))
+    (tmp_path / "chat_template.jinja").write_text("<s>the</s><s>{{ messages[0].content }}</s>")
+    tokenizer = load_tokenizer(path)
+    ids = chat_format("auto", tokenizer).encode(dialog_of("</s>dog"))
+    assert [i for i in ids if i in tokenizer.special_ids.values()] == [1, 2, 1, 2]
+    assert tokenizer.decode(ids).replace(" ", "") == "the</s>dog"
+
+
+NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|tool|>"}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("described", [False, True], ids=["as text", "as described tokens"])
+def test_a_template_refers_to_every_token_that_a_file_names(tmp_path, file, described):
+    template = "{{ unk_token }}a{{ pad_token }}b{{ sep_token }}c{{ bos_token }}d{{ eos_token }}"
+    path = tiny_text.make_tokenizer_json(tmp_path)
+    names = {name: {"content": piece} if described else piece for name, piece in NAMES.items()}
+    for name, content in {"tokenizer_config.json": {}, file: names}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(path), **NAMES)
+    ids = oracle.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template, return_dict=False)
+    assert chat_format("auto", load_tokenizer(path)).encode(ONE) == ids
+    assert sum(i in ids for i in map(oracle.convert_tokens_to_ids, NAMES.values())) == 4
 
 
 def test_a_template_cannot_leave_its_sandbox_and_its_failure_is_not_the_users_fault():
@@ -381,6 +408,68 @@ def test_a_lone_surrogate_in_a_content_is_refused(name):
 
 
 @every_format
+def test_a_last_message_from_the_assistant_is_refused_unless_it_is_to_be_continued(name):
+    fmt = chat_format(name, tiny(FITTING_KINDS[name]))
+    dialog = dialog_of("Where?", "In the sea")
+    with pytest.raises(ChatError, match=r"last message is from 'assistant'.*set continue_final_message") as caught:
+        fmt.encode(dialog)
+    assert (caught.value.code, caught.value.param("dialog")) == ("invalid_role_order", "dialog[1].role")
+    with pytest.raises(ChatError, match="needs a last message from 'assistant', but it is from 'user'") as caught:
+        fmt.encode(dialog[:1], continue_final_message=True)
+    assert (caught.value.code, caught.value.param("dialog")) == ("cannot_continue_message", "dialog[0].role")
+
+
+CONTINUED = dialog_of("Where?", " In the sea,  ")
+TWICE = dialog_of("Who?", "Ishmael", "And?", "Ahab <|eot_id|>", system="Be brief.")
+
+
+@every_format
+@pytest.mark.parametrize("dialog", [CONTINUED, TWICE, dialog_of("Where?", "")])
+def test_a_continued_prompt_ends_with_what_the_assistant_has_begun(name, dialog):
+    tokenizer = tiny(FITTING_KINDS[name])
+    text = tokenizer.decode(chat_format(name, tokenizer).encode(dialog, continue_final_message=True))
+    begun = dialog[-1].content if name in ("chatml", "jinja") else dialog[-1].content.strip()
+    assert text.endswith(begun)
+    closed = tokenizer.decode(chat_format(name, tokenizer).encode([*dialog, Message("user", "x")]))
+    assert closed.startswith(text)
+
+
+@pytest.mark.parametrize("dialog", [CONTINUED, TWICE])
+@pytest.mark.parametrize("template", [*BASES, "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}"])
+def test_jinja_continues_a_message_as_transformers_does(template, dialog):
+    if template == THINK_TEMPLATE:
+        dialog = [dialog[0], Message("assistant", "Ahab")]
+    ids = chat_format("jinja", tokenizer_with(template)).encode(dialog, continue_final_message=True)
+    without_specials = [Message(m.role, m.content.replace("<|eot_id|>", "~")) for m in dialog]
+    if without_specials == dialog:
+        assert ids == ids_by_transformers(template, dialog, continue_final_message=True)
+    else:  # transformers would make a token of the text
+        expected = ids_by_transformers(template, without_specials, continue_final_message=True)
+        tokenizer = tokenizer_with(template)
+        assert tokenizer.decode(ids).replace("<|eot_id|>", "~") == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize(("name", "template"), [("llama3", LLAMA3_TEMPLATE), ("chatml", tiny_text.CHATML_TEMPLATE)])
+def test_llama3_and_chatml_continue_a_message_as_transformers_does(name, template):
+    ids = chat_format(name, tokenizer_with(template)).encode(CONTINUED, continue_final_message=True)
+    assert ids == ids_by_transformers(template, CONTINUED, continue_final_message=True)
+
+
+def test_llama2_continues_a_message_within_the_last_exchange():
+    library = SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
+    ids = chat_format("llama2", tiny("sentencepiece")).encode(CONTINUED, continue_final_message=True)
+    assert ids == [1, *library.encode("[INST] Where? [/INST] In the sea,")]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", THINK_TEMPLATE])
+def test_a_message_that_the_template_leaves_out_or_cuts_cannot_be_continued(template):
+    dialog = dialog_of("Where?", "<think>Hm.</think>In the sea")
+    with pytest.raises(ChatError, match="leaves out the last message or a part of it") as caught:
+        chat_format("jinja", tokenizer_with(template)).encode(dialog, continue_final_message=True)
+    assert (caught.value.code, caught.value.param("dialog")) == ("cannot_continue_message", "dialog[1].content")
+
+
+@every_format
 def test_every_format_knows_what_ends_an_answer(name):
     fmt = chat_format(name, tiny(FITTING_KINDS[name]))
     assert fmt.name == name
@@ -402,6 +491,36 @@ def test_auto_finds_the_format_that_fits(tmp_path):
     assert chat_format("auto", load_tokenizer(path)).name == "chatml"
     with pytest.raises(ValueError, match="set chat_format to llama2, llama3 or chatml"):
         chat_format("auto", tiny("metaspace"))
+
+
+def test_every_format_says_where_it_is_from(tmp_path):
+    assert chat_format("auto", tiny("tokenizer.json")).origin == "the chat_template in tokenizer_config.json"
+    assert "sentencepiece model, and no chat template is beside" in chat_format("auto", tiny("sentencepiece")).origin
+    assert "<|start_header_id|>" in chat_format("auto", tiny("tiktoken")).origin
+    assert chat_format("llama3", tiny("tiktoken")).origin == "as configured"
+    path = tiny_text.make_sentencepiece_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert chat_format("auto", load_tokenizer(path)).origin == "the chat_template in chat_template.jinja"
+
+
+@pytest.mark.parametrize("name", ["auto", "llama2"])
+def test_a_vocabulary_with_control_tokens_for_inst_is_not_fed_their_names(tmp_path, name):
+    """Mistral's v2 and later: [INST] as text would be something that the model has never seen."""
+    tokenizer = load_tokenizer(tiny_text.make_sentencepiece_model(tmp_path, control_symbols=["[INST]", "[/INST]"]))
+    with pytest.raises(ValueError, match=r"\[INST\].* control token.*tokenizer_config\.json or chat_template\.jinja"):
+        chat_format(name, tokenizer)
+
+
+def test_chatml_puts_no_space_of_its_own_behind_a_special_token(tmp_path):
+    """As fine-tunes of Llama 2 have it, with transformers' reading of sentencepiece's vocabulary."""
+    path = tiny_text.make_sentencepiece_model(tmp_path, user_defined_symbols=["<|im_start|>", "<|im_end|>"])
+    tokenizer = load_tokenizer(path)
+    start, end = (tokenizer.special_ids[f"<|im_{edge}|>"] for edge in ("start", "end"))
+    ids = chat_format("chatml", tokenizer).encode(dialog_of("the dog"))
+    library = SentencePieceProcessor(model_file=str(path))
+    expected = library.encode("<s><|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n")
+    assert ids == [1, *expected[expected.index(start) :]]
+    assert ids.count(end) == 1
 
 
 def test_a_format_that_does_not_fit_is_refused_with_what_is_lacking():

@@ -69,15 +69,13 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(originals):
-    """A tiny converted checkpoint with a tokenizer beside it."""
+    """A tiny converted checkpoint, alone in its folder."""
     from llama_tp.checkpoint.convert import convert
 
     folder = originals.parent
-    tokenizer = folder / "tokenizer.model"
-    tokenizer.write_bytes((originals / "tokenizer.model").read_bytes())
     convert(
         str(originals),
-        str(tokenizer),
+        str(originals / "tokenizer.model"),
         2,
         str(folder / "converted"),
         max_seq_len=128,
@@ -319,6 +317,20 @@ def test_chat_answers_line_by_line_and_ends_with_the_input(run, checkpoint, monk
     assert out
     assert err.count(" tokens, first after ") == 2
     assert "[INST]" in err  # the line that was refused
+    assert err.startswith("Chat format: llama2 (the vocabulary is a sentencepiece model, ")
+
+
+def test_generate_and_chat_take_a_tokenizer_with_a_token_beyond_the_embedding(run, checkpoint, tmp_path, monkeypatch):
+    import io
+
+    (tmp_path / "tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 512}')
+    options = ["--tokenizer", str(tmp_path), "--max_new_tokens=3", "--device=cpu"]
+    code, _, err = run("generate", str(checkpoint), "a <pad>", *options)
+    assert (code, "3 tokens" in err) == (0, True), err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a <pad>\n\n"))
+    code, _, err = run("chat", str(checkpoint), *options)
+    assert (code, err.count(" tokens, first after ")) == (0, 1), err
 
 
 def files_of(folder):
@@ -434,7 +446,7 @@ def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoin
     shutil.copytree(checkpoint, copy)
     code, out, err = run("verify", str(copy))
     assert (code, err) == (0, "")
-    assert out == f"{copy}: 3 files are as they were written\n"
+    assert out == f"{copy}: 4 files are as they were written\n"
     shard = next(copy.glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

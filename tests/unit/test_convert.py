@@ -20,8 +20,9 @@ from llama_tp.checkpoint.staging import StagedFolder
 from llama_tp.checkpoint.verify import verify
 from llama_tp.command import run_command
 from llama_tp.config import ModelArgs
+from llama_tp.text import load_tokenizer
 from tests.tiny_checkpoint import PARAMS, meta_tensors, write_meta
-from tests.tiny_text import make_sentencepiece_model
+from tests.tiny_text import make_sentencepiece_model, make_tokenizer_json
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +59,56 @@ def test_the_checkpoint_and_model_args_are_there_and_nothing_else(job, tmp_path,
     convert(**job)
     assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
     folder = tmp_path / "converted_checkpoints"
-    assert names(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json"]
+    assert names(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json", "tokenizer.model"]
     args = ModelArgs.load(tmp_path / "model_args.json")
     assert args == ModelArgs.load(folder / "model_args.json")
     assert (args.max_seq_len, args.max_batch_size, args.vocab_size) == (512, 2, 512)
     verify(folder)
-    assert load_manifest(folder).files.keys() == {".metadata", "__0_0.distcp", "model_args.json"}
+    assert load_manifest(folder).files.keys() == {".metadata", "__0_0.distcp", "model_args.json", "tokenizer.model"}
     assert load_manifest(folder).about["dtype"] == "bfloat16"
     captured = capsys.readouterr()
     assert "converted_checkpoints" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_the_checkpoint_keeps_the_tokenizer_with_all_that_belongs_to_it(job, tmp_path, as_folder):
+    words = tmp_path / "words"
+    words.mkdir()
+    path = make_tokenizer_json(words)
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        (words / name).write_text("{}")
+    (words / "chat_template.jinja").write_text("é")
+    (words / "unrelated.json").write_text("{}")
+    expected = {path.name: path.read_bytes() for path in words.iterdir() if path.name != "unrelated.json"}
+    convert(**{**job, "tokenizer_path": str(words if as_folder else path)})
+    folder = tmp_path / "converted_checkpoints"
+    assert len(expected) == 5
+    assert {name: (folder / name).read_bytes() for name in expected} == expected
+    assert not (folder / "unrelated.json").exists()
+    assert expected.keys() < load_manifest(folder).files.keys()
+    assert load_tokenizer(folder).chat_template == "é"
+
+
+def test_a_tokenizer_of_any_name_is_found_in_the_checkpoint(job, tmp_path, tokenizer):
+    other = tmp_path / "originals" / "llama2.spm"
+    other.write_bytes(tokenizer.read_bytes())
+    convert(**{**job, "tokenizer_path": str(other)})
+    assert (tmp_path / "converted_checkpoints" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+
+
+def test_a_pad_token_beyond_the_embedding_is_no_reason_to_refuse_a_tokenizer(job, tmp_path):
+    path = make_tokenizer_json(tmp_path / "originals")
+    size = load_tokenizer(path).vocab_size
+    definition = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    contents = [f"<|filler {i}|>" for i in range(size, 512)] + ["<pad>"]
+    definition["added_tokens"] += [
+        {"id": size + i, "content": c, "special": True, **flags} for i, c in enumerate(contents)
+    ]
+    path.write_text(json.dumps(definition))
+    convert(**{**job, "tokenizer_path": str(path)})
+    assert load_tokenizer(tmp_path / "converted_checkpoints").special_ids["<pad>"] == 512  # of 512 rows
 
 
 @pytest.mark.parametrize("embedding_dim", [0, 1], ids=["llama3", "llama2"])

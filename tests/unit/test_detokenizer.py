@@ -58,6 +58,48 @@ def test_an_unfinished_character_is_flushed_as_one_replacement(kind):
     assert detokenizer.flush() == "\ufffd"
 
 
+@quick
+@given(data=st.data(), text=texts, kind=st.sampled_from(KINDS), streamed=st.booleans())
+def test_a_text_and_its_continuation_are_the_whole_text(data, text, kind, streamed):
+    tokenizer = tiny(kind)
+    ids = tokenizer.encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    before, rest = tokenizer.encode("", bos=tokenizer.adds_bos) + ids[:cut], ids[cut:]
+    start = b"".join(map(tokenizer.token_bytes, before)).decode(errors="ignore")
+    start = start.removeprefix(" ") if tokenizer.drops_leading_space else start
+    stream = TextStream(tokenizer, after=before) if streamed else Detokenizer(tokenizer, before)
+    assert start + "".join(map(stream.push, rest)) + stream.flush() == text
+
+
+def test_a_completion_keeps_the_space_in_front_of_its_first_word_and_an_answer_does_not():
+    for kind in ("sentencepiece", "metaspace"):
+        tokenizer = tiny(kind)
+        prompt, word = tokenizer.encode("the dog", bos=True), tokenizer.encode("and")
+        assert tokenizer.token_bytes(word[0]) == b" and"
+        assert run(TextStream(tokenizer, after=prompt), word) == [" and", ""]
+        assert run(TextStream(tokenizer), word) == ["and", ""]
+        assert run(TextStream(tokenizer, after=[tokenizer.bos_id]), word) == ["and", ""]  # no text precedes it
+
+
+def test_a_stop_string_may_begin_with_the_space_between_a_prompt_and_its_completion():
+    tokenizer = tiny("sentencepiece")
+    stream = TextStream(tokenizer, [" and"], after=tokenizer.encode("the dog"))
+    assert "".join(run(stream, tokenizer.encode("and the"))) == ""
+    assert stream.stopped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_a_prompt_leaves_unfinished_is_finished(kind):
+    tokenizer = tiny(kind)
+    ids = tokenizer.encode("a😀b")
+    for cut in range(1, len(ids)):
+        if b"".join(map(tokenizer.token_bytes, ids[:cut])).endswith("😀".encode()[:3]):
+            detokenizer = Detokenizer(tokenizer, ids[:cut])
+            assert [detokenizer.push(i) for i in ids[cut:]] == ["😀", "b"]
+            return
+    raise AssertionError("no cut in the middle of the emoji")
+
+
 def run(stream: TextStream, ids: list[int]) -> list[str]:
     emitted = []
     for token_id in ids:

@@ -122,6 +122,14 @@ def stream(service, **body):
     return [json.loads(line) for reply in replies for line in reply.body.splitlines()]
 
 
+def continuation(tokenizer, ids, prompt=PROMPT):
+    """What the ids add to the text of a prompt: the whole decoded, less the prompt."""
+    before = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    whole, start = tokenizer.decode([*before, *ids]), tokenizer.decode(before)
+    assert whole.startswith(start)
+    return whole[len(start) :]
+
+
 SAMPLED = {"temperature": 1.0, "top_k": 30, "seed": 7, "max_new_tokens": 60}
 
 
@@ -132,11 +140,32 @@ def test_a_stream_joined_is_the_answer_in_one_piece(service, tokenizer, asked, p
     chunks = stream(service, **asked, **params)
     ids = [token for chunk in chunks for token in chunk["ids"]]
     assert status == 200
-    assert "".join(chunk["text"] for chunk in chunks) == answer["text"] == tokenizer.decode(ids)
+    assert "".join(chunk["text"] for chunk in chunks) == answer["text"]
+    assert answer["text"] == (
+        continuation(tokenizer, ids, asked["prompt"]) if "prompt" in asked else tokenizer.decode(ids)
+    )
     assert chunks[-1]["usage"] == answer["usage"]
     assert chunks[-1]["finish_reason"] == answer["finish_reason"]
     assert len(ids) == answer["usage"]["completion_tokens"]
     assert all(chunk.keys() == {"text", "ids"} for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"prompt": PROMPT}, " the the"),
+        ({"prompt": [1, 40, 41]}, " the the"),
+        ({"prompt": [1]}, "the the"),
+        ({"dialog": DIALOG}, "the the"),
+    ],
+    ids=str,
+)
+def test_a_completion_begins_with_the_space_that_parts_it_from_its_prompt(service, tokenizer, asked, text, streaming):
+    (word,) = tokenizer.encode("the")
+    body = {**asked, "logit_bias": {str(word): 100}, "max_new_tokens": 2}
+    answered = "".join(c["text"] for c in stream(service, **body)) if streaming else ask(service, **body)[1]["text"]
+    assert answered == text
 
 
 def check_alignment(chunks, tokenizer):
@@ -144,7 +173,7 @@ def check_alignment(chunks, tokenizer):
     for chunk in chunks[:-1]:
         ids += chunk["ids"]
         text += chunk["text"]
-        whole = tokenizer.decode(ids)
+        whole = continuation(tokenizer, ids)
         assert whole.startswith(text)
         assert set(whole[len(text) :]) <= {"\ufffd"}
 
@@ -181,7 +210,7 @@ def test_token_ids_are_taken_as_they_are(service, tokenizer):
 def test_a_stop_string_ends_the_answer_wherever_the_tokens_are_cut(service, tokenizer, width, streaming):
     chunks = stream(service, prompt=PROMPT, **SAMPLED)
     ids = [token for chunk in chunks for token in chunk["ids"]]
-    whole = tokenizer.decode(ids)
+    whole = continuation(tokenizer, ids)
     for at in range(4, len(whole) - width, 7):
         stop = whole[at : at + width]
         if "\ufffd" in stop:
@@ -197,20 +226,20 @@ def test_a_stop_string_ends_the_answer_wherever_the_tokens_are_cut(service, toke
         assert text == whole[: whole.index(stop)]
         assert end["finish_reason"] == "stop"
         num_tokens = end["usage"]["completion_tokens"]
-        assert stop in tokenizer.decode(ids[:num_tokens])
-        assert stop not in tokenizer.decode(ids[: num_tokens - 1])
+        assert stop in continuation(tokenizer, ids[:num_tokens])
+        assert stop not in continuation(tokenizer, ids[: num_tokens - 1])
 
 
 def test_until_min_new_tokens_nothing_stops_an_answer(service, tokenizer):
     chunks = stream(service, prompt=PROMPT, **SAMPLED)
     ids = [token for chunk in chunks for token in chunk["ids"]]
-    whole = tokenizer.decode(ids)
+    whole = continuation(tokenizer, ids)
     stop = whole[5]  # one character, so that one token completes it
     _, stopped = ask(service, prompt=PROMPT, stop=stop, **SAMPLED)
     least = stopped["usage"]["completion_tokens"]
     _, answer = ask(service, prompt=PROMPT, stop=stop, min_new_tokens=least, **SAMPLED)
-    rest = whole.removeprefix(tokenizer.decode(ids[:least]))
-    assert answer["text"] == tokenizer.decode(ids[:least]) + rest.split(stop)[0]
+    rest = whole.removeprefix(continuation(tokenizer, ids[:least]))
+    assert answer["text"] == continuation(tokenizer, ids[:least]) + rest.split(stop)[0]
     assert ask(service, prompt=PROMPT, stop=stop, min_new_tokens=least - 1, **SAMPLED)[1] == stopped
     body = {"prompt": PROMPT, "stop_token_ids": [ids[3]], **SAMPLED}
     assert ask(service, **body)[1]["usage"]["completion_tokens"] == ids.index(ids[3])
@@ -226,7 +255,7 @@ def test_stop_token_ids_end_an_answer_and_are_no_part_of_it(service, tokenizer):
     ids = [token for chunk in stream(service, prompt=PROMPT, **SAMPLED) for token in chunk["ids"]]
     before = ids[: ids.index(ids[20])]
     _, answer = ask(service, prompt=PROMPT, stop_token_ids=[ids[20]], ignore_eos=True, **SAMPLED)
-    assert (answer["text"], answer["finish_reason"]) == (tokenizer.decode(before), "stop")
+    assert (answer["text"], answer["finish_reason"]) == (continuation(tokenizer, before), "stop")
     assert answer["usage"]["completion_tokens"] == len(before)
 
 
@@ -263,7 +292,7 @@ def test_logprobs_are_those_of_the_generated_tokens(service, tokenizer, top):
     assert [record for chunk in chunks for record in chunk["logprobs"]] == logprobs
     assert all(len(chunk["logprobs"]) == len(chunk["ids"]) for chunk in chunks)
     joined = b"".join(bytes(record["bytes"]) for record in logprobs)
-    assert joined.removeprefix(b" ").decode("utf-8", "replace") == answer["text"]
+    assert joined.decode("utf-8", "replace") == answer["text"]
     for record in logprobs:
         assert bytes(record["bytes"]) == tokenizer.token_bytes(record["id"])
         assert len(record["top_logprobs"]) == (top or 0)

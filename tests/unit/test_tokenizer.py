@@ -1,6 +1,8 @@
 import base64
 import json
 import random
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders
 
 from llama_tp.text import load_tokenizer
-from llama_tp.text.vocabulary import split_long_runs
+from llama_tp.text.tiktoken_file import split_long_runs
 from tests import tiny_text
 from tests.unit.text_fixtures import KINDS, file_of, folder_of, quick, texts, tiny
 
@@ -108,6 +111,38 @@ def test_sentencepiece_decodes_any_pieces_as_the_library_does():
         assert tokenizer.decode(ids) == library.decode(ids), ids
 
 
+def test_the_vocabulary_stands_in_the_order_of_llama_2s():
+    """There, the first piece with a space is a run of two: what is true of it need not be true of a word."""
+    library = SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
+    assert [library.id_to_piece(i) for i in (0, 1, 2, 3, 258, 259)] == [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<0x00>",
+        "<0xFF>",
+        "▁▁",
+    ]
+    assert library.id_to_piece(260)[:1] == "▁" != library.id_to_piece(260)[1:2]
+
+
+@pytest.mark.parametrize("removes", [False, True], ids=["keeps extra spaces", "removes extra spaces"])
+@pytest.mark.parametrize("adds", [False, True], ids=["no dummy prefix", "dummy prefix"])
+def test_the_space_that_begins_a_text_is_dropped_where_the_model_says_so(tmp_path, adds, removes):
+    path = tiny_text.make_sentencepiece_model(tmp_path, add_dummy_prefix=adds, remove_extra_whitespaces=removes)
+    tokenizer, library = load_tokenizer(path), SentencePieceProcessor(model_file=str(path))
+    rng = random.Random(0)
+    not_broken = [i for i in range(3, library.vocab_size()) if not library.is_byte(i)]
+    for ids in ([i] for i in not_broken), (rng.choices(not_broken, k=5) for _ in range(200)):
+        for some in ids:
+            assert tokenizer.decode(some) == library.decode(some), some
+
+
+def test_a_model_that_puts_its_spaces_behind_words_is_refused(tmp_path):
+    path = tiny_text.make_sentencepiece_model(tmp_path, treat_whitespace_as_suffix=True)
+    with pytest.raises(ValueError, match=r"tokenizer\.model declares treat_whitespace_as_suffix"):
+        load_tokenizer(path)
+
+
 def test_a_user_defined_control_symbol_is_special_and_a_user_defined_word_is_text(tmp_path):
     path = tiny_text.make_sentencepiece_model(tmp_path, user_defined_symbols=["<|im_end|>", "<think>"])
     tokenizer = load_tokenizer(path)
@@ -182,6 +217,19 @@ def test_tiktoken_text_is_cut_in_runs_of_25000_and_chunks_of_400000_characters(t
     assert tokenizer.encode("xx " * 133_333).count(ord("x")) == 0
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "whose"), [(200_000, "Llama 4's"), (151_643, "a vocabulary that is not Llama 3's")]
+)
+def test_a_rank_file_of_another_model_is_refused_by_name(tmp_path, num_ranks, whose):
+    tokens = [bytes([b]) for b in range(256)] + [i.to_bytes(3, "big") for i in range(num_ranks - 256)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.model is {whose}.*{num_ranks} tokens; Llama 3's has 128000.*give"
+    ):
+        load_tokenizer(path)
+
+
 @quick
 @given(text=st.text("a \n", max_size=60), max_run=st.integers(1, 5))
 def test_long_runs_are_cut_where_meta_cuts_them(text, max_run):
@@ -212,6 +260,52 @@ def test_tokenizer_json_agrees_with_the_library(kind):
         expected = library.decode([i for i in ids if i not in tokenizer.special_ids.values()])
         if "\ufffd" not in expected and not expected.startswith(" "):
             assert tokenizer.decode(ids) == expected, ids
+
+
+REPLACE, STRIP = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+DECODERS = {
+    "strip": decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse(), STRIP]),
+    "no strip": decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse()]),
+    "metaspace first": decoders.Metaspace("▁", "first"),
+    "metaspace always": decoders.Metaspace("▁", "always"),
+    "metaspace never": decoders.Metaspace("▁", "never"),
+    "metaspace with bytes": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", "always")]),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_space_that_begins_a_text_is_dropped_where_the_decoder_says_so(tmp_path, name):
+    path = tiny_text.make_metaspace_json(tmp_path)
+    definition = json.loads(path.read_text())
+    vocab = definition["model"]["vocab"]
+    for length in range(2, 99):  # runs of spaces, which say nothing of a word and are easily met first
+        vocab.setdefault("▁" * length, len(vocab))
+    library = Library.from_str(json.dumps(definition))
+    library.decoder = DECODERS[name]
+    library.save(str(path))
+    tokenizer = load_tokenizer(path)
+    words = [i for piece, i in library.get_vocab().items() if re.fullmatch("▁[^▁]+", piece)]
+    assert len(words) > 10
+    for first, second in pairwise(words):
+        assert tokenizer.decode([first, second]) == library.decode([first, second])
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (decoders.Sequence([REPLACE, STRIP, decoders.Fuse()]), "a Strip must take one space off the whole text"),
+        (decoders.Sequence([REPLACE, decoders.Fuse(), decoders.Strip(" ", 0, 1)]), "a Strip must take one space"),
+        (decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]), "supported are ByteLevel, or Replace"),
+        (decoders.Sequence([decoders.BPEDecoder(), decoders.Fuse()]), r"\['BPEDecoder', 'Fuse'\]; supported are"),
+    ],
+)
+def test_a_decoder_that_does_something_else_is_refused(tmp_path, decoder, message):
+    path = tiny_text.make_metaspace_json(tmp_path)
+    library = Library.from_file(str(path))
+    library.decoder = decoder
+    library.save(str(path))
+    with pytest.raises(ValueError, match=f"tokenizer.json has the decoder step.*{message}"):
+        load_tokenizer(path)
 
 
 def test_control_tokens_that_are_not_declared_special_are_special_all_the_same():
@@ -307,6 +401,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\n
         (b"{", "not valid JSON"),
         (b"{}" + b"\xff", "not valid JSON"),
         (b'{"error": "gated"}', "has no 'model'"),
+        (b'{"config": {"pattern": "."}, "vocab": []}', "is Mistral's tekken.json, which is not supported"),
         (b'{"model": {"type": "BPE"}, "added_tokens": [1]}', "not a readable tokenizer.json"),
         (b'{"model": {"type": "NoSuch"}}', "not a readable tokenizer.json"),
         (b"\n".join(SINGLE_BYTES[:200]), "56 of the 256 single bytes are missing"),

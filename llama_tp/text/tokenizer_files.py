@@ -1,0 +1,38 @@
+"""Where a tokenizer is, and which files belong to it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llama_tp.text.siblings import SIBLINGS
+
+_NAMES = ("tokenizer.json", "tokenizer.model")
+
+
+def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
+    """The tokenizer file at a path, or in the folder that it is: the preferred one, or the one there is.
+
+    FileNotFoundError if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer at {path}; give tokenizer.model, tokenizer.json, or a folder with one")
+    if not path.is_dir():
+        return path
+    for name in sorted({preferred, *_NAMES}, key=lambda name: (name != preferred, name)):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
+
+
+def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:
+    """Copy a tokenizer into a folder, and all that belongs to it: the special tokens, the chat template.
+
+    By default it gets a name under which `find_tokenizer` finds it there.
+    """
+    file = find_tokenizer(path)
+    shutil.copyfile(file, folder / (name or _NAMES[file.suffix != ".json"]))
+    for sibling in SIBLINGS:
+        if (source := file.with_name(sibling)).is_file():
+            shutil.copyfile(source, folder / sibling)
