@@ -249,7 +249,7 @@ def test_the_command_ends_with_one_line_and_code_1(job, capsys, monkeypatch):
 
 
 def test_model_args_says_what_params_said(job, tmp_path):
-    params = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": -1}
+    params = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 8.0, "vocab_size": -1}
     (tmp_path / "originals" / "params.json").write_text(json.dumps(params))
     convert(**job, model_args_path="elsewhere.json")
     args = ModelArgs.load("elsewhere.json")
