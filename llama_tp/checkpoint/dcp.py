@@ -8,6 +8,7 @@ manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
 from llama_tp.checkpoint.manifest import FileEntry
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.torch_file import why_not_loaded
 from llama_tp.checkpoint.verify import verify
 
 FILE_BYTES = 1 << 30
@@ -59,6 +61,10 @@ LOAD_THREADS = 4
 """Concurrent reads, over all ranks of a host: DCP's own reader has one thread."""
 
 T = TypeVar("T")
+
+
+class WeightsError(ValueError):
+    """What was read is not fit to be a checkpoint: the reader's or a file's fault, not the disk's."""
 
 
 def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_progress) -> dict[str, FileEntry]:
@@ -170,12 +176,23 @@ class _ReaderPlanner(DefaultSavePlanner):
         chunk = self.chunks[write_item.index]
         self.advance(chunk.nbytes)
         piece = chunk.source.read(chunk.dim, chunk.start, chunk.length)
+        _check_finite(chunk, piece)
         if not piece.is_contiguous():
             # Fresh memory for each would cost more than the copy: the page faults alone take 2 s per GB (measured).
             if self.buffer.nbytes < chunk.nbytes:
                 self.buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
             piece = self.buffer[: chunk.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
         return _exact_storage(piece)
+
+
+def _check_finite(chunk: _Chunk, piece: Tensor) -> None:
+    """The least and the largest element show a NaN or an infinity in a fortieth of the time of torch.isfinite."""
+    least, largest = torch.aminmax(piece)
+    if not (least.isfinite() and largest.isfinite()):
+        raise WeightsError(
+            f"{chunk.name} holds weights that are not finite (NaN or infinity), in entries {chunk.start} to "
+            f"{chunk.start + chunk.length - 1} of dim {chunk.dim}: the originals are damaged, download them again"
+        )
 
 
 def _exact_storage(tensor: Tensor) -> Tensor:
@@ -233,12 +250,19 @@ class _VouchedReader(FileSystemReader):
         files: dict[str, list[Any]] = {}
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        plans = [replace(plan, items=items) for _, items in sorted(files.items())]
-        read = super().read_data
+        plans = {name: replace(plan, items=items) for name, items in sorted(files.items())}
         with ThreadPoolExecutor(max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
-            for future in [pool.submit(read, part, planner) for part in plans]:
+            for future in [pool.submit(self._read_file, name, part, planner) for name, part in plans.items()]:
                 future.result()
         return _finished(None)
+
+    def _read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
+        try:
+            super().read_data(plan, planner).wait()
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise  # no memory, a device's error
+            raise WeightsError(f"{Path(self.path) / name} {why_not_loaded(error)}") from None
 
 
 def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -286,11 +310,14 @@ def _one_line_errors(what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says it better
             yield
     except CheckpointException as error:
         rank, (reason, _stack) = sorted(error.failures.items())[0]
         if not isinstance(reason, Exception):
             raise reason from None  # the end of the process
+        if isinstance(reason, WeightsError):
+            raise ValueError(str(reason)) from None
         where = f" (rank {rank})" if dist.is_initialized() else ""
         line = (str(reason).splitlines() or [""])[0]
         raise ValueError(f"{what}{where}: {type(reason).__name__}: {line}") from None

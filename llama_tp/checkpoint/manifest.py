@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.progress import Advance, no_progress
+from llama_tp.file_kind import describe_model_folder
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -52,9 +53,8 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"{odd[0]!r} is not a file name")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: {folder} is not a complete checkpoint of ours, convert it again"
-        ) from None
+        found = describe_model_folder(Path(folder)) or "is not a complete checkpoint of ours; convert it again"
+        raise ValueError(f"{path} does not exist: {folder} {found}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from None
 

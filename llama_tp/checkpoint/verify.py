@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama_tp.checkpoint.manifest import MANIFEST, FileEntry, Manifest, hash_file, load_manifest
 from llama_tp.checkpoint.progress import Advance, byte_progress, no_progress
+from llama_tp.file_kind import read_head, why_no_content
 
 WEIGHT_SUFFIXES = (".distcp", ".pth")
 SMALL = 16 << 20
@@ -44,6 +45,8 @@ def _check_size(path: Path, entry: FileEntry) -> None:
     if path.is_symlink() or not path.is_file():
         raise ValueError(f"{path} is missing (or is no plain file), {MANIFEST} lists it with {entry.size} bytes")
     if (size := path.stat().st_size) != entry.size:
+        if problem := why_no_content(read_head(path)):
+            raise ValueError(f"{path} {problem}")
         raise ValueError(f"{path} has {size} bytes, {MANIFEST} says {entry.size}: it is truncated or was changed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.verify import verify
 from tests.distributed.torchrun import ROOT, check, torchrun
-from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_checkpoint import flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model
 
 pytestmark = pytest.mark.distributed
@@ -97,6 +98,18 @@ def test_a_failed_check_ends_all_ranks_with_one_line_from_one_of_them(originals,
     assert len(our_lines(done)) == 1, done.stderr
     assert "pass --model_parallel_size 2" in our_lines(done)[0]
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_damaged_original_is_found_by_the_rank_that_hashes_it(originals, tmp_path, shard):
+    damaged = shutil.copytree(originals, tmp_path / "damaged")
+    write_checklist(damaged)
+    flip_bit(damaged / f"consolidated.0{shard}.pth", 50_000)
+    done = run_script(2, *arguments(damaged, tmp_path))
+    assert done.returncode != 0
+    assert len(our_lines(done)) == 1, done.stderr
+    assert f"consolidated.0{shard}.pth is damaged or is another file" in our_lines(done)[0]
+    assert names(tmp_path) == ["damaged"]
 
 
 FAULTS = {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}

@@ -1,0 +1,16 @@
+"""What torch says when it refuses to load a file, in the words of this project: never "set weights_only to False"."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+
+def why_not_loaded(error: Exception) -> str:
+    """One line for the exception of a `torch.load(weights_only=True)`, to stand behind the name of the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            return f"is refused, nothing in it was executed: it wants {wanted[1]}, which no weights need"
+        return "is corrupt or unsafe, nothing in it was executed: it holds other things than tensors"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return f"is truncated or corrupt ({reason})"
