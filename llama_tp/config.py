@@ -18,6 +18,7 @@ from llama_tp.file_kind import why_no_content
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+VERIFY_CHECKPOINT = ("always", "once", "size")
 
 # params.json keys that say nothing about the weights of a text model.
 _HARMLESS_PARAMS = frozenset(
@@ -259,6 +260,9 @@ class EngineConfig:
     instructions for it, but not with AVX2 for one or two sequences."""
     device: str = "auto"
     """cpu | cuda | auto: cuda where there is one."""
+    verify_checkpoint: str = "once"
+    """Which large files are hashed while they are loaded. always: all; once: those that were not hashed before or have
+    changed since; size: none, and only their sizes are compared."""
     collective_timeout_s: float = 20.0
     """A peer that is silent for longer ends the group."""
     heartbeat_s: float = 2.0
@@ -274,6 +278,10 @@ class EngineConfig:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:
             problems.append(f"device={self.device!r} must be one of {', '.join(DEVICES)}")
+        if self.verify_checkpoint not in VERIFY_CHECKPOINT:
+            problems.append(
+                f"verify_checkpoint={self.verify_checkpoint!r} must be one of {', '.join(VERIFY_CHECKPOINT)}"
+            )
         if not problems and self.max_batched_tokens < self.max_batch_size:
             problems.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_batch_size={self.max_batch_size}: "

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,7 +21,7 @@ from llama_tp.checkpoint.fairscale import FairscaleReader
 from llama_tp.checkpoint.manifest import write_manifest
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.reader import CheckpointReader
-from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.checkpoint.staging import StagedFolder, replace_file
 from llama_tp.config import ModelArgs
 
 MODEL_ARGS = "model_args.json"
@@ -130,26 +129,13 @@ def _finish(staged: StagedFolder, args: ModelArgs, model_args_path: str) -> None
         return
     staged.commit()
     if Path(model_args_path).resolve() != staged.destination / MODEL_ARGS:
-        _replace_file(Path(model_args_path), json.dumps(args.to_dict(), indent=2) + "\n")
+        replace_file(Path(model_args_path), json.dumps(args.to_dict(), indent=2) + "\n")
 
 
 def _share_of_rank(expected_md5s: Mapping[Path, frozenset[str]]) -> dict[Path, frozenset[str]]:
     """The files that this rank compares with the checklist; each is read by one rank."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return {path: expected_md5s[path] for path in list(expected_md5s)[rank::ranks]}
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _wait_for_all() -> None:

@@ -49,6 +49,7 @@ from llama_tp.checkpoint.agree import agree, gather
 from llama_tp.checkpoint.dcp_metadata import load_metadata
 from llama_tp.checkpoint.hashing_file import HashingFile
 from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
+from llama_tp.checkpoint.load_verification import LoadVerification
 from llama_tp.checkpoint.manifest import FileEntry
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
@@ -58,7 +59,7 @@ from llama_tp.checkpoint.verify import verify
 FILE_BYTES = 1 << 30
 """A .distcp file is closed once it has this size."""
 LOAD_THREADS = 4
-"""Concurrent reads, over all ranks of a host: DCP's own reader has one thread."""
+"""Concurrent reads, over all ranks of a host, and as many hashes: DCP's own reader has one thread."""
 
 T = TypeVar("T")
 
@@ -79,15 +80,22 @@ def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_
     return {name: entry for entries in gather(writer.written) for name, entry in entries.items()}
 
 
-def load(state_dict: dict[str, Any], folder: str | Path) -> None:
+def load(state_dict: dict[str, Any], folder: str | Path, *, verify_files: str = "size") -> None:
     """Fill a state dict of tensors and DTensors, on any device, in place; each rank reads its own slices only.
 
     Values are converted to the dtype of the target. ValueError on all ranks, before anything is read, if the folder is
-    not what its manifest says or the names and shapes are not those of `state_dict`.
+    not what its manifest says as far as the quick check tells, or the names and shapes are not those of `state_dict`;
+    after reading, if a file has another hash. `verify_files` says which are hashed: see `LoadVerification`.
     """
     metadata = agree(lambda: _check_target(state_dict, folder))
-    with _one_line_errors(f"cannot load {folder}"):
-        torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+    with agree(lambda: LoadVerification(folder, verify_files, num_threads=_load_threads())) as verification:
+        try:
+            with _one_line_errors(f"cannot load {folder}"):
+                torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+        except ValueError:
+            verification.finish()  # a damaged file is named by its hash rather than by where reading broke off
+            raise
+        verification.finish()
 
 
 def read_metadata(folder: str | Path) -> Metadata:
@@ -251,7 +259,7 @@ class _VouchedReader(FileSystemReader):
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         plans = {name: replace(plan, items=items) for name, items in sorted(files.items())}
-        with ThreadPoolExecutor(max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
+        with ThreadPoolExecutor(_load_threads()) as pool:
             for future in [pool.submit(self._read_file, name, part, planner) for name, part in plans.items()]:
                 future.result()
         return _finished(None)
@@ -263,6 +271,10 @@ class _VouchedReader(FileSystemReader):
             if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
                 raise  # no memory, a device's error
             raise WeightsError(f"{Path(self.path) / name} {why_not_loaded(error)}") from None
+
+
+def _load_threads() -> int:
+    return max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -14,6 +14,8 @@ from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.file_kind import describe_model_folder
 
 MANIFEST = "manifest.json"
+HASH_CACHE = ".verified.json"
+"""Not vouched for: it says which files have been hashed since, see `hash_cache`."""
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
 _BLOCK = 4 << 20
@@ -66,7 +68,7 @@ def write_manifest(
     folder = Path(folder)
     files = dict(known or {})
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST:
+        if path.name not in files and path.name not in (MANIFEST, HASH_CACHE):
             files[path.name] = FileEntry(path.stat().st_size, hash_file(path))
     manifest = Manifest(dict(sorted(files.items())), dict(about or {}))
     with (folder / MANIFEST).open("w") as file:

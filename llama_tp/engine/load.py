@@ -33,7 +33,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     # Ranks may have different amounts of free memory, but one scheduler plans for all.
     pages = min(gather(agree(lambda: num_pages_that_fit(args, config, group, dtype))))
     config = replace(config, cache_pages=pages)
-    model = load_model(folder, args, group, dtype)
+    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint)
     num_kv_heads = local_kv_heads(args, group.comm.size)
     runner = agree(lambda: ModelRunner(model, config, num_kv_heads=num_kv_heads, dtype=dtype, device=group.device))
     if group.comm.is_leader:

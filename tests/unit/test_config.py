@@ -302,6 +302,7 @@ def test_a_vocabulary_of_minus_one_takes_the_size_of_the_embedding():
         ({"max_batch_size": 1.0}, ["max_batch_size=1.0"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
         ({"device": "tpu"}, ["device='tpu'", "cuda"]),
+        ({"verify_checkpoint": "never"}, ["verify_checkpoint='never'", "size"]),
         ({"max_batched_tokens": 7, "max_batch_size": 8}, ["max_batched_tokens=7", "max_batch_size=8"]),
         ({"heartbeat_s": 20.0, "collective_timeout_s": 20.0}, ["heartbeat_s=20.0", "collective_timeout_s=20.0"]),
         ({"heartbeat_s": 0.0}, ["heartbeat_s=0.0"]),

@@ -203,7 +203,7 @@ KILL_POINTS = {
     "after the manifest": (convert_module, "write_manifest", True, False),
     "before the rename": (StagedFolder, "commit", False, False),
     "after the rename": (StagedFolder, "commit", True, True),
-    "before model_args.json": (convert_module, "_replace_file", False, True),
+    "before model_args.json": (convert_module, "replace_file", False, True),
 }
 
 
