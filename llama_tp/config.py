@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_tp.file_kind import why_no_content
+from llama_tp.file_kind import describe_model_folder, why_no_content
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -186,6 +186,9 @@ class ModelArgs:
     @classmethod
     def load_converted(cls, path: str | Path) -> ModelArgs:
         """Read the model_args.json of a converted checkpoint, which knows its vocabulary. ConfigError otherwise."""
+        folder = Path(path).parent
+        if not Path(path).exists() and (found := describe_model_folder(folder)):
+            raise ConfigError([f"{path} does not exist: {folder} {found}"])
         args = cls.load(path)
         if args.vocab_size < 1:
             problem = f"vocab_size={args.vocab_size} leaves the vocabulary open"

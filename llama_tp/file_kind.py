@@ -61,7 +61,7 @@ def describe_model_folder(folder: Path) -> str | None:
         return None
     names = {path.name for path in folder.iterdir()}
     if {"manifest.json", ".metadata"} <= names:
-        return "holds a converted checkpoint; it is ready to be served"
+        return "is a converted checkpoint already"
     if any(re.fullmatch(r"consolidated\.\d\d\.pth", name) for name in names):
         return "holds Meta's original weights; convert them with scripts/convert_checkpoints.py"
     if (folder / "original" / "params.json").is_file():

@@ -65,7 +65,8 @@ def convert(
                 agree(lambda: check.finish(show_progress=_is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
             if _is_leader():
-                checked = "; the originals match checklist.chk" if reader.expected_md5s else ""
+                is_checked = len(reader.expected_md5s) == model_parallel_size
+                checked = "; the originals match checklist.chk" if is_checked else ""
                 print(f"Wrote {staged.destination} and {model_args_path}{checked}", flush=True)
         finally:
             if _is_leader():

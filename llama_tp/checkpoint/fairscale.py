@@ -40,7 +40,8 @@ class FairscaleReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
-        if not (self.folder / "params.json").exists() and (found := describe_model_folder(self.folder)):
+        is_there = (self.folder / "params.json").exists() or any(self.folder.glob("consolidated.*.pth"))
+        if not is_there and (found := describe_model_folder(self.folder)):
             raise ValueError(f"{self.folder} has no params.json: it {found}")
         check_original(self.folder / "params.json")
         args = ModelArgs.load(self.folder / "params.json")

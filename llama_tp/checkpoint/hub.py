@@ -82,10 +82,11 @@ def _complete_before(model_name: str, revision: str | None, output: str, problem
     """
     if _status(problem) not in (*_ASK_AGAIN, None) or isinstance(problem, ValueError):
         return None
-    with suppress(OSError, ValueError):  # nothing was downloaded, or another revision
+    # Nothing was downloaded, or another revision, or the record of it is damaged.
+    with suppress(OSError, ValueError, TypeError, AttributeError):
         folder = _snapshot(model_name, revision, output, local_files_only=True)
         if _why_incomplete(folder, json.loads(_record(folder).read_text())) is None:
-            print(f"the hub does not answer ({_first(problem)}); this was downloaded before", file=sys.stderr)
+            print(f"the hub does not answer ({_first(problem)}): taking what was downloaded before", file=sys.stderr)
             return folder
     return None
 

@@ -272,6 +272,16 @@ def test_a_config_json_of_hugging_face_is_one_line_that_says_which_file_to_give(
     assert "model_args.json" in problem
 
 
+def test_a_model_that_is_not_converted_is_told_from_one_that_is_not_there(tmp_path):
+    """`llama-tp chat` of a folder from the hub was answered with "model_args.json does not exist"."""
+    LlamaConfig().save_pretrained(tmp_path)
+    (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
+    assert "holds a Hugging Face model, which is not read" in problem
+    (tmp_path / "consolidated.00.pth").touch()
+    (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
+    assert "holds Meta's original weights; convert them" in problem
+
+
 def test_many_unknown_keys_are_one_clause():
     (problem,) = problems_of(ModelArgs.from_params, {**TINY, **{f"key{number}": 0 for number in range(28)}})
     assert "'key0'" in problem

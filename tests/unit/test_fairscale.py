@@ -188,7 +188,7 @@ BROKEN = {
         _repository,
         ("Hugging Face repository; Meta's original weights are in", "/original"),
     ),
-    "a converted checkpoint": (_converted, ("has no params.json", "converted checkpoint", "ready to be served")),
+    "a converted checkpoint": (_converted, ("has no params.json", "is a converted checkpoint already")),
     "not a dict": (_change(1, lambda shard: list(shard.values())), ("consolidated.01.pth", "list", "dict")),
     "a non-tensor entry": (_change(1, lambda shard: shard.update(step=3)), ("consolidated.01.pth", "'step'", "int")),
     "a nested dict": (_change(0, lambda shard: {"model": shard}), ("consolidated.00.pth", "'model'", "dict")),
@@ -221,7 +221,7 @@ BROKEN = {
     "params with other kv heads": (_params(n_kv_heads=8), ("attention.wk.weight", "(16, 64)", "(32, 64)")),
     "params with another hidden size": (_params(multiple_of=256), ("feed_forward", "(88, 64)", "(128, 64)")),
     "params with an unknown key": (_params(moe_experts=8), ("params.json", "moe_experts")),
-    "no params": (lambda folder: (folder / "params.json").unlink(), ("params.json",)),
+    "no params": (lambda folder: (folder / "params.json").unlink(), ("params.json does not exist",)),
 }
 
 
