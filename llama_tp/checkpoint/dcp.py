@@ -8,7 +8,6 @@ manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +52,7 @@ from llama_tp.checkpoint.load_verification import LoadVerification
 from llama_tp.checkpoint.manifest import FileEntry
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
-from llama_tp.checkpoint.torch_file import why_not_loaded
+from llama_tp.checkpoint.torch_file import is_about_the_file, why_not_loaded
 from llama_tp.checkpoint.verify import verify
 
 FILE_BYTES = 1 << 30
@@ -267,9 +266,9 @@ class _VouchedReader(FileSystemReader):
     def _read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
         try:
             super().read_data(plan, planner).wait()
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-                raise  # no memory, a device's error
+        except Exception as error:
+            if not is_about_the_file(error):
+                raise
             raise WeightsError(f"{Path(self.path) / name} {why_not_loaded(error)}") from None
 
 

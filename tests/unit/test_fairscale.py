@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def _legacy(folder):
 
 def _hostile(folder):
     torch.save({"tok_embeddings.weight": Evil(folder / "proof")}, folder / "consolidated.01.pth")
+
+
+def _torchscript(folder):
+    with zipfile.ZipFile(folder / "consolidated.01.pth", "w") as archive:
+        for name, data in (("constants.pkl", b"\x80\x02)."), ("data.pkl", b"\x80\x02}."), ("version", b"3\n")):
+            archive.writestr(f"archive/{name}", data)
 
 
 def _copy_shard(folder):
@@ -258,9 +265,10 @@ def test_nothing_in_a_pth_is_executed(tmp_path):
     assert not proof.exists()
 
 
-def test_no_message_gives_the_advice_to_load_an_unsafe_file(tmp_path):
-    """torch's own message says how to get the code in the file executed."""
-    _hostile(write_meta(tmp_path, meta_tensors(), 2))
-    with pytest.raises(ValueError, match="is refused") as error:
+@pytest.mark.parametrize("make", [_hostile, _torchscript], ids=["a hostile file", "a TorchScript archive"])
+def test_no_message_gives_the_advice_to_load_an_unsafe_file(tmp_path, make):
+    """torch's own messages say how to get the code in the file executed."""
+    make(write_meta(tmp_path, meta_tensors(), 2))
+    with pytest.raises(ValueError, match="nothing in it was executed") as error:
         FairscaleReader(tmp_path, 2)
     assert "weights_only" not in str(error.value)
