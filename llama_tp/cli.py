@@ -104,12 +104,7 @@ def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> Non
     if dtype not in names:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(names)}")
     itemsize = 4 if dtype == "float32" else 2
-    args = ModelArgs.load(model_args)
-    if args.vocab_size < 1:
-        raise ValueError(
-            f"{model_args}: vocab_size={args.vocab_size} leaves the vocabulary open; "
-            "use the model_args.json of a converted checkpoint"
-        )
+    args = ModelArgs.load_converted(model_args)
     print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in {dtype}:")
     try:
         size_of_memory = parse_memory(memory)

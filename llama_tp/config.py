@@ -14,13 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_tp.file_kind import describe_model_folder, why_no_content
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+VERIFY_CHECKPOINT = ("always", "once", "size")
 
 # params.json keys that say nothing about the weights of a text model.
 _HARMLESS_PARAMS = frozenset(
     {"model_parallel_size", "vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers"}
 )
+_HUGGING_FACE_KEYS = frozenset({"architectures", "hidden_size", "model_type", "num_hidden_layers"})
+
+# Meta's params.json says only `use_scaled_rope: true`; the factor stands in Meta's code and in the models' config.json
+# on the hub (https://github.com/meta-llama/llama-models, models/sku_list.py).
+_META_ROPE_FACTORS = {
+    # (dim, n_layers): factor
+    (2048, 16): 32.0,  # Llama 3.2 1B
+    (3072, 28): 32.0,  # Llama 3.2 3B
+    (4096, 32): 8.0,  # Llama 3.1 8B
+    (8192, 80): 8.0,  # Llama 3.1 and 3.3 70B
+    (16384, 126): 8.0,  # Llama 3.1 405B
+}
 
 
 class ConfigError(ValueError):
@@ -35,8 +50,8 @@ class ConfigError(ValueError):
 class RopeScaling:
     """Llama 3.1's stretching of the rotary wavelengths (https://arxiv.org/abs/2407.21783, section 3.4)."""
 
-    factor: float = 8.0
-    """How much longer the context became."""
+    factor: float
+    """How much longer the context became. It differs between models, so it has no default."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
@@ -145,17 +160,40 @@ class ModelArgs:
         """Read model_args.json, or Meta's params.json. ConfigError names what is wrong with the file."""
         path = Path(path)
         try:
-            params = json.loads(path.read_text())
+            data = path.read_bytes()
         except FileNotFoundError:
             raise ConfigError([f"{path} does not exist"]) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except IsADirectoryError:
+            raise ConfigError([f"{path} is a folder; give the model_args.json or params.json in it"]) from None
+        except OSError as error:
+            raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
+        if problem := why_no_content(data):
+            raise ConfigError([f"{path} {problem}"])
+        try:
+            params = json.loads(data)  # of bytes: with or without a byte-order mark
+        except (ValueError, RecursionError) as error:
             raise ConfigError([f"{path} is not a JSON file: {error}"]) from None
         if not isinstance(params, dict):
             raise ConfigError([f"{path} must hold a JSON object, not {type(params).__name__}"])
+        if len(_HUGGING_FACE_KEYS & params.keys()) > 1:
+            remedy = "give Meta's params.json (often in the folder original/) or the model_args.json of a conversion"
+            raise ConfigError([f"{path} is a Hugging Face config.json; {remedy}"])
         try:
             return cls.from_params(params)
         except ConfigError as error:
             raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+    @classmethod
+    def load_converted(cls, path: str | Path) -> ModelArgs:
+        """Read the model_args.json of a converted checkpoint, which knows its vocabulary. ConfigError otherwise."""
+        folder = Path(path).parent
+        if not Path(path).exists() and (found := describe_model_folder(folder)):
+            raise ConfigError([f"{path} does not exist: {folder} {found}"])
+        args = cls.load(path)
+        if args.vocab_size < 1:
+            problem = f"vocab_size={args.vocab_size} leaves the vocabulary open"
+            raise ConfigError([f"{path}: {problem}; use the model_args.json of a converted checkpoint"])
+        return args
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
@@ -173,11 +211,12 @@ class ModelArgs:
             )
             if key in values
         }
+        values.setdefault("vocab_size", -1)  # as in Meta's own code; Code Llama's params.json has none
         known = {field.name: field for field in dataclasses.fields(cls)}
-        problems = [
-            f"unknown key {key!r}: this is not a text-only Llama 2 or 3 model" for key in values if key not in known
-        ]
-        required = ("dim", "n_layers", "n_heads", "vocab_size")
+        problems = []
+        if unknown := [key for key in values if key not in known]:
+            problems.append(f"unknown {_keys(unknown)}: this is not a text-only Llama 2 or 3 model")
+        required = ("dim", "n_layers", "n_heads")
         problems += [f"key {key!r} is missing" for key in required if key not in values]
         if scaling is not None and not isinstance(scaling, Mapping):
             problems.append(f"rope_scaling={scaling!r} must be an object")
@@ -190,7 +229,9 @@ class ModelArgs:
             raise ConfigError(problems)
         values.setdefault("n_kv_heads", values["n_heads"])
         if scaled:
-            values["rope_scaling"] = _rope_scaling({**(scaling or {}), **factors})
+            known_factor = _META_ROPE_FACTORS.get((values["dim"], values["n_layers"]))
+            defaults = {} if scaling or known_factor is None else {"factor": known_factor}
+            values["rope_scaling"] = _rope_scaling({**defaults, **(scaling or {}), **factors})
         return cls(**values)
 
 
@@ -224,6 +265,9 @@ class EngineConfig:
     """cpu | cuda | auto: cuda where there is one."""
     threads: int | None = None
     """CPU threads of this rank. None: its share of the available cores."""
+    verify_checkpoint: str = "once"
+    """Which large files are hashed while they are loaded. always: all; once: those that were not hashed before or have
+    changed since; size: none, and only their sizes are compared."""
     collective_timeout_s: float = 20.0
     """A peer that is silent for longer ends the group."""
     heartbeat_s: float = 2.0
@@ -241,6 +285,10 @@ class EngineConfig:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:
             problems.append(f"device={self.device!r} must be one of {', '.join(DEVICES)}")
+        if self.verify_checkpoint not in VERIFY_CHECKPOINT:
+            problems.append(
+                f"verify_checkpoint={self.verify_checkpoint!r} must be one of {', '.join(VERIFY_CHECKPOINT)}"
+            )
         if not problems and self.max_batched_tokens < self.max_batch_size:
             problems.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_batch_size={self.max_batch_size}: "
@@ -299,8 +347,18 @@ def parse_memory(value: float | str) -> int | float:
 def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     if unknown := sorted(set(values) - known):
-        raise ConfigError([f"unknown key {key!r} in rope_scaling" for key in unknown])
+        raise ConfigError([f"unknown {_keys(unknown)} in rope_scaling"])
+    if "factor" not in values:
+        problem = "the rotary embedding is scaled by a factor that is not given, and no model of Meta's has this shape"
+        remedy = 'add "rope_scaling_factor": 8.0 is that of Llama 3.1 and 3.3, 32.0 that of Llama 3.2'
+        raise ConfigError([f"{problem}; {remedy}"])
     return RopeScaling(**values)
+
+
+def _keys(names: list[str]) -> str:
+    """Some keys, for one line."""
+    listed = ", ".join(repr(name) for name in names[:4])
+    return f"key{'s' if len(names) > 1 else ''} {listed}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _is_int(value: object) -> bool:

@@ -30,7 +30,7 @@ def run_console(
     threads: int | None = None,
 ) -> None:
     """Load a checkpoint on all ranks, let the leader `act`, and end on all ranks together."""
-    args = ModelArgs.load(Path(checkpoint, "model_args.json"))
+    args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)), embedding_rows=args.vocab_size)
     config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device, threads=threads)
     group = join(config.device, timeout_s=config.collective_timeout_s)

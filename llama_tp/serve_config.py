@@ -58,6 +58,9 @@ class HandlerSection(_Section):
     """Whether an answer is the same to the token in any company, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
+    verify_checkpoint: Literal["always", "once", "size"] = "once"
+    """Which files are compared with the manifest's sha256 when the model is loaded: all; those that were not before, or
+    have changed since; or only their sizes."""
     max_new_tokens: MaxNewTokens = 128
     """This and the following: used where a request does not say. Clipped to what fits into max_seq_len."""
     temperature: Temperature = 0.6
@@ -156,6 +159,7 @@ class ModelConfig(_Section):
             prefix_cache=handler.prefix_cache,
             deterministic=handler.deterministic,
             dtype=handler.dtype,
+            verify_checkpoint=handler.verify_checkpoint,
             device="cuda" if self.deviceType == "gpu" else "cpu",
             threads=self.torchrun.OMP_NUMBER_THREADS,
             collective_timeout_s=handler.collective_timeout_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import torch
@@ -73,6 +74,20 @@ def write_meta(
         torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS if params is None else params))
     return folder
+
+
+def write_checklist(folder: Path, *, prefix: str = "", name: str = "checklist.chk") -> None:
+    """What Meta ships beside the shards: the output of md5sum, here of md5sum itself."""
+    names = sorted(path.name for path in folder.iterdir())
+    done = subprocess.run(["md5sum", *names], cwd=folder, capture_output=True, text=True, check=True)
+    (folder / name).write_text(done.stdout.replace("  ", f"  {prefix}"))
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Change one bit of a file in place, as a bad disk would."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 class Evil:

@@ -160,7 +160,7 @@ def bench_engine(
         raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
     if not 0 <= prefix < prompt:
         raise ValueError(f"prefix={prefix} must be 0 or more, and less than prompt={prompt}, of which it is a part")
-    args = ModelArgs.load(Path(checkpoint, "model_args.json"))
+    args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=prompt + new,
         max_batch_size=max(batches),
@@ -209,7 +209,7 @@ def bench_load(
     threads: int | None,
 ) -> None:
     """What `llama-tp bench engine --arrivals poisson` does. Call it on every rank."""
-    args = ModelArgs.load(Path(checkpoint, "model_args.json"))
+    args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=context_of(args.max_seq_len),
         max_batch_size=max_batch_size,

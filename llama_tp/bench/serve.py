@@ -113,7 +113,7 @@ def bench_serve(
     timeout_s: float,
 ) -> None:
     """What `llama-tp bench serve` does."""
-    args = ModelArgs.load(Path(setup.checkpoint, "model_args.json"))
+    args = ModelArgs.load_converted(Path(setup.checkpoint, "model_args.json"))
     shape = {"vocab_size": args.vocab_size, "max_seq_len": context_of(args.max_seq_len)}
     print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
     print(describe(load, slo), flush=True)

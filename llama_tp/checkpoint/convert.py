@@ -6,8 +6,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -16,11 +15,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.checklist import BackgroundCheck, check_original
 from llama_tp.checkpoint.fairscale import FairscaleReader
 from llama_tp.checkpoint.manifest import write_manifest
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.reader import CheckpointReader
-from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.checkpoint.staging import StagedFolder, replace_file
 from llama_tp.config import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
@@ -62,8 +62,14 @@ def convert(
             reader = agree(lambda: _open(str(original_ckpt_dir), str(tokenizer_path), model_parallel_size))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
-            _write(reader, args, staged, model_parallel_size, str(tokenizer_path))
+            with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
+                _write(reader, args, staged, model_parallel_size, str(tokenizer_path))
+                agree(lambda: check.finish(show_progress=_is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
+            if _is_leader():
+                is_checked = len(reader.expected_md5s) == model_parallel_size
+                checked = "; the originals match checklist.chk" if is_checked else ""
+                print(f"Wrote {staged.destination} and {model_args_path}{checked}", flush=True)
         finally:
             if _is_leader():
                 staged.discard()
@@ -76,6 +82,8 @@ def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int)
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
     reader = FairscaleReader(original_ckpt_dir, model_parallel_size)
+    for path in (Path(tokenizer_path), Path(tokenizer_path, "tokenizer.model")):
+        check_original(path)
     load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
     return reader
 
@@ -122,21 +130,13 @@ def _finish(staged: StagedFolder, args: ModelArgs, model_args_path: str) -> None
         return
     staged.commit()
     if Path(model_args_path).resolve() != staged.destination / MODEL_ARGS:
-        _replace_file(Path(model_args_path), json.dumps(args.to_dict(), indent=2) + "\n")
-    print(f"Wrote {staged.destination} and {model_args_path}", flush=True)
+        replace_file(Path(model_args_path), json.dumps(args.to_dict(), indent=2) + "\n")
 
 
-def _replace_file(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+def _share_of_rank(expected_md5s: Mapping[Path, frozenset[str]]) -> dict[Path, frozenset[str]]:
+    """The files that this rank compares with the checklist; each is read by one rank."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return {path: expected_md5s[path] for path in list(expected_md5s)[rank::ranks]}
 
 
 def _wait_for_all() -> None:

@@ -47,18 +47,24 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from llama_tp.checkpoint.dcp_metadata import load_metadata
 from llama_tp.checkpoint.hashing_file import HashingFile
 from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
+from llama_tp.checkpoint.load_verification import LoadVerification
 from llama_tp.checkpoint.manifest import FileEntry
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.torch_file import is_about_the_file, why_not_loaded
 from llama_tp.checkpoint.verify import verify
 from llama_tp.parallel.agreement import agree, gather
 
 FILE_BYTES = 1 << 30
 """A .distcp file is closed once it has this size."""
 LOAD_THREADS = 4
-"""Concurrent reads, over all ranks of a host: DCP's own reader has one thread."""
+"""Concurrent reads, over all ranks of a host, and as many hashes: DCP's own reader has one thread."""
 
 T = TypeVar("T")
+
+
+class WeightsError(ValueError):
+    """What was read is not fit to be a checkpoint: the reader's or a file's fault, not the disk's."""
 
 
 def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_progress) -> dict[str, FileEntry]:
@@ -73,15 +79,22 @@ def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_
     return {name: entry for entries in gather(writer.written) for name, entry in entries.items()}
 
 
-def load(state_dict: dict[str, Any], folder: str | Path) -> None:
+def load(state_dict: dict[str, Any], folder: str | Path, *, verify_files: str = "size") -> None:
     """Fill a state dict of tensors and DTensors, on any device, in place; each rank reads its own slices only.
 
     Values are converted to the dtype of the target. ValueError on all ranks, before anything is read, if the folder is
-    not what its manifest says or the names and shapes are not those of `state_dict`.
+    not what its manifest says as far as the quick check tells, or the names and shapes are not those of `state_dict`;
+    after reading, if a file has another hash. `verify_files` says which are hashed: see `LoadVerification`.
     """
     metadata = agree(lambda: _check_target(state_dict, folder))
-    with _one_line_errors(f"cannot load {folder}"):
-        torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+    with agree(lambda: LoadVerification(folder, verify_files, num_threads=_load_threads())) as verification:
+        try:
+            with _one_line_errors(f"cannot load {folder}"):
+                torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+        except ValueError:
+            verification.finish()  # a damaged file is named by its hash rather than by where reading broke off
+            raise
+        verification.finish()
 
 
 def read_metadata(folder: str | Path) -> Metadata:
@@ -170,12 +183,23 @@ class _ReaderPlanner(DefaultSavePlanner):
         chunk = self.chunks[write_item.index]
         self.advance(chunk.nbytes)
         piece = chunk.source.read(chunk.dim, chunk.start, chunk.length)
+        _check_finite(chunk, piece)
         if not piece.is_contiguous():
             # Fresh memory for each would cost more than the copy: the page faults alone take 2 s per GB (measured).
             if self.buffer.nbytes < chunk.nbytes:
                 self.buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
             piece = self.buffer[: chunk.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
         return _exact_storage(piece)
+
+
+def _check_finite(chunk: _Chunk, piece: Tensor) -> None:
+    """The least and the largest element show a NaN or an infinity in a fortieth of the time of torch.isfinite."""
+    least, largest = torch.aminmax(piece)
+    if not (least.isfinite() and largest.isfinite()):
+        raise WeightsError(
+            f"{chunk.name} holds weights that are not finite (NaN or infinity), in entries {chunk.start} to "
+            f"{chunk.start + chunk.length - 1} of dim {chunk.dim}: the originals are damaged, download them again"
+        )
 
 
 def _exact_storage(tensor: Tensor) -> Tensor:
@@ -233,12 +257,23 @@ class _VouchedReader(FileSystemReader):
         files: dict[str, list[Any]] = {}
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        plans = [replace(plan, items=items) for _, items in sorted(files.items())]
-        read = super().read_data
-        with ThreadPoolExecutor(max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
-            for future in [pool.submit(read, part, planner) for part in plans]:
+        plans = {name: replace(plan, items=items) for name, items in sorted(files.items())}
+        with ThreadPoolExecutor(_load_threads()) as pool:
+            for future in [pool.submit(self._read_file, name, part, planner) for name, part in plans.items()]:
                 future.result()
         return _finished(None)
+
+    def _read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
+        try:
+            super().read_data(plan, planner).wait()
+        except Exception as error:
+            if not is_about_the_file(error):
+                raise
+            raise WeightsError(f"{Path(self.path) / name} {why_not_loaded(error)}") from None
+
+
+def _load_threads() -> int:
+    return max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -286,11 +321,14 @@ def _one_line_errors(what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says it better
             yield
     except CheckpointException as error:
         rank, (reason, _stack) = sorted(error.failures.items())[0]
         if not isinstance(reason, Exception):
             raise reason from None  # the end of the process
+        if isinstance(reason, WeightsError):
+            raise ValueError(str(reason)) from None
         where = f" (rank {rank})" if dist.is_initialized() else ""
         line = (str(reason).splitlines() or [""])[0]
         raise ValueError(f"{what}{where}: {type(reason).__name__}: {line}") from None

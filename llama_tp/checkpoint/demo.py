@@ -5,7 +5,6 @@ No hub, no token, no licence form.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from llama_tp.checkpoint.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.checkpoint.user_cache import cache_folder
 from llama_tp.checkpoint.verify import verify
 from llama_tp.config import ModelArgs
 
@@ -104,14 +104,6 @@ def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None
     reader = GGUFReader(gguf)
     write_fairscale_shards(reader.tensors, reader.args, folder, model_parallel_size)
     write_tokenizer(reader, folder)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $LLAMA_TP_CACHE, else ~/.cache/llama_tp."""
-    try:
-        return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
-    except RuntimeError:
-        raise ValueError("there is no home folder to keep downloads in; set LLAMA_TP_CACHE to a folder") from None
 
 
 def _is_there(folder: Path, about: dict[str, object]) -> bool:

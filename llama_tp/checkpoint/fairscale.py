@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama_tp.checkpoint.checklist import check_original, expected_md5s, listed_shards
 from llama_tp.checkpoint.layout import full_shapes, tp_dim
 from llama_tp.checkpoint.reader import TensorSource
+from llama_tp.checkpoint.torch_file import why_not_loaded
 from llama_tp.config import ModelArgs
+from llama_tp.file_kind import describe_model_folder, describe_weights
 
 EMBEDDING = "tok_embeddings.weight"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_COMPARED_ELEMENTS = 2048
 _NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
 
 
@@ -35,9 +40,16 @@ class FairscaleReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
+        is_there = (self.folder / "params.json").exists() or any(self.folder.glob("consolidated.*.pth"))
+        if not is_there and (found := describe_model_folder(self.folder)):
+            raise ValueError(f"{self.folder} has no params.json: it {found}")
+        check_original(self.folder / "params.json")
         args = ModelArgs.load(self.folder / "params.json")
-        paths = _shard_paths(self.folder, model_parallel_size)
+        md5s = expected_md5s(self.folder)
+        paths = _shard_paths(self.folder, model_parallel_size, listed_shards(md5s))
         _check_divisible(args, model_parallel_size)
+        self.expected_md5s = {path: md5s[path.name] for path in paths if path.name in md5s}
+        """What checklist.chk says of the shards. They are not hashed here: see `BackgroundCheck`."""
         shards = {path: _open_shard(path) for path in paths}
         first = shards[paths[0]]
         embedding_dim, rows = _embedding_split(args, paths[0], first, model_parallel_size)
@@ -119,8 +131,9 @@ def _slice(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim
     return source.read(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
 
 
-def _shard_paths(folder: Path, model_parallel_size: int) -> list[Path]:
-    """consolidated.00.pth .. in order. ValueError if there are not exactly as many as said."""
+def _shard_paths(folder: Path, model_parallel_size: int, listed: list[str]) -> list[Path]:
+    """consolidated.00.pth .. in order. ValueError if one of those `listed` is missing, or there are not exactly as many
+    as said."""
     found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     if not found:
         raise ValueError(f"{folder} holds no consolidated.*.pth: these are not Meta's original weights")
@@ -128,7 +141,7 @@ def _shard_paths(folder: Path, model_parallel_size: int) -> list[Path]:
         raise ValueError(
             f"{folder / odd[0]} is not a shard: shards are named consolidated.00.pth, consolidated.01.pth, ..."
         )
-    count = int(found[-1].split(".")[1]) + 1
+    count = int(max([*found, *listed]).split(".")[1]) + 1
     if missing := [name for name in map("consolidated.{:02d}.pth".format, range(count)) if name not in found]:
         raise ValueError(f"{folder / missing[0]} is missing, found {', '.join(found[:4])}: download it again")
     if count != model_parallel_size:
@@ -151,12 +164,15 @@ def _check_divisible(args: ModelArgs, model_parallel_size: int) -> None:
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one .pth, mapped from the file. Nothing in it is executed."""
+    if problem := describe_weights(path):
+        raise ValueError(f"{path} {problem}")
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle; the error says it better
+            entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # A broken or hostile file can make the reader fail in any way.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} is not a complete file of tensors (truncated, corrupt or unsafe): {reason}") from None
+        raise ValueError(f"{path} {why_not_loaded(error)}; download it again") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} holds a {type(entries).__name__}, expected a dict of tensors")
     for name, value in entries.items():
@@ -187,9 +203,9 @@ def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], r
 
 def _join(
     args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int, dtype: torch.dtype
-) -> dict[str, TensorSource]:
+) -> dict[str, ShardedTensor]:
     shapes = full_shapes(args)
-    joined: dict[str, TensorSource] = {}
+    joined: dict[str, ShardedTensor] = {}
     for path, shard in shards.items():
         _check_names(path, shard, shapes)
     for name, shape in shapes.items():
@@ -205,6 +221,7 @@ def _join(
         if split is None:
             _check_replicas(name, source, list(shards))
         joined[name] = source
+    _check_distinct(joined, list(shards))
     return joined
 
 
@@ -223,3 +240,28 @@ def _check_replicas(name: str, source: ShardedTensor, paths: list[Path]) -> None
     for path, shard in zip(paths, source.shards, strict=True):
         if not torch.allclose(first, shard.float(), rtol=0.1, atol=0.1, equal_nan=True):
             raise ValueError(f"{path}: {name} differs from the one in {paths[0].name}: the shards are not of one model")
+
+
+def _check_distinct(tensors: Mapping[str, ShardedTensor], paths: list[Path]) -> None:
+    """The same shard under two names would give a model that runs and talks nonsense.
+
+    Reads the first elements of one tensor, and of the next only while shards are alike in all before it.
+    """
+    alike = [list(range(len(paths)))]
+    for tensor in tensors.values():
+        if tensor.split is not None:
+            alike = [group for ranks in alike for group in _group_by_first_elements(tensor, ranks) if len(group) > 1]
+    if alike:
+        first, second, *_ = alike[0]
+        raise ValueError(
+            f"{paths[second]} holds the same weights as {paths[first].name}: it is not shard {second} of this model, "
+            "download it again"
+        )
+
+
+def _group_by_first_elements(tensor: ShardedTensor, ranks: list[int]) -> list[list[int]]:
+    groups: dict[bytes, list[int]] = {}
+    for rank in ranks:
+        elements = tensor.shards[rank].flatten()[:_COMPARED_ELEMENTS]
+        groups.setdefault(elements.view(torch.uint8).numpy().tobytes(), []).append(rank)
+    return list(groups.values())

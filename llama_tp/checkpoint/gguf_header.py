@@ -10,6 +10,8 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
+from llama_tp.file_kind import read_head, why_no_content
+
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _MAX_KEYS = 4096
@@ -21,6 +23,8 @@ _MAX_ELEMENTS = 1 << 21
 def check_header(path: Path) -> None:
     """ValueError if the file is no GGUF (version 2 or 3, little-endian), or a count in it points beyond its end."""
     try:
+        if problem := why_no_content(read_head(path)):
+            raise ValueError(f"it {problem}")
         with path.open("rb") as file:
             _Walk(file, os.fstat(file.fileno()).st_size).header()
     except FileNotFoundError:

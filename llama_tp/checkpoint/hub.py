@@ -2,74 +2,169 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-_FILES = ("consolidated.*.pth", "params.json", "tokenizer.model", "checklist.chk", "LICENSE*", "USE_POLICY*")
+_FILES = ("consolidated.*.pth", "params.json", "tokenizer.model", "*checklist.chk", "LICENSE*", "USE_POLICY*")
 ORIGINALS = [*_FILES, *(f"original/{name}" for name in _FILES)]
 """Llama 2 has its originals at the top of the repository, Llama 3 in a folder."""
+
+_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+_ASK_AGAIN = (408, 429, 500, 502, 503, 504)
+"""HTTP statuses that say nothing about the repository or the user."""
 
 
 def download(model_name: str, revision: str | None = None, output: str = "model", token: str | None = None) -> str:
     """Download the originals of a model, for example meta-llama/Llama-2-7b, and return the folder with the .pth files.
 
-    Files go into `output` as the hub's cache lays them out. A transfer that breaks off is taken up where it broke, and
-    whole files are not fetched again. Without `token`, that of HF_TOKEN or of the login is used. ValueError, one line,
-    says what to do.
+    Files go into `output` as the hub's cache lays them out. A transfer that breaks off is taken up where it broke, at
+    the latest when this is called again, and whole files are not fetched again. Without `token`, that of HF_TOKEN or of
+    the login is used. What is returned is complete: every file that the hub lists is there with its size. Where the hub
+    cannot be asked, a download that was complete before will do. ValueError, one line, says what to do.
     """
+    model_name, revision = str(model_name), revision and str(revision)
+    try:
+        listed = _list_originals(model_name, revision, token)
+    except Exception as error:
+        if folder := _complete_before(model_name, revision, str(output), error):
+            return str(_folder_of_weights(folder, model_name))
+        raise _told(error, model_name, revision) from None
+    if not any(name.endswith(".pth") for name in listed):
+        raise ValueError(_no_originals(model_name))
+    try:
+        folder = _snapshot(model_name, revision, str(output), token=token)
+    except Exception as error:
+        raise _told(error, model_name, revision) from None
+    if problem := _why_incomplete(folder, listed):
+        raise ValueError(f"the download of {model_name} is not complete: {problem}; run this again, whole files stay")
+    with suppress(OSError):  # then the next call needs the network, too
+        _record(folder).write_text(json.dumps(listed, indent=1) + "\n")
+    return str(_folder_of_weights(folder, model_name))
+
+
+def _list_originals(model_name: str, revision: str | None, token: str | None) -> dict[str, int | None]:
+    """Size by file name, as the hub has them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    info = HfApi().model_info(model_name, revision=revision, token=token, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=ORIGINALS)}
+
+
+def _snapshot(model_name: str, revision: str | None, output: str, **settings: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+
+    return Path(
+        snapshot_download(model_name, revision=revision, cache_dir=output, allow_patterns=ORIGINALS, **settings)
     )
 
+
+def _why_incomplete(folder: Path, listed: Mapping[str, int | None]) -> str | None:
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return f"{len(missing)} of {len(listed)} files are missing ({', '.join(missing[:3])}{more})"
+    for name, size in listed.items():
+        if size is not None and (found := (folder / name).stat().st_size) != size:
+            return f"{folder / name} has {found} bytes, the hub's has {size}"
+    return None
+
+
+def _complete_before(model_name: str, revision: str | None, output: str, problem: Exception) -> Path | None:
+    """The folder of an earlier download that was complete and still is, if the hub does not answer; else None.
+
+    snapshot_download by itself gives what there is, in older versions half of it.
+    """
+    if _status(problem) not in (*_ASK_AGAIN, None) or isinstance(problem, ValueError):
+        return None
+    # Nothing was downloaded, or another revision, or the record of it is damaged.
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        folder = _snapshot(model_name, revision, output, local_files_only=True)
+        if _why_incomplete(folder, json.loads(_record(folder).read_text())) is None:
+            print(f"the hub does not answer ({_first(problem)}): taking what was downloaded before", file=sys.stderr)
+            return folder
+    return None
+
+
+def _record(folder: Path) -> Path:
+    """Where the list of files of a complete download is kept: beside the hub's own blobs, refs and snapshots."""
+    return folder.parents[1] / f".llama_tp.{folder.name}.json"
+
+
+def _told(error: Exception, model_name: str, revision: str | None) -> Exception:
+    """ValueError in one line for what came from the hub or the network; what came from the disk as it is."""
+    is_of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins"
+    if is_of_disk and not isinstance(error, (ConnectionError, TimeoutError)):
+        return error
+    return ValueError(_explain(error, model_name, revision))
+
+
+def _explain(error: Exception, model_name: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
     page = f"https://huggingface.co/{model_name}"
-    login = "log in with `huggingface-cli login` or set HF_TOKEN"
-    try:
-        folder = snapshot_download(
-            str(model_name),
-            revision=revision and str(revision),
-            cache_dir=str(output),
-            token=token,
-            allow_patterns=ORIGINALS,
+    status = _status(error)
+    if isinstance(error, errors.HFValidationError):
+        return f"model_name={model_name!r} is not a repository name like meta-llama/Llama-2-7b: {_first(error)}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{model_name} is gated: accept its licence at {page}, then {_LOGIN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{model_name} has no revision {revision!r}, see {page}/commits/main"
+    response = _response(error)
+    is_bad_token = response is not None and "Invalid credentials" in response.headers.get("X-Error-Message", "")
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not is_bad_token):
+        return f"{model_name} was not found: check the spelling; if it is private or gated, {_LOGIN}"
+    if status == 401:
+        return f"the hub does not accept the token (401): {_LOGIN} anew"
+    if status == 403:
+        return (
+            f"the token may not read {model_name} (403): accept the licence at {page}, and let the token read gated "
+            f"repositories at https://huggingface.co/settings/tokens, or {_LOGIN} anew ({_first(error)})"
         )
-    except GatedRepoError:
-        raise ValueError(f"{model_name} is gated: accept its licence at {page}, then {login}") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{model_name} was not found: check the spelling; if it is private or gated, {login}"
-        ) from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{model_name} has no revision {revision!r}, see {page}/commits/main") from None
-    except HFValidationError as error:
-        raise ValueError(
-            f"model_name={model_name!r} is not a repository name like meta-llama/Llama-2-7b: {error}"
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"cannot reach the hub for {model_name}: check the network, then run this again ({_first(error)})"
-        ) from None
-    except HfHubHTTPError as error:
-        raise ValueError(f"the hub refused {model_name}: {_first(error)}") from None
-    except OSError:
-        raise
-    # What a broken connection raises is of the HTTP library, which has changed twice in huggingface_hub.
-    except Exception as error:
-        problem = f"{type(error).__name__}: {_first(error)}"
-        raise ValueError(
-            f"the download of {model_name} broke off ({problem}): run this again, whole files stay"
-        ) from None
-    return str(_folder_of_weights(Path(folder), model_name))
+    if status == 429:
+        return f"the hub is asked too often from here (429): wait some minutes and run this again, or {_LOGIN}"
+    if status is not None and status >= 500:
+        return f"the hub has a problem of its own ({status}): run this again later, whole files stay"
+    if status is not None:
+        return f"the hub refused {model_name} ({status}): {_first(error)}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{model_name} is not here completely, and HF_HUB_OFFLINE forbids to ask the hub: unset it"
+    problem = f"{type(error).__name__}: {_first(error)}"
+    return (
+        f"cannot reach the hub for {model_name}, or the connection broke off ({problem}): check the network, then run "
+        "this again, whole files stay"
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error; None if the hub did not answer."""
+    response = _response(error)
+    return None if response is None else int(response.status_code)
+
+
+def _response(error: BaseException | None) -> Any:
+    """The hub's answer behind an error, which huggingface_hub may have wrapped in others."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _folder_of_weights(folder: Path, model_name: str) -> Path:
     for candidate in (folder, folder / "original"):
         if any(candidate.glob("consolidated.*.pth")):
             return candidate
-    raise ValueError(
+    raise ValueError(_no_originals(model_name))
+
+
+def _no_originals(model_name: str) -> str:
+    return (
         f"{model_name} has no original weights (consolidated.*.pth): take the repository that has, "
         "for Llama 2 the one without -hf, for example meta-llama/Llama-2-7b"
     )

@@ -13,7 +13,9 @@ from llama_tp.parallel.launch import Group
 from llama_tp.parallel.plan import check_tp_size
 
 
-def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -> Transformer:
+def load_model(
+    folder: str, args: ModelArgs, group: Group, dtype: torch.dtype, *, verify_files: str = "once"
+) -> Transformer:
     """Read this rank's share of a checkpoint, in `dtype`, onto its device, ready to compute.
 
     ValueError, on every rank, if the folder is not what its manifest says or does not hold this model, or the model
@@ -29,7 +31,7 @@ def load_model(folder: str, args: ModelArgs, group: Group, dtype: torch.dtype) -
     weights = model.state_dict()
     if args.tied_embeddings:
         del weights["output.weight"]  # the checkpoint has it once
-    dcp.load(weights, folder)
+    dcp.load(weights, folder, verify_files=verify_files)
     del weights  # it would keep every original alive while lower() makes the local ones
     return agree(lambda: lower(model, group.comm))
 

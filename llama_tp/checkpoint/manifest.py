@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.progress import Advance, no_progress
+from llama_tp.file_kind import describe_model_folder
 
 MANIFEST = "manifest.json"
+HASH_CACHE = ".verified.json"
+"""Not vouched for: it says which files have been hashed since, see `hash_cache`."""
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
 _BLOCK = 4 << 20
@@ -52,9 +55,8 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"{odd[0]!r} is not a file name")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: {folder} is not a complete checkpoint of ours, convert it again"
-        ) from None
+        found = describe_model_folder(Path(folder)) or "is not a complete checkpoint of ours; convert it again"
+        raise ValueError(f"{path} does not exist: {folder} {found}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from None
 
@@ -66,7 +68,7 @@ def write_manifest(
     folder = Path(folder)
     files = dict(known or {})
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST:
+        if path.name not in files and path.name not in (MANIFEST, HASH_CACHE):
             files[path.name] = FileEntry(path.stat().st_size, hash_file(path))
     manifest = Manifest(dict(sorted(files.items())), dict(about or {}))
     with (folder / MANIFEST).open("w") as file:

@@ -1,4 +1,4 @@
-"""A folder that is there complete or not at all: made beside its destination, moved there by one rename."""
+"""A folder, or a small file, that is there complete or not at all: made beside its destination, moved by one rename."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from llama_tp.checkpoint.manifest import MANIFEST
@@ -96,6 +97,19 @@ class StagedFolder:
             raise ValueError(
                 f"{self.destination} exists and is no checkpoint of ours (it has no {MANIFEST}): it is not overwritten"
             )
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old one or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _exchange(new: Path, old: Path) -> None:

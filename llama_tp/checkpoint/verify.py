@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llama_tp.checkpoint.hash_cache import FileState, remember
 from llama_tp.checkpoint.manifest import MANIFEST, FileEntry, Manifest, hash_file, load_manifest
 from llama_tp.checkpoint.progress import Advance, byte_progress, no_progress
+from llama_tp.file_kind import read_head, why_no_content
 
 WEIGHT_SUFFIXES = (".distcp", ".pth")
 SMALL = 16 << 20
@@ -16,7 +18,8 @@ def verify(folder: str | Path, full: bool = True) -> Manifest:
     """Compare a folder with its manifest, and return that. ValueError names the first bad file.
 
     The quick check (`full=False`) takes milliseconds: every file has its recorded size and is no link, no weight file
-    is there that the manifest does not know, and small files have their recorded hash. The full one hashes all files.
+    is there that the manifest does not know, and small files have their recorded hash. The full one hashes all files,
+    and the next load need not do it again.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -32,21 +35,27 @@ def verify(folder: str | Path, full: bool = True) -> Manifest:
     if not full:
         for name, entry in manifest.files.items():
             if entry.size <= SMALL:
-                _check_hash(folder / name, entry, no_progress)
+                check_hash(folder / name, entry)
         return manifest
     with byte_progress(f"Verifying {folder.name}", sum(entry.size for entry in manifest.files.values())) as advance:
-        for name, entry in manifest.files.items():
-            _check_hash(folder / name, entry, advance)
+        states = {name: check_hash(folder / name, entry, advance) for name, entry in manifest.files.items()}
+    remember(folder, {name: state for name, state in states.items() if state is not None})
     return manifest
+
+
+def check_hash(path: Path, entry: FileEntry, advance: Advance = no_progress) -> FileState | None:
+    """The state that the file was hashed in; None if that may not be relied on later. ValueError for another hash."""
+    before = FileState.of(path)
+    is_settled = before.is_settled()
+    if (sha256 := hash_file(path, advance)) != entry.sha256:
+        raise ValueError(f"{path} is corrupt: its sha256 is {sha256[:16]}..., {MANIFEST} says {entry.sha256[:16]}...")
+    return before if is_settled and FileState.of(path) == before else None
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:
     if path.is_symlink() or not path.is_file():
         raise ValueError(f"{path} is missing (or is no plain file), {MANIFEST} lists it with {entry.size} bytes")
     if (size := path.stat().st_size) != entry.size:
+        if problem := why_no_content(read_head(path)):
+            raise ValueError(f"{path} {problem}")
         raise ValueError(f"{path} has {size} bytes, {MANIFEST} says {entry.size}: it is truncated or was changed")
-
-
-def _check_hash(path: Path, entry: FileEntry, advance: Advance) -> None:
-    if (sha256 := hash_file(path, advance)) != entry.sha256:
-        raise ValueError(f"{path} is corrupt: its sha256 is {sha256[:16]}..., {MANIFEST} says {entry.sha256[:16]}...")

@@ -35,7 +35,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
     memory = MemoryModel.of(args, config, group.comm.size, dtype)
     agree(lambda: memory.check(free_memory(device)))
-    model = load_model(folder, args, group, dtype)
+    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         kv_heads = local_kv_heads(args, group.comm.size)

@@ -96,7 +96,7 @@ def _read(
         raise ConfigError(problems)
     handler = config.handler
     folder = model_dir / handler.converted_ckpt_dir
-    args = ModelArgs.load(
+    args = ModelArgs.load_converted(
         model_dir / handler.model_args_path if handler.model_args_path else folder / "model_args.json"
     )
     engine_config = config.engine_config(args)

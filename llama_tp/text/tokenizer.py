@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from llama_tp.file_kind import HEAD_BYTES, why_no_content
 from llama_tp.text.sentencepiece_file import SentencePieceFile
 from llama_tp.text.siblings import Siblings
 from llama_tp.text.tiktoken_file import TiktokenFile
@@ -72,15 +73,9 @@ def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> To
     """
     file = find_tokenizer(path)
     data = file.read_bytes()
-    head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head:
-        raise ValueError(f"{file} is empty; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a Git LFS pointer, not the tokenizer; run `git lfs pull` where it came from")
-    if re.match(rb"<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
-        raise ValueError(
-            f"{file} is an HTML or XML page, not a tokenizer; download it again (is a login or a licence form missing?)"
-        )
+    head = data[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if problem := why_no_content(head):
+        raise ValueError(f"{file} {problem}")
     siblings = Siblings(file.parent)
     if head[:1] == b"{":
         return TokenizerJson(file, data, siblings, embedding_rows)

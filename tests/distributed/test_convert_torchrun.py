@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ import torch
 
 from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.convert import convert
+from llama_tp.checkpoint.manifest import write_manifest
+from llama_tp.checkpoint.reader import MemoryReader
 from llama_tp.checkpoint.verify import verify
 from tests.distributed.torchrun import ROOT, check, torchrun
-from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model
 
 pytestmark = pytest.mark.distributed
@@ -99,6 +102,18 @@ def test_a_failed_check_ends_all_ranks_with_one_line_from_one_of_them(originals,
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_damaged_original_is_found_by_the_rank_that_hashes_it(originals, tmp_path, shard):
+    damaged = shutil.copytree(originals, tmp_path / "damaged")
+    write_checklist(damaged)
+    flip_bit(damaged / f"consolidated.0{shard}.pth", 50_000)
+    done = run_script(2, *arguments(damaged, tmp_path))
+    assert done.returncode != 0
+    assert len(our_lines(done)) == 1, done.stderr
+    assert f"consolidated.0{shard}.pth is damaged or is another file" in our_lines(done)[0]
+    assert names(tmp_path) == ["damaged"]
+
+
 FAULTS = {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}
 
 
@@ -128,3 +143,12 @@ def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_succeeds(originals, t
 def test_two_ranks_load_their_slices_through_dtensor_and_fail_together(originals, tmp_path):
     convert(**settings(originals, tmp_path))
     check(torchrun(2, "tests.distributed.dcp_worker", str(tmp_path / "converted")))
+
+
+def test_the_ranks_of_a_host_share_the_hashing_of_a_load_and_all_hear_of_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "FILE_BYTES", 60_000)
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    write_manifest(folder, known=dcp.save(MemoryReader.of(ARGS, meta_tensors()), folder))
+    assert len(list(folder.glob("*.distcp"))) > 3
+    check(torchrun(2, "tests.distributed.load_verification_worker", str(folder)))

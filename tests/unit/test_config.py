@@ -6,8 +6,12 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
+from llama_tp.model.rope import rope_table
 
 LLAMA_2_7B = '{"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}'
 LLAMA_2_13B = '{"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05, "vocab_size": -1}'
@@ -20,19 +24,38 @@ LLAMA_3_8B = (
     '"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}'
 )
 LLAMA_3_1_8B = LLAMA_3_8B.removesuffix("}") + ', "use_scaled_rope": true}'
+LLAMA_3_1_70B = (
+    '{"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, '
+    '"multiple_of": 4096, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
+)
+LLAMA_3_1_405B = (
+    '{"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.2, '
+    '"multiple_of": 4096, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
+)
 LLAMA_3_2_1B = (
     '{"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.5, '
-    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true, '
-    '"rope_scaling_factor": 32.0, "rope_high_freq_factor": 4.0}'
+    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
 )
-# The hidden sizes are those of the published weights.
+LLAMA_3_2_3B = (
+    '{"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.0, '
+    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
+)
+CODE_LLAMA_7B = (
+    '{"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, '
+    '"rope_theta": 1000000}'
+)
+# The hidden sizes are those of the published weights, the scalings those of the same models' config.json on the hub.
 META = {
     "Llama 2 7B": (LLAMA_2_7B, 11008, 32, 128, None),
     "Llama 2 13B": (LLAMA_2_13B, 13824, 40, 128, None),
     "Llama 2 70B": (LLAMA_2_70B, 28672, 8, 128, None),
     "Llama 3 8B": (LLAMA_3_8B, 14336, 8, 128, None),
     "Llama 3.1 8B": (LLAMA_3_1_8B, 14336, 8, 128, RopeScaling(factor=8, original_max_seq_len=8192)),
+    "Llama 3.1 70B": (LLAMA_3_1_70B, 28672, 8, 128, RopeScaling(factor=8, original_max_seq_len=8192)),
+    "Llama 3.1 405B": (LLAMA_3_1_405B, 53248, 8, 128, RopeScaling(factor=8, original_max_seq_len=8192)),
     "Llama 3.2 1B": (LLAMA_3_2_1B, 8192, 8, 64, RopeScaling(factor=32, original_max_seq_len=8192)),
+    "Llama 3.2 3B": (LLAMA_3_2_3B, 8192, 8, 128, RopeScaling(factor=32, original_max_seq_len=8192)),
+    "Code Llama 7B": (CODE_LLAMA_7B, 11008, 32, 128, None),
 }
 TINY = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100}
 
@@ -51,7 +74,7 @@ def test_meta_s_params_json_gives_the_sizes_of_the_published_weights(name, tmp_p
     args = ModelArgs.load(tmp_path / "params.json")
     assert (args.hidden_dim, args.n_kv_heads, args.head_dim) == (hidden_dim, n_kv_heads, head_dim)
     assert args.rope_scaling == rope_scaling
-    assert args.vocab_size == json.loads(text)["vocab_size"]
+    assert args.vocab_size == json.loads(text).get("vocab_size", -1)
     assert args.rope_theta == json.loads(text).get("rope_theta", 10000.0)
 
 
@@ -60,6 +83,43 @@ def test_model_args_json_reads_back_as_it_was_written(name, tmp_path):
     args = ModelArgs.from_params({**json.loads(META[name][0]), "max_seq_len": 512, "max_batch_size": 2})
     args.save(tmp_path / "model_args.json")
     assert ModelArgs.load(tmp_path / "model_args.json") == args
+
+
+@pytest.mark.parametrize(("params", "factor"), [(LLAMA_3_1_8B, 8.0), (LLAMA_3_2_1B, 32.0), (LLAMA_3_2_3B, 32.0)])
+def test_scaled_frequencies_are_those_of_transformers(params, factor):
+    """Llama 3.2's params.json says use_scaled_rope only: read with the factor of Llama 3.1 it talks, but worse."""
+    args = ModelArgs.from_params(json.loads(params))
+    hub = LlamaConfig(
+        hidden_size=args.dim,
+        num_attention_heads=args.n_heads,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    expected = LlamaRotaryEmbedding(hub).inv_freq
+    ours = rope_table(args, 2, "cpu")[1].angle()  # at position 1 the angle is the frequency
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
+
+
+def test_a_scaling_whose_factor_nobody_knows_is_refused_with_the_key_to_add():
+    pruned = {**json.loads(LLAMA_3_2_1B), "n_layers": 12}
+    (problem,) = problems_of(ModelArgs.from_params, pruned)
+    assert '"rope_scaling_factor"' in problem
+    for scaling in ({"low_freq_factor": 1.0}, {"high_freq_factor": 4.0, "original_max_seq_len": 8192}):
+        (problem,) = problems_of(ModelArgs.from_params, {**TINY, "rope_scaling": scaling})
+        assert '"rope_scaling_factor"' in problem
+    assert ModelArgs.from_params({**pruned, "rope_scaling_factor": 32.0}).rope_scaling == RopeScaling(factor=32.0)
+
+
+def test_a_factor_that_is_given_counts_more_than_the_shape():
+    args = ModelArgs.from_params({**json.loads(LLAMA_3_2_1B), "rope_scaling_factor": 4.0})
+    assert args.rope_scaling == RopeScaling(factor=4.0)
 
 
 def test_a_hidden_size_that_meta_s_rule_does_not_give_can_be_said_outright():
@@ -74,7 +134,7 @@ def test_the_rope_factors_mean_nothing_unless_scaling_is_on():
     assert ModelArgs.from_params({**TINY, "rope_scaling_factor": 32.0, "use_scaled_rope": False}).rope_scaling is None
 
 
-@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size"])
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads"])
 def test_a_missing_key_is_named(key):
     assert problems_of(ModelArgs.from_params, {k: v for k, v in TINY.items() if k != key}) == [
         f"key {key!r} is missing"
@@ -133,13 +193,13 @@ def test_a_wrong_value_is_named_with_its_key(key, value):
         {"use_scaled_rope": "no"},
         {"use_scaled_rope": 1},
         {"use_scaled_rope": True, "rope_scaling_factor": "8"},
-        {"use_scaled_rope": True, "rope_low_freq_factor": True},
+        {"use_scaled_rope": True, "rope_scaling_factor": 8, "rope_low_freq_factor": True},
         {"use_scaled_rope": True, "rope_scaling_factor": 0},
         {"rope_scaling": {"factor": "8"}},
         {"rope_scaling": {"factor": -8.0}},
-        {"rope_scaling": {"low_freq_factor": 4.0, "high_freq_factor": 4.0}},
-        {"rope_scaling": {"original_max_seq_len": 0}},
-        {"rope_scaling": {"original_max_seq_len": 8192.5}},
+        {"rope_scaling": {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"factor": 8.0, "original_max_seq_len": 0}},
+        {"rope_scaling": {"factor": 8.0, "original_max_seq_len": 8192.5}},
     ],
     ids=str,
 )
@@ -170,7 +230,9 @@ def test_fields_that_do_not_go_together_are_both_named(params, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is not a JSON file"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\nsize 123\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>Sign in", "HTML"),
         (b'{"dim": 64,', "is not a JSON file"),
         (b"\xff\xfe{", "is not a JSON file"),
         (b"[" * 100_000, "is not a JSON file"),
@@ -179,7 +241,7 @@ def test_fields_that_do_not_go_together_are_both_named(params, words):
         (b"null", "must hold a JSON object"),
         (b'{"dim": 64}', "is missing"),
     ],
-    ids=["empty", "cut off", "not UTF-8", "deep", "digits", "list", "null", "incomplete"],
+    ids=["empty", "LFS", "HTML", "cut off", "not UTF-8", "deep", "digits", "list", "null", "incomplete"],
 )
 def test_a_broken_file_is_named_in_every_line(content, words, tmp_path):
     path = tmp_path / "params.json"
@@ -190,7 +252,49 @@ def test_a_broken_file_is_named_in_every_line(content, words, tmp_path):
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     assert problems_of(ModelArgs.load, tmp_path / "params.json") == [f"{tmp_path / 'params.json'} does not exist"]
-    assert str(tmp_path) in problems_of(ModelArgs.load, tmp_path)[0]  # a folder
+    assert problems_of(ModelArgs.load, tmp_path) == [
+        f"{tmp_path} is a folder; give the model_args.json or params.json in it"
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_hindrance(encoding, tmp_path):
+    (tmp_path / "params.json").write_bytes(LLAMA_2_7B.encode(encoding))
+    assert ModelArgs.load(tmp_path / "params.json") == ModelArgs.from_params(json.loads(LLAMA_2_7B))
+
+
+def test_a_config_json_of_hugging_face_is_one_line_that_says_which_file_to_give(tmp_path):
+    """It was answered with 28 clauses, one for each key."""
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    (problem,) = problems_of(ModelArgs.load, tmp_path / "config.json")
+    assert "Hugging Face config.json" in problem
+    assert "params.json" in problem
+    assert "model_args.json" in problem
+
+
+def test_a_model_that_is_not_converted_is_told_from_one_that_is_not_there(tmp_path):
+    """`llama-tp chat` of a folder from the hub was answered with "model_args.json does not exist"."""
+    LlamaConfig().save_pretrained(tmp_path)
+    (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
+    assert "holds a Hugging Face model, which is not read" in problem
+    (tmp_path / "consolidated.00.pth").touch()
+    (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
+    assert "holds Meta's original weights; convert them" in problem
+
+
+def test_many_unknown_keys_are_one_clause():
+    (problem,) = problems_of(ModelArgs.from_params, {**TINY, **{f"key{number}": 0 for number in range(28)}})
+    assert "'key0'" in problem
+    assert "and 24 more" in problem
+
+
+def test_an_open_vocabulary_is_no_converted_checkpoint(tmp_path):
+    """Served, params.json was answered with a tokenizer of 32000 ids for an embedding of -1 rows."""
+    path = tmp_path / "params.json"
+    path.write_text(CODE_LLAMA_7B)
+    (problem,) = problems_of(ModelArgs.load_converted, path)
+    assert "vocab_size=-1" in problem
+    assert "model_args.json of a converted checkpoint" in problem
 
 
 def test_a_vocabulary_of_minus_one_takes_the_size_of_the_embedding():
@@ -208,6 +312,7 @@ def test_a_vocabulary_of_minus_one_takes_the_size_of_the_embedding():
         ({"max_batch_size": 1.0}, ["max_batch_size=1.0"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
         ({"device": "tpu"}, ["device='tpu'", "cuda"]),
+        ({"verify_checkpoint": "never"}, ["verify_checkpoint='never'", "size"]),
         ({"max_batched_tokens": 7, "max_batch_size": 8}, ["max_batched_tokens=7", "max_batch_size=8"]),
         ({"heartbeat_s": 20.0, "collective_timeout_s": 20.0}, ["heartbeat_s=20.0", "collective_timeout_s=20.0"]),
         ({"heartbeat_s": 0.0}, ["heartbeat_s=0.0"]),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from llama_tp.checkpoint.verify import verify
 from llama_tp.command import run_command
 from llama_tp.config import ModelArgs
 from llama_tp.text import load_tokenizer
-from tests.tiny_checkpoint import PARAMS, meta_tensors, write_meta
+from tests.tiny_checkpoint import PARAMS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model, make_tokenizer_json
 
 
@@ -170,15 +173,20 @@ def test_a_wrong_argument_is_one_line_and_nothing_is_written(job, tmp_path, case
     assert names(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_left(job, tmp_path):
-    before = names(tmp_path)
+@contextmanager
+def full_disk():
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"cannot write to .*File too large") as error:
-            convert(**job)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(job, tmp_path):
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot write to .*File too large") as error, full_disk():
+        convert(**job)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == before
     convert(**job)
@@ -236,7 +244,7 @@ KILL_POINTS = {
     "after the manifest": (convert_module, "write_manifest", True, False),
     "before the rename": (StagedFolder, "commit", False, False),
     "after the rename": (StagedFolder, "commit", True, True),
-    "before model_args.json": (convert_module, "_replace_file", False, True),
+    "before model_args.json": (convert_module, "replace_file", False, True),
 }
 
 
@@ -289,8 +297,72 @@ def test_the_command_ends_with_one_line_and_code_1(job, capsys, monkeypatch):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@pytest.fixture
+def listed_job(job, tmp_path):
+    """A conversion of originals with a checklist beside them, in which files have a folder, as in Meta's own."""
+    write_checklist(tmp_path / "originals", prefix="./llama-2-7b/")
+    return job
+
+
+def test_originals_that_match_their_checklist_are_converted_and_that_is_said(listed_job, tmp_path, capsys):
+    convert(**listed_job)
+    assert "the originals match checklist.chk" in capsys.readouterr().out
+    assert torch.equal(load_all(tmp_path / "converted_checkpoints")["norm.weight"], meta_tensors()["norm.weight"])
+
+
+def _swap_shards(folder):
+    first, second = folder / "consolidated.00.pth", folder / "consolidated.01.pth"
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+
+
+DAMAGED = {
+    "a flipped bit": (lambda folder: flip_bit(folder / "consolidated.01.pth", 50_000), "consolidated.01.pth"),
+    "shards in the wrong order": (_swap_shards, "consolidated.0"),
+    "other params": (
+        lambda folder: (folder / "params.json").write_text(json.dumps({**PARAMS, "norm_eps": 1e-6})),
+        "params.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_originals_that_are_not_those_of_the_checklist_are_refused_by_name(listed_job, tmp_path, case):
+    """All of these were converted, into models that talk nonsense or something a little wrong."""
+    breaks, name = DAMAGED[case]
+    breaks(tmp_path / "originals")
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"is damaged or is another file: its md5 is") as error:
+        convert(**listed_job)
+    assert str(tmp_path / "originals" / name) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_tokenizer_that_is_not_the_one_of_its_checklist_is_refused(job, tmp_path, as_folder):
+    """Llama 2 ships tokenizer_checklist.chk for it."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(job["tokenizer_path"], folder / "tokenizer.model")
+    write_checklist(folder, name="tokenizer_checklist.chk")
+    job["tokenizer_path"] = str(folder if as_folder else folder / "tokenizer.model")
+    convert(**job)
+    data = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(data + data[-3:])
+    with pytest.raises(ValueError, match=r"tokenizer\.model is damaged or is another file"):
+        convert(**job, overwrite=True)
+
+
+def test_the_hashing_of_a_conversion_that_fails_ends_with_it(listed_job, tmp_path):
+    with pytest.raises(ValueError, match="cannot write to"), full_disk():
+        convert(**listed_job)
+    assert not [thread for thread in threading.enumerate() if thread.name == "checklist"]
+
+
 def test_model_args_says_what_params_said(job, tmp_path):
-    params = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": -1}
+    params = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 8.0, "vocab_size": -1}
     (tmp_path / "originals" / "params.json").write_text(json.dumps(params))
     convert(**job, model_args_path="elsewhere.json")
     args = ModelArgs.load("elsewhere.json")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from transformers import LlamaConfig
 
 from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.layout import chunk_bounds, full_shapes, tp_dim
@@ -21,7 +22,7 @@ from llama_tp.checkpoint.reader import MemoryReader
 from llama_tp.checkpoint.verify import verify
 from llama_tp.config import ModelArgs
 from llama_tp.parallel.plan import legal_tp_sizes
-from tests.tiny_checkpoint import ARGS, Evil, meta_tensors
+from tests.tiny_checkpoint import ARGS, Evil, meta_tensors, write_meta
 
 LAYOUTS = {
     "7B": ModelArgs(dim=4096, n_layers=1, n_heads=32, n_kv_heads=32, vocab_size=32000),
@@ -218,6 +219,20 @@ BROKEN = {
         _manifest(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}})),
         "'../x' is not a file name",
     ),
+    "a file that Git LFS has not fetched": (
+        lambda folder: (folder / "__0_0.distcp").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:9e\n"
+        ),
+        "__0_0.distcp is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
+    "Meta's originals": (
+        lambda folder: (_remove_all(folder), write_meta(folder, meta_tensors())),
+        "holds Meta's original weights; convert them with scripts/convert_checkpoints.py",
+    ),
+    "a Hugging Face model": (
+        lambda folder: (_remove_all(folder), LlamaConfig().save_pretrained(folder)),
+        "holds a Hugging Face model, which is not read; `llama-tp download`",
+    ),
     "a missing file": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a truncated file": (lambda folder: os.truncate(folder / "__0_0.distcp", 5000), "__0_0.distcp has 5000 bytes"),
     "an extra weight file": (lambda folder: (folder / "__1_0.distcp").touch(), "__1_0.distcp is not in manifest.json"),
@@ -232,6 +247,11 @@ BROKEN = {
     "a chunk that is missing": (_edit_metadata(_gap), "output.weight is not whole"),
     "a non-tensor entry": (_edit_metadata(_non_tensor), "BytesStorageMetadata, which no checkpoint needs"),
 }
+
+
+def _remove_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _replace_in(path, old, new):
@@ -277,9 +297,11 @@ def test_nothing_in_a_chunk_is_executed(made, copy, tmp_path):
     data[info.offset : info.offset + len(evil)] = evil
     path.write_bytes(data)
     write_manifest(copy)
-    with pytest.raises(ValueError, match="cannot load") as error:
+    with pytest.raises(ValueError, match=re.escape(f"{path} is ")) as error:
         dcp.load(blank(made[0]), copy)
     assert "\n" not in str(error.value)
+    assert "nothing in it was executed" in str(error.value)
+    assert "weights_only" not in str(error.value)
     assert not proof.exists()
 
 
@@ -291,6 +313,17 @@ def test_a_flipped_bit_of_a_weight_is_found_by_the_full_verification(copy):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"__0_0\.distcp is corrupt: its sha256"):
         verify(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, dtype, value):
+    """One NaN in a matrix makes every answer nonsense, and was written without a word."""
+    tensors = meta_tensors(dtype)
+    tensors["layers.1.attention.wo.weight"][3, 50] = value
+    with pytest.raises(ValueError, match=r"^layers\.1\.attention\.wo\.weight holds .* not finite") as error:
+        dcp.save(MemoryReader.of(ARGS, tensors), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_disk_that_fails_is_one_line(tmp_path):

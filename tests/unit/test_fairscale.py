@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
+from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.manifest import write_manifest
 from llama_tp.checkpoint.reader import MemoryReader
-from tests.tiny_checkpoint import ARGS, PARAMS, Evil, meta_tensors, split_as_meta, write_meta
+from tests.tiny_checkpoint import ARGS, PARAMS, Evil, meta_tensors, split_as_meta, write_checklist, write_meta
 
 
 def full(source):
@@ -93,6 +99,53 @@ def _truncate(folder):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def _write_shard(data):
+    return lambda folder: (folder / "consolidated.01.pth").write_bytes(data)
+
+
+def _safetensors(folder):
+    save_file({"a": torch.ones(3)}, folder / "consolidated.01.pth")
+
+
+def _legacy(folder):
+    torch.save({"a": torch.ones(3)}, folder / "consolidated.01.pth", _use_new_zipfile_serialization=False)
+
+
+def _hostile(folder):
+    torch.save({"tok_embeddings.weight": Evil(folder / "proof")}, folder / "consolidated.01.pth")
+
+
+def _torchscript(folder):
+    with zipfile.ZipFile(folder / "consolidated.01.pth", "w") as archive:
+        for name, data in (("constants.pkl", b"\x80\x02)."), ("data.pkl", b"\x80\x02}."), ("version", b"3\n")):
+            archive.writestr(f"archive/{name}", data)
+
+
+def _copy_shard(folder):
+    shutil.copyfile(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+
+
+def _empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _hugging_face(folder):
+    _empty(folder)
+    LlamaConfig().save_pretrained(folder)
+    save_file({"a": torch.ones(3)}, folder / "model.safetensors")
+
+
+def _repository(folder):
+    _hugging_face(folder)
+    write_meta(folder / "original", meta_tensors())
+
+
+def _converted(folder):
+    _empty(folder)
+    write_manifest(folder, known=dcp.save(MemoryReader.of(ARGS, meta_tensors()), folder))
+
+
 WQ = "layers.1.attention.wq.weight"
 BROKEN = {
     "a shard is missing": (
@@ -106,8 +159,43 @@ BROKEN = {
     "no shard at all": (lambda folder: [path.unlink() for path in folder.glob("*.pth")], ("no consolidated.*.pth",)),
     "an odd name": (lambda folder: (folder / "consolidated.xx.pth").touch(), ("consolidated.xx.pth",)),
     "truncated": (_truncate, ("consolidated.01.pth", "truncated")),
-    "empty": (lambda folder: (folder / "consolidated.00.pth").write_bytes(b""), ("consolidated.00.pth",)),
-    "garbage": (lambda folder: (folder / "consolidated.01.pth").write_bytes(b"\0" * 9999), ("consolidated.01.pth",)),
+    "empty": (_write_shard(b""), ("consolidated.01.pth is empty; download it again",)),
+    "garbage": (_write_shard(b"\0" * 9999), ("consolidated.01.pth is no file that torch.save wrote",)),
+    "a Git LFS pointer": (
+        _write_shard(b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\nsize 499723\n"),
+        ("consolidated.01.pth is a Git LFS pointer", "git lfs pull"),
+    ),
+    "a login page": (_write_shard(b"<!DOCTYPE html><html>Sign in"), ("consolidated.01.pth is an HTML", "download")),
+    "safetensors under another name": (_safetensors, ("consolidated.01.pth is a safetensors file",)),
+    "the format of torch before 1.6": (_legacy, ("consolidated.01.pth is in the format of torch before 1.6", "anew")),
+    "a bare pickle": (_write_shard(pickle.dumps({"a": 1})), ("consolidated.01.pth is a bare pickle",)),
+    "a hostile one": (_hostile, ("consolidated.01.pth is refused", "nothing in it was executed", "it wants io.open")),
+    "the same shard twice": (_copy_shard, ("consolidated.01.pth", "the same weights as consolidated.00.pth")),
+    "a listed shard that is missing": (
+        lambda folder: (folder / "checklist.chk").write_text(f"{'0' * 32}  consolidated.03.pth\n"),
+        ("consolidated.02.pth is missing",),
+    ),
+    "a checklist that is a page": (
+        lambda folder: (folder / "checklist.chk").write_text("<html>"),
+        ("checklist.chk is an HTML",),
+    ),
+    "a checklist that is none": (
+        lambda folder: (folder / "checklist.chk").write_text("no sums here\n"),
+        ("checklist.chk, line 1",),
+    ),
+    "params that are not those on the checklist": (
+        lambda folder: (
+            write_checklist(folder),
+            (folder / "params.json").write_text(json.dumps({**PARAMS, "norm_eps": 1e-6})),
+        ),
+        ("params.json is damaged or is another file", "md5"),
+    ),
+    "a Hugging Face model": (_hugging_face, ("has no params.json", "Hugging Face model", "llama-tp download")),
+    "the repository around the originals": (
+        _repository,
+        ("Hugging Face repository; Meta's original weights are in", "/original"),
+    ),
+    "a converted checkpoint": (_converted, ("has no params.json", "is a converted checkpoint already")),
     "not a dict": (_change(1, lambda shard: list(shard.values())), ("consolidated.01.pth", "list", "dict")),
     "a non-tensor entry": (_change(1, lambda shard: shard.update(step=3)), ("consolidated.01.pth", "'step'", "int")),
     "a nested dict": (_change(0, lambda shard: {"model": shard}), ("consolidated.00.pth", "'model'", "dict")),
@@ -140,7 +228,7 @@ BROKEN = {
     "params with other kv heads": (_params(n_kv_heads=8), ("attention.wk.weight", "(16, 64)", "(32, 64)")),
     "params with another hidden size": (_params(multiple_of=256), ("feed_forward", "(88, 64)", "(128, 64)")),
     "params with an unknown key": (_params(moe_experts=8), ("params.json", "moe_experts")),
-    "no params": (lambda folder: (folder / "params.json").unlink(), ("params.json",)),
+    "no params": (lambda folder: (folder / "params.json").unlink(), ("params.json does not exist",)),
 }
 
 
@@ -172,6 +260,15 @@ def test_nothing_in_a_pth_is_executed(tmp_path):
     for number, save in enumerate((torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)))):
         folder = write_meta(tmp_path / str(number), meta_tensors())
         save({"tok_embeddings.weight": Evil(proof)}, folder / "consolidated.00.pth")
-        with pytest.raises(ValueError, match="unsafe"):
+        with pytest.raises(ValueError, match=r"is refused, nothing in it was executed|is a bare pickle"):
             FairscaleReader(folder, 1)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("make", [_hostile, _torchscript], ids=["a hostile file", "a TorchScript archive"])
+def test_no_message_gives_the_advice_to_load_an_unsafe_file(tmp_path, make):
+    """torch's own messages say how to get the code in the file executed."""
+    make(write_meta(tmp_path, meta_tensors(), 2))
+    with pytest.raises(ValueError, match="nothing in it was executed") as error:
+        FairscaleReader(tmp_path, 2)
+    assert "weights_only" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,9 +13,11 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llama_tp.checkpoint import hub as hub_module
 
@@ -38,14 +41,27 @@ REPOSITORIES = {
 }
 
 
+REFUSALS = {
+    # (status, headers) as the hub itself answers
+    "gated/model": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to gated/model is restricted"}),
+    "private/model": (401, {"X-Error-Message": "Invalid username or password."}),
+    "stale-token/model": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+    "fine-grained/model": (403, {"X-Error-Message": "Please enable access to public gated repositories"}),
+    "busy/model": (429, {"Retry-After": "60"}),
+    "broken/model": (503, {}),
+}
+
+
 class Hub(ThreadingHTTPServer):
-    """Serves REPOSITORIES as the hub does; "gated/model" is gated, everything else is not found."""
+    """Serves REPOSITORIES as the hub does; REFUSALS are refused, everything else is not found."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_after: int | None = None
         """Break each transfer of weights off after so many bytes."""
+        self.withheld: set[str] = set()
+        """Files that are listed and not given."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -64,13 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range")))
-        if "gated/model" in path:
-            self._send(
-                403,
-                b"{}",
-                {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to gated/model is restricted"},
-                body,
-            )
+        if refusal := next((refusal for name, refusal in REFUSALS.items() if name in path), None):
+            self._send(refusal[0], b"{}", refusal[1], body)
+        elif path.rsplit("/", 1)[-1] in self.server.withheld:
+            self._send(403, b"", {}, body)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self._api(*match.groups(), body=body)
         elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) and match[1] in REPOSITORIES:
@@ -87,7 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             entries = [_entry(name, data) for name, data in REPOSITORIES[repo].items()]
             self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
         else:
-            info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in REPOSITORIES[repo]]}
+            files = [{"rfilename": name, "size": len(data)} for name, data in REPOSITORIES[repo].items()]
+            info = {"id": repo, "sha": COMMIT, "siblings": files}
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
 
     def _file(self, data: bytes | None, body: bool) -> None:
@@ -174,9 +188,99 @@ def test_an_error_of_whatever_http_library_is_one_line(monkeypatch):
     def broken(*_args, **_kwargs):
         raise RemoteProtocolError("peer closed connection\nwithout a word")
 
+    monkeypatch.setattr(hub_module, "_list_originals", lambda *_: {"consolidated.00.pth": 1})
     monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
-    with pytest.raises(ValueError, match=r"broke off \(RemoteProtocolError: peer closed connection\): run this again"):
+    with pytest.raises(
+        ValueError, match=r"broke off \(RemoteProtocolError: peer closed connection\): .*run this again"
+    ):
         hub_module.download("meta-llama/Llama-2-7b")
+
+
+def test_a_refusal_that_the_client_calls_a_missing_file_is_told_by_its_status(monkeypatch):
+    """While files are fetched the client reports a 429 as "cannot find the file, check your internet connection"."""
+
+    class TooManyRequests(Exception):
+        response = SimpleNamespace(status_code=429, headers={})
+
+    def limited(*_args, **_kwargs):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file") from TooManyRequests()
+
+    monkeypatch.setattr(hub_module, "_list_originals", lambda *_: {"consolidated.00.pth": 1})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", limited)
+    with pytest.raises(ValueError, match=r"asked too often .*\(429\)"):
+        hub_module.download("meta-llama/Llama-2-7b")
+
+
+def test_a_full_disk_is_not_called_a_broken_connection(monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_module, "_list_originals", lambda *_: {"consolidated.00.pth": 1})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        hub_module.download("meta-llama/Llama-2-7b")
+
+
+FOUR_SHARDS = {f"consolidated.{rank:02d}.pth": 3 for rank in range(4)}
+
+
+@pytest.fixture
+def half_a_download(tmp_path):
+    """Two of four shards in the hub's layout, as huggingface_hub 0.25 to 1.x returns them when it cannot ask."""
+    folder = tmp_path / "models--meta-llama--Llama-2-70b" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    for name in list(FOUR_SHARDS)[:2]:
+        (folder / name).write_bytes(b"abc")
+    return folder
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_half_a_download_is_not_passed_off_as_a_whole_one(monkeypatch, half_a_download, is_reachable):
+    """Exit code 0 and 2 of 4 shards: the client returns whatever folder is there."""
+
+    def list_originals(*_args):
+        if not is_reachable:
+            raise ConnectionError("Network is unreachable")
+        return FOUR_SHARDS
+
+    monkeypatch.setattr(hub_module, "_list_originals", list_originals)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(half_a_download))
+    words = r"2 of 4 files are missing \(consolidated\.02\.pth" if is_reachable else r"cannot reach the hub"
+    with pytest.raises(ValueError, match=words):
+        hub_module.download("meta-llama/Llama-2-70b")
+
+
+def test_a_file_of_another_size_than_the_hub_s_is_named(monkeypatch, half_a_download):
+    for name in FOUR_SHARDS:
+        (half_a_download / name).write_bytes(b"abc" if name != "consolidated.03.pth" else b"a")
+    monkeypatch.setattr(hub_module, "_list_originals", lambda *_: FOUR_SHARDS)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(half_a_download))
+    with pytest.raises(ValueError, match=r"consolidated\.03\.pth has 1 bytes, the hub's has 3"):
+        hub_module.download("meta-llama/Llama-2-70b")
+
+
+def test_a_download_that_broke_off_is_refused_without_network_and_completed_with_it(hub, tmp_path):
+    hub.withheld = {"consolidated.00.pth"}
+    done = download(tmp_path, hub.server_port, "--model_name", "meta-llama/Llama-2-7b")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    done = download(tmp_path, 9, "--model_name", "meta-llama/Llama-2-7b")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "check the network" in done.stderr
+    hub.withheld = set()
+    done = download(tmp_path, hub.server_port, "--model_name", "meta-llama/Llama-2-7b")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("variable", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_complete_download_needs_no_network(hub, tmp_path, variable):
+    online = download(tmp_path, hub.server_port, "--model_name", "meta-llama/Llama-2-7b")
+    offline = download(tmp_path, 9, "--model_name", "meta-llama/Llama-2-7b", **variable)
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout == online.stdout
+    (tmp_path / online.stdout.strip() / "consolidated.00.pth").unlink()
+    assert download(tmp_path, 9, "--model_name", "meta-llama/Llama-2-7b", **variable).returncode == 1
 
 
 def test_what_is_there_is_not_fetched_again(hub, tmp_path):
@@ -190,6 +294,11 @@ def test_what_is_there_is_not_fetched_again(hub, tmp_path):
 
 REFUSED = {
     "gated": (("gated/model",), ("accept its licence", "https://huggingface.co/gated/model", "HF_TOKEN", "login")),
+    "private, or gated and not logged in": (("private/model",), ("private or gated", "`hf auth login`")),
+    "a token that is no longer valid": (("stale-token/model",), ("does not accept the token (401)", "`hf auth login`")),
+    "a token without the right": (("fine-grained/model",), ("may not read", "(403)", "settings/tokens")),
+    "asked too often": (("busy/model",), ("(429)", "wait", "`hf auth login`")),
+    "a hub with problems": (("broken/model",), ("(503)", "later")),
     "misspelt": (("meta-llama/Lama-2-7b",), ("meta-llama/Lama-2-7b was not found", "spelling")),
     "not a name": (("a/b/c",), ("not a repository name",)),
     "no such revision": (("meta-llama/Llama-2-7b", "--revision", "v9"), ("no revision 'v9'",)),

@@ -84,7 +84,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     names = imports_of(module, also_inside_functions=True) | reach_of(module)
     assert not any(name.startswith("torch.distributed") for name in names)
     packages = {package_of(name) for name in names if name in FILES}
-    assert packages <= {"llama_tp", "llama_tp.model", "llama_tp.config"}
+    assert packages <= {"llama_tp", "llama_tp.model", "llama_tp.config", "llama_tp.file_kind"}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     [
         "llama_tp.config",
         "llama_tp.threads",
+        "llama_tp.file_kind",
         "llama_tp.serve_config",
         "llama_tp.parallel.plan",
         "llama_tp.engine.request",
@@ -119,13 +120,17 @@ def test_the_scheduler_has_neither_clock_nor_randomness(module):
 @pytest.mark.parametrize(
     ("package", "may_import"),
     [
-        ("llama_tp.config", set()),
+        ("llama_tp.file_kind", set()),
+        ("llama_tp.config", {"llama_tp.file_kind"}),
         ("llama_tp.threads", set()),
         ("llama_tp.model", {"llama_tp.config"}),
         ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model", "llama_tp.threads"}),
-        ("llama_tp.text", set()),
+        ("llama_tp.text", {"llama_tp.file_kind"}),
         # a conversion checks that the tokenizer is the model's
-        ("llama_tp.checkpoint", {"llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.text"}),
+        (
+            "llama_tp.checkpoint",
+            {"llama_tp.file_kind", "llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.text"},
+        ),
         (
             "llama_tp.engine",
             {"llama_tp.config", "llama_tp.threads", "llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"},

@@ -1,0 +1,78 @@
+"""What a file or a folder really is, whatever its name says: for the error messages of all that read one.
+
+Users rename files, download login pages and clone repositories without Git LFS. Each reader knows what it wants; this
+module knows everything else that it may find, and says what to do about it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HEAD_BYTES = 4096
+"""This much of a file tells its kind."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of the magic number of torch before 1.6
+
+
+def read_head(path: Path) -> bytes:
+    """The beginning of a file."""
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def why_no_content(head: bytes) -> str | None:
+    """For what stands in the place of a file of any kind: "is ..., do ...". None if `head` may begin a real file."""
+    text = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if not text:
+        return "is empty; download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
+    if re.match(rb"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
+        return "is an HTML or XML page; download it again (is a login or a licence form missing?)"
+    return None
+
+
+def describe_weights(path: Path) -> str | None:
+    """What a file of weights is, if it is no zip archive as torch.save writes it: "is ..., do ...". None if it is."""
+    head = read_head(path)
+    if problem := why_no_content(head):
+        return problem
+    if head.startswith(b"PK\x03\x04"):
+        return None
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return "is a safetensors file under another name; Meta's original weights are wanted"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file under another name; Meta's original weights are wanted"
+    if head.startswith(_LEGACY_TORCH):
+        return (
+            "is in the format of torch before 1.6, which cannot be mapped; write it anew with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    if head.startswith(b"\x80"):
+        return "is a bare pickle, which is not loaded; Meta's original weights are wanted"
+    return "is no file that torch.save wrote; download it again"
+
+
+def describe_model_folder(folder: Path) -> str | None:
+    """Whose model a folder holds, as a clause: "holds ..., do ...". None if nothing is recognized."""
+    if not folder.is_dir():
+        return None
+    names = {path.name for path in folder.iterdir()}
+    if {"manifest.json", ".metadata"} <= names:
+        return "is a converted checkpoint already"
+    if any(re.fullmatch(r"consolidated\.\d\d\.pth", name) for name in names):
+        return "holds Meta's original weights; convert them with scripts/convert_checkpoints.py"
+    if (folder / "original" / "params.json").is_file():
+        return f"is a Hugging Face repository; Meta's original weights are in {folder / 'original'}"
+    if "config.json" in names:
+        return (
+            "holds a Hugging Face model, which is not read; `llama-tp download` fetches Meta's original weights of the "
+            "same model"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return "holds a GGUF model, which is not read; `llama-tp download` fetches Meta's original weights"
+    if any(name.endswith(".safetensors") for name in names):
+        return "holds safetensors, which are not read; `llama-tp download` fetches Meta's original weights"
+    return None
