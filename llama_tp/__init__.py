@@ -7,7 +7,7 @@
     engine = llama_tp.load_engine("converted_checkpoints", args, llama_tp.EngineConfig(), group)
     engine.generate([[1, 15043]], llama_tp.SamplingParams(max_new_tokens=8, temperature=0))
 
-The same lines run alone and, on every rank, under torchrun, where a script had better end with `llama_tp.leave()`.
+The same lines run alone and, on every rank, under torchrun, where a script had better end with `llama_tp.exit_rank()`.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ _PUBLIC = {
     "chat_format": "llama_tp.text.chat",
     "convert": "llama_tp.checkpoint.convert",
     "join": "llama_tp.parallel.launch",
-    "leave": "llama_tp.parallel.launch",
+    "exit_rank": "llama_tp.parallel.launch",
     "load_engine": "llama_tp.engine.load",
     "load_tokenizer": "llama_tp.text.tokenizer",
 }

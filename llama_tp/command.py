@@ -32,7 +32,7 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
     with _ending_at_sigterm():
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(_run(function, name))
-        from llama_tp.parallel.launch import leave
+        from llama_tp.parallel.launch import exit_rank
 
         try:
             status = _run(function, name)
@@ -41,7 +41,7 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
         except BaseException:
             traceback.print_exc()
             status = 1
-        leave(status)
+        exit_rank(status)
 
 
 def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> int:

@@ -14,7 +14,7 @@ from llama_tp.engine.runner import ModelRunner
 from llama_tp.model.attention import AttentionBackend
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import lower
+from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 
 SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
@@ -55,12 +55,12 @@ def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
 def engine_of(
     model: Transformer, *, make_backend: Callable[[KVCache], AttentionBackend] | None = None, **config: object
 ) -> Engine:
-    """A lowered, single-rank engine around a copy of the model's weights."""
+    """A single-rank engine of local modules around a copy of the model's weights."""
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
     engine_config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **config})  # type: ignore[arg-type]
     runner = ModelRunner(
-        lower(twin, SingleComm()),
+        localize(twin, SingleComm()),
         engine_config,
         num_kv_heads=model.args.n_kv_heads,
         dtype=torch.float32,

@@ -1,4 +1,4 @@
-"""A checkpoint folder and a group of ranks -> this rank's lowered model."""
+"""A checkpoint folder and a group of ranks -> this rank's model of local modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llama_tp.checkpoint import dcp
 from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.agreement import agree
-from llama_tp.parallel.apply import lower, parallelize
+from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.launch import Group
 from llama_tp.parallel.plan import check_tp_size
 
@@ -32,8 +32,8 @@ def load_model(
     if args.tied_embeddings:
         del weights["output.weight"]  # the checkpoint has it once
     dcp.load(weights, folder, verify_files=verify_files)
-    del weights  # it would keep every original alive while lower() makes the local ones
-    return agree(lambda: lower(model, group.comm))
+    del weights  # it would keep every original alive while localize() makes the local ones
+    return agree(lambda: localize(model, group.comm))
 
 
 _FEW = 2

@@ -20,7 +20,7 @@ from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.scheduler import QueueFull
 from llama_tp.engine.stats import EngineStats
 from llama_tp.parallel.comm import PeerLost
-from llama_tp.parallel.launch import leave
+from llama_tp.parallel.launch import exit_rank
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def _or_die(run: Callable[[], None]) -> None:
         run()
     except PeerLost as error:
         log.critical("%s; this rank ends so that the group is started afresh", error)
-        leave(EXIT_STEP_FAILED)
+        exit_rank(EXIT_STEP_FAILED)
     except BaseException:
         log.critical("the engine failed; this rank ends so that the group is started afresh", exc_info=True)
-        leave(EXIT_STEP_FAILED)
+        exit_rank(EXIT_STEP_FAILED)

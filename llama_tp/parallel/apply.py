@@ -1,7 +1,7 @@
 """From a plain model to one rank of N, in two steps.
 
 `parallelize` declares the plan with DTensor placements, on the meta device: the form that checkpoints are loaded
-into. `lower` turns that form into plain local tensors with explicit reductions: the form that computes. Both forms
+into. `localize` turns that form into plain local tensors with explicit reductions: the form that computes. Both forms
 are the same `Transformer`, and a test holds them to the same logits.
 """
 
@@ -20,7 +20,14 @@ from llama_tp.config import ModelArgs
 from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from llama_tp.parallel.comm import Comm
-from llama_tp.parallel.lowered import FusedAttention, FusedFeedForward, Linear, RowLinear, VocabEmbedding, VocabLinear
+from llama_tp.parallel.local_modules import (
+    FusedAttention,
+    FusedFeedForward,
+    Linear,
+    RowLinear,
+    VocabEmbedding,
+    VocabLinear,
+)
 from llama_tp.parallel.plan import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size
 
 
@@ -72,7 +79,7 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 @torch.no_grad()
-def lower(model: Transformer, comm: Comm) -> Transformer:
+def localize(model: Transformer, comm: Comm) -> Transformer:
     """Replace, in place, every sharded module by one on plain local tensors. The logits then reach the leader only.
 
     wq|wk|wv and w1|w3 are fused along their local output dim. The originals are freed layer by layer.

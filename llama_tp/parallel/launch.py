@@ -188,7 +188,7 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def leave(status: int = 0) -> NoReturn:
+def exit_rank(status: int = 0) -> NoReturn:
     """End this rank at once, with what it has printed and logged written out.
 
     Not the way a process ends by itself: while the interpreter takes itself apart, the threads of torch's process

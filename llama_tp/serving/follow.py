@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama_tp.config import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
-from llama_tp.parallel.launch import leave
+from llama_tp.parallel.launch import exit_rank
 from llama_tp.serve_config import ModelConfig, TorchrunSection, read_yaml
 from llama_tp.serving.start import LoadedRank, load_rank
 
@@ -44,7 +44,7 @@ def _follow(rank: LoadedRank) -> None:
         # Peers break off as PeerLost between steps and as torch's RuntimeError within one. All else is a bug.
         reason = "; ".join(str(error).splitlines())[:500]
         log.critical("%s: ending: %s", _place(), reason, exc_info=not isinstance(error, RuntimeError))
-        leave(EXIT_STEP_FAILED)
+        exit_rank(EXIT_STEP_FAILED)
     log.info("%s: ending: the leader has released this rank", _place())
     engine.comm.close()
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama_tp.parallel.comm import Comm, GroupComm, PeerLost
-from llama_tp.parallel.launch import join, leave
+from llama_tp.parallel.launch import exit_rank, join
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         if isinstance(comm, SharedMemoryComm):  # with gloo, the first to notice breaks the others' connections
             assert elapsed > 1.9, elapsed
     dist.barrier()  # in a group of its own: the leader is silent until the last one is here
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

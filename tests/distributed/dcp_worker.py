@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.layout import tp_dim
-from llama_tp.parallel.launch import leave
+from llama_tp.parallel.launch import exit_rank
 from tests.tiny_checkpoint import meta_tensors
 
 
@@ -37,7 +37,7 @@ def main(folder: str) -> None:
     with pytest.raises(ValueError, match=r"norm\.weight is in the checkpoint but not in the model"):
         dcp.load(target, folder)
     dist.destroy_process_group()
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

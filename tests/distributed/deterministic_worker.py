@@ -10,11 +10,11 @@ import torch
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
+from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import Group, join
 from llama_tp.parallel.shared_memory import SharedMemoryComm
-from tests.distributed.torchrun import leave
+from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import random_model
 from tests.unit.test_deterministic import logits_of
 
@@ -29,7 +29,7 @@ def run(group: Group, comm: Comm, dtype: torch.dtype, settings: dict, others: li
     """The logits of the watched request, on the leader."""
     assert group.mesh is not None
     config = EngineConfig(**{"max_seq_len": 256, "max_batch_size": 4, **settings})
-    model = lower(parallelize(random_model(ARGS).to(dtype), group.mesh), comm)
+    model = localize(parallelize(random_model(ARGS).to(dtype), group.mesh), comm)
     kv_heads = local_kv_heads(ARGS, comm.size)
     runner = ModelRunner(model, config, num_kv_heads=kv_heads, dtype=dtype, device=group.device)
     engine = Engine(runner, comm, config)
@@ -56,7 +56,7 @@ def main() -> None:
                     changes.append(not torch.equal(plain, alone))
             if comm.is_leader:
                 print(f"{type(comm).__name__} {dtype}: equal {is_equal}, otherwise changed {changes}\n", end="")
-    leave(group)
+    exit_rank(group)
 
 
 if __name__ == "__main__":

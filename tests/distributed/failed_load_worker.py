@@ -10,7 +10,7 @@ from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine import load, runner
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.launch import join
-from tests.distributed.torchrun import leave
+from tests.distributed.torchrun import exit_rank
 
 
 def no_memory(*_args: object, **_kwargs: object) -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     except ValueError as error:
         # The ranks share a pipe, and torchrun runs them unbuffered: print would write the newline by itself.
         print(f"rank {group.comm.rank} heard: {error}\n", end="")
-    leave(group)
+    exit_rank(group)
 
 
 if __name__ == "__main__":

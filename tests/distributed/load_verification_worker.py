@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from llama_tp.checkpoint import dcp, hash_cache, load_verification, verify
 from llama_tp.parallel.agreement import gather
-from llama_tp.parallel.launch import leave
+from llama_tp.parallel.launch import exit_rank
 from tests.tiny_checkpoint import flip_bit, meta_tensors
 
 
@@ -56,7 +56,7 @@ def main(folder: str) -> None:
             flip_bit(Path(folder, name), 5000)
         dist.barrier()
     dist.destroy_process_group()
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(case: str, folder: str) -> None:
     print("RESULT " + json.dumps({"rank": RANK, "heard": heard, "seconds": time.monotonic() - begin}), flush=True)
     if dist.is_initialized():
         dist.barrier()
-    launch.leave()
+    launch.exit_rank()
 
 
 if __name__ == "__main__":

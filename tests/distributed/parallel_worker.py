@@ -14,12 +14,12 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
+from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
 from llama_tp.parallel.comm import GroupComm
 from llama_tp.parallel.launch import join
 from llama_tp.parallel.plan import legal_tp_sizes
 from llama_tp.parallel.shared_memory import SharedMemoryComm
-from tests.distributed.torchrun import leave
+from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import MODELS, random_model
 
 TOKENS = tuple(range(3, 43))
@@ -51,22 +51,22 @@ def main() -> None:
                 runner.page_table[row].set(index, page)
             with torch.no_grad():
                 dtensor = model(runner.prepare(PLAN.chunks).batch, runner.cache).logits.clone()  # waits for the gather
-            engine = Engine(ModelRunner(lower(model, comm), config, **options), comm, config)
+            engine = Engine(ModelRunner(localize(model, comm), config, **options), comm, config)
             if comm.is_leader:
-                lowered = engine.runner.execute(PLAN)
+                local = engine.runner.execute(PLAN)
             else:
                 engine.runner.execute(PLAN)
             greedy = engine.generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
             if comm.is_leader:
                 results[name, type(comm).__name__] = {
                     "dtensor": dtensor,
-                    "lowered": lowered,
+                    "local": local,
                     "loaded": loaded,
                     "greedy": [completion.token_ids for completion in greedy],
                 }
     if group.comm.is_leader:
         torch.save(results, f"{sys.argv[1]}/results.pt")
-    leave(group)
+    exit_rank(group)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, lower, parallelize
+from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
 from llama_tp.parallel.launch import join
-from tests.distributed.torchrun import leave
+from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import MODELS, random_model
 
 ARGS = MODELS["mha"]
@@ -86,7 +86,7 @@ def lead(engine: Engine, num_requests: int, rng: random.Random) -> Counter[str]:
 def main() -> None:
     group = join("cpu")
     assert group.mesh is not None
-    model = lower(parallelize(random_model(ARGS), group.mesh), group.comm)
+    model = localize(parallelize(random_model(ARGS), group.mesh), group.comm)
     kv_heads = local_kv_heads(ARGS, group.comm.size)
     runner = ModelRunner(model, CONFIG, num_kv_heads=kv_heads, dtype=torch.float32, device=group.device)
     engine = Engine(runner, group.comm, CONFIG)
@@ -103,7 +103,7 @@ def main() -> None:
     else:
         engine.follow()
     print(f"rank {group.comm.rank}: {runner.page_table.num_used} pages used\n", end="")
-    leave(group)
+    exit_rank(group)
 
 
 if __name__ == "__main__":

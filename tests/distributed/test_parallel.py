@@ -1,4 +1,4 @@
-"""A model on N ranks computes what it computes on one: as DTensors, lowered, over shared memory and over gloo."""
+"""A model on N ranks computes what it computes on one: as DTensors and as local modules, whatever carries its sums."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ def test_every_model_whose_heads_allow_it_ran(ranks):
     assert len(expected) >= 4
 
 
-def test_dtensor_form_lowered_form_and_single_process_have_the_same_logits(ranks):
+def test_dtensors_local_modules_and_a_single_process_have_the_same_logits(ranks):
     _, results = ranks
     for (name, comm), result in results.items():
         single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
         torch.testing.assert_close(result["dtensor"], single, atol=1e-4, rtol=0, msg=f"dtensor form of {name}")
-        torch.testing.assert_close(result["lowered"], single, atol=1e-4, rtol=0, msg=f"lowered {name} over {comm}")
+        torch.testing.assert_close(
+            result["local"], single, atol=1e-4, rtol=0, msg=f"local modules of {name} over {comm}"
+        )
 
 
 def test_a_checkpoint_from_one_or_several_shards_loads_to_the_same_logits(ranks):

@@ -27,12 +27,12 @@ def torchrun(
     )
 
 
-def leave(group: launch.Group) -> NoReturn:
+def exit_rank(group: launch.Group) -> NoReturn:
     """The end of a rank whose work is done, as all of them are."""
     if group.mesh is not None:
         dist.barrier()
     group.comm.close()
-    launch.leave()
+    launch.exit_rank()
 
 
 def check(done: subprocess.CompletedProcess[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import llama_tp
 from llama_tp.text import Message
-from tests.distributed.torchrun import leave
+from tests.distributed.torchrun import exit_rank
 
 PROMPTS = ["Once upon a time", "The capital of France is", "def fibonacci(n):", "Water boils at"]
 
@@ -27,7 +27,7 @@ def main() -> None:
     completions = engine.generate(prompts, llama_tp.SamplingParams(max_new_tokens=48, temperature=0))
     if engine.is_leader:
         Path(out).write_text(json.dumps([[p, c.token_ids] for p, c in zip(prompts, completions, strict=True)]))
-    leave(group)
+    exit_rank(group)
 
 
 if __name__ == "__main__":

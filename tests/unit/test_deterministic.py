@@ -10,7 +10,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import lower
+from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_model import random_model
 
@@ -40,7 +40,7 @@ def engine_of(model, dtype, **settings):
     twin = Transformer(ARGS).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
     runner = ModelRunner(
-        lower(twin.to(dtype), SingleComm()), config, num_kv_heads=2, dtype=dtype, device=torch.device("cpu")
+        localize(twin.to(dtype), SingleComm()), config, num_kv_heads=2, dtype=dtype, device=torch.device("cpu")
     )
     return Engine(runner, SingleComm(), config)
 

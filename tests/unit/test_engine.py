@@ -17,7 +17,7 @@ from llama_tp.engine.scheduler import QueueFull
 from llama_tp.model.attention.planner import SdpaCosts
 from llama_tp.model.attention.sdpa import SdpaBackend, SdpaStep
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import lower
+from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_model import MODELS, engine_of, random_model
 
@@ -86,9 +86,9 @@ def alone(model):
 def runner_of(model, config):
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
-    lowered = lower(twin, SingleComm())
+    local = localize(twin, SingleComm())
     kv_heads = model.args.n_kv_heads
-    return ModelRunner(lowered, config, num_kv_heads=kv_heads, dtype=torch.float32, device=torch.device("cpu"))
+    return ModelRunner(local, config, num_kv_heads=kv_heads, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def small_engine(model, **settings):

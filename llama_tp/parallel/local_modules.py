@@ -1,4 +1,4 @@
-"""The lowered form of the sharded modules: plain local tensors, and a `Comm` where ranks must meet.
+"""The local form of the sharded modules: plain tensors, and a `Comm` where ranks must meet.
 
 Legend: T tokens, D model dim, F local hidden dim, H local heads, K local kv heads, d head dim, V vocabulary.
 """
