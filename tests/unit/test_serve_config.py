@@ -178,7 +178,8 @@ def test_a_wrong_value_is_named_with_its_key(values, section, key, value):
     (values[section] if section else values)[key] = value
     (problem,) = problems_of(values)
     path = f"{section}.{key}" if section else key
-    assert problem.startswith(f"{path}={value!r}: "), problem
+    assert problem.startswith(f"{path}={json.dumps(value)}: "), problem
+    assert not any(word in problem for word in ("None", "True", "False")), problem
 
 
 @pytest.mark.parametrize("key", ["deviceType", "parallelType", "continuousBatching", "torchrun", "handler"])
@@ -294,7 +295,7 @@ def test_the_cache_can_be_sized_by_memory(values, memory):
 def test_a_cache_of_no_size_is_named(values, memory):
     values["handler"]["kv_cache_memory"] = memory
     (problem,) = problems_of(values)
-    assert problem.startswith(f"handler.kv_cache_memory={memory!r} must be bytes (6442450944, ")
+    assert problem.startswith(f"handler.kv_cache_memory={json.dumps(memory)} must be bytes (6442450944, ")
 
 
 def test_what_the_engine_is_told_is_what_the_file_says(values):
