@@ -60,7 +60,7 @@ class Exchange:
         if SEQUENCE_ID in sent and "content-length" not in sent:  # the frontend adds one where HTTP has none
             return cls(Transport.GRPC_SEQUENCE, takes_chunks=False)
         # Clients of HTTP/1.0 know no chunks. They may leave out the host, and may say that the connection ends.
-        takes_chunks = "host" in sent and sent.get("connection", "").lower() != "close"
+        takes_chunks = "host" in sent and "close" not in sent.get("connection", "").lower()
         return cls(Transport.HTTP, takes_chunks)
 
     def is_due(self, now: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ import grpc
 import psutil
 import pytest
 
-from tests.e2e.torchserve_rig import PREDICT, TorchServe, convert, package, serve
+from tests.e2e.torchserve_rig import PREDICT, Stream, TorchServe, convert, package, serve
 from tests.tiny_llama2 import ENDLESS, PASSAGE, passage_prompt
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +25,7 @@ NUM_SLOTS = 4
 QUEUE_SIZE = 40
 PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
 REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3) + " ")
-LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 2000, "temperature": 0}
+LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0}
 PATIENCE_S = 60
 
 
@@ -38,20 +39,30 @@ def server(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-def texts_of(chunks: Iterator[tuple[float, dict[str, Any]]]) -> str:
-    return "".join(chunk["text"] for _, chunk in chunks)
-
-
 @contextmanager
 def a_neighbour(server: TorchServe) -> Iterator[None]:
-    """A stream that runs meanwhile and is held to its last token; no rank may end."""
+    """A stream that runs meanwhile and beyond, and is held to every token; no rank may end."""
     ranks = server.ranks()
+    enough = threading.Event()
+
+    def read(stream: Stream) -> list[dict[str, Any]]:
+        chunks = []
+        for _, chunk in stream:
+            chunks.append(chunk)
+            if enough.is_set():
+                break
+        return chunks
+
     with server.stream({**LONG_REQUEST, "stream": True}) as stream, ThreadPoolExecutor(1) as pool:
-        _, first = next(iter(stream))
-        rest = pool.submit(texts_of, iter(stream))
-        yield
-        assert not rest.done(), "the neighbour ended too soon to prove anything"
-        assert first["text"] + rest.result() == " ".join(["tick", "tock"] * (LONG_REQUEST["max_new_tokens"] // 2))
+        next(iter(stream))
+        reading = pool.submit(read, stream)
+        try:
+            yield
+        finally:
+            enough.set()
+        *_, last = chunks = reading.result(PATIENCE_S)
+    assert "finish_reason" not in last, "it ended too soon to prove anything"
+    assert " ".join(["tick", "tock"] * 2000).removeprefix("tick").startswith("".join(chunk["text"] for chunk in chunks))
     assert server.ranks() == ranks
 
 

@@ -56,6 +56,15 @@ def test_a_shipped_configuration_fits_its_model(name):
     assert (engine.collective_timeout_s, engine.heartbeat_s) == (20, 2)
 
 
+@pytest.mark.parametrize("name", ["config.properties", "config.production.properties"])
+def test_what_is_shipped_for_the_frontend_keeps_every_address_on_this_host(name):
+    lines = (ROOT / "configs" / name).read_text().splitlines()
+    addresses = dict(line.split("=") for line in lines if "_address=" in line)
+    kinds = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
+    assert addresses.keys() == {f"{kind}_address" for kind in kinds}
+    assert {address.removeprefix("http://").partition(":")[0] for address in addresses.values()} == {"127.0.0.1"}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_configuration_sets_every_key_of_the_handler_with_a_comment(name):
     lines = (ROOT / name).read_text().splitlines()
