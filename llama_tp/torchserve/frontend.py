@@ -59,9 +59,8 @@ class Exchange:
             return cls(Transport.GRPC, takes_chunks=False)
         if SEQUENCE_ID in sent and "content-length" not in sent:  # the frontend adds one where HTTP has none
             return cls(Transport.GRPC_SEQUENCE, takes_chunks=False)
-        # Clients of HTTP/1.0 know no chunks. They may leave out the host, and may say that the connection ends.
-        takes_chunks = "host" in sent and "close" not in sent.get("connection", "").lower()
-        return cls(Transport.HTTP, takes_chunks)
+        # HTTP/1.0 knows no chunks. The frontend does not say which version it is, but 1.1 always has a host.
+        return cls(Transport.HTTP, takes_chunks="host" in sent)
 
     def is_due(self, now: float) -> bool:
         """Whether to look for the client; if so, the next time is set."""

@@ -336,8 +336,8 @@ def test_while_there_are_free_places_a_whole_answer_is_sent_whole(module):
 
 @pytest.mark.parametrize(
     "headers",
-    [{**HTTP, "Connection": "close"}, {"content-length": "2", "url_path": ""}, {"body": {"content-type": ""}}],
-    ids=["the connection ends", "HTTP/1.0", "gRPC"],
+    [{"content-length": "2", "url_path": ""}, {"body": {"content-type": ""}}],
+    ids=["HTTP/1.0", "gRPC"],
 )
 def test_a_client_that_may_not_know_chunks_gets_a_whole_answer(module, headers):
     handler = handler_of(module)
