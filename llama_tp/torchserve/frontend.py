@@ -71,13 +71,13 @@ class Exchange:
 
     def stop(self, reply: Reply) -> bool | None:
         """What the frontend has to be told with a reply."""
-        if self.transport is Transport.GRPC:
-            return True
-        return None if reply.is_last and not self.has_begun else reply.is_last
+        if not reply.is_last:
+            return False
+        return True if self.has_begun or self.transport is Transport.GRPC else None
 
     def body(self, reply: Reply) -> bytes:
         """What the client gets. gRPC drops an answer's status, so there an error names it."""
-        if self.transport is not Transport.GRPC or reply.status < 400:
+        if reply.status < 400 or self.transport is not Transport.GRPC:
             return reply.body
         answer = json.loads(reply.body)
         answer["error"]["status"] = reply.status
