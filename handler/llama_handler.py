@@ -11,17 +11,21 @@ import os
 import select
 import signal
 import threading
-from http import HTTPStatus
+import time
 from pathlib import Path
 from typing import Any
 
 try:
-    from llama_tp.serving.service import FORM, LlamaService
+    from llama_tp.serving.reply import Reply
+    from llama_tp.serving.schema import ApiError
+    from llama_tp.serving.service import LlamaService
     from llama_tp.serving.start import start_service
+    from llama_tp.torchserve.frontend import Batch, Exchange, Transport, body_in
 except ImportError as problem:  # which TorchServe would report as a missing handler
     raise RuntimeError(f"llama_tp cannot be imported by the Python that runs torchserve: {problem}") from problem
 
-PHRASES = {status.value: status.phrase for status in HTTPStatus}
+log = logging.getLogger(__name__)
+
 POLL_S = 0.02  # how long handle() waits for something to say; a new request waits no longer to be seen
 
 
@@ -30,11 +34,14 @@ class LlamaHandler:
 
     def __init__(self) -> None:
         self.service: LlamaService | None = None  # the leader's
+        self.batch_size = 0  # how many requests the frontend hands over at a time
+        self._exchanges: dict[str, Exchange] = {}  # of the requests that the frontend waits for
 
     def initialize(self, context: Any) -> None:
         """Load the model on all ranks, or on none. RuntimeError is the one error that TorchServe reports."""
         quieten_torchserve()
         threading.Thread(target=end_with_frontend, args=(os.getppid(),), name="frontend watch", daemon=True).start()
+        self.batch_size = context.system_properties["batch_size"]
         self.service = start_service(
             context.model_yaml_config,
             model_dir=context.system_properties["model_dir"],
@@ -43,31 +50,53 @@ class LlamaHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Hand over what is new, notice who has gone, return what was generated. Never raises."""
-        replies = [b""] * len(data)
-        if self.service is None:
-            return replies
-        indices = {request_id: index for index, request_id in context.request_ids.items()}
-        for request_id in self.service.open_ids - indices.keys():
-            self.service.close(request_id)
-        known = self.service.open_ids
-        for request_id, index in indices.items():
-            if request_id in known:
-                continue
-            route = context.get_request_header(index, "url_path") or ""
-            body = data[index].get("body", data[index].get("data", FORM))
-            self.service.open(request_id, body, route)
-        stops: list[bool | None] = [None] * len(data)
-        for reply in self.service.poll(POLL_S):
-            index = indices.pop(reply.request_id)
-            replies[index] = reply.body
-            context.set_response_status(code=reply.status, phrase=PHRASES.get(reply.status, ""), idx=index)
-            context.set_response_content_type(index, reply.content_type)
-            # None: a whole response. True: the end of a stream, which hangs the client unless it had a beginning.
-            stops[index] = None if reply.is_first and reply.is_last else reply.is_last
-        for index in indices.values():
-            del context.request_ids[index]  # left out of this reply, it comes again
-        context.stopping_criteria = [lambda _reply, stop=stop: stop for stop in stops]
-        return replies
+        service = self.service
+        if service is None:
+            return [b""] * len(data)
+        batch = Batch(data, context)
+        for request_id in self._exchanges.keys() - batch.unanswered.keys():
+            del self._exchanges[request_id]
+            service.close(request_id)
+        for request_id in batch.unanswered:
+            if request_id not in self._exchanges:
+                self._open(service, batch, request_id)
+        if not service.open_ids:
+            time.sleep(POLL_S)  # the frontend waits for nothing but what cannot be answered
+        for reply in service.poll(POLL_S):
+            batch.reply(reply, self._exchanges[reply.request_id])
+            if reply.is_last:
+                del self._exchanges[reply.request_id]
+        if len(data) >= self.batch_size:
+            self._look_for_clients(service, batch)
+        return batch.finish()
+
+    def _open(self, service: LlamaService, batch: Batch, request_id: str) -> None:
+        headers = batch.headers(request_id)
+        exchange = self._exchanges[request_id] = Exchange.of(headers)
+        if exchange.transport is Transport.GRPC_SEQUENCE:
+            log.error(
+                "request %s came by gRPC's StreamPredictions2: its place is lost until TorchServe is restarted",
+                request_id,
+            )
+            return
+        try:
+            body = body_in(batch.parameters(request_id), exchange.transport)
+        except ApiError as error:
+            service.refuse(request_id, error)
+        else:
+            can_stream = exchange.transport is Transport.HTTP
+            service.open(request_id, body, str(headers.get("url_path", "")), can_stream=can_stream)
+
+    def _look_for_clients(self, service: LlamaService, batch: Batch) -> None:
+        """All places are taken: begin the answers that do not stream, for only then do we learn whose client has gone.
+
+        Not before their first token: an error has its status until then.
+        """
+        now = time.monotonic()
+        for request_id in list(batch.unanswered):
+            exchange = self._exchanges[request_id]
+            if service.is_generating(request_id) and exchange.is_due(now):
+                batch.reply(Reply(request_id, b"", is_last=False), exchange)
 
 
 def end_with_frontend(agent: int) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
 from llama_tp.parallel.plan import legal_tp_sizes, why_illegal
 from llama_tp.serving.native import NativeDefaults
-from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP
+from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP, in_json_words, shown
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -185,7 +185,7 @@ class ModelConfig(_Section):
             try:
                 parse_memory(handler.kv_cache_memory)
             except ValueError as error:
-                problems.append(f"handler.kv_cache_memory={handler.kv_cache_memory!r} {error}")
+                problems.append(f"handler.kv_cache_memory={shown(handler.kv_cache_memory)} {error}")
         if self.responseTimeout <= handler.collective_timeout_s:
             problems.append(
                 f"responseTimeout={self.responseTimeout} must be more than handler.collective_timeout_s="
@@ -200,9 +200,10 @@ class ModelConfig(_Section):
             problems.append(
                 'torchrun.rdzv-endpoint is missing: all models of this host would meet at one port; set "localhost:0"'
             )
-        if self.torchrun.nnodes > 1 and not _is_reachable(self.torchrun.rdzv_endpoint):
+        nnodes, endpoint = self.torchrun.nnodes, self.torchrun.rdzv_endpoint
+        if nnodes > 1 and not _is_reachable(endpoint):
             problems.append(
-                f"torchrun.rdzv-endpoint={self.torchrun.rdzv_endpoint!r}: torchrun.nnodes={self.torchrun.nnodes} hosts "
+                f"torchrun.rdzv-endpoint={shown(endpoint)}: torchrun.nnodes={nnodes} hosts "
                 'meet there; set HOST:PORT of the serving host with a port that is not 0, such as "first-host:29400"'
             )
         return problems
@@ -252,4 +253,6 @@ def _line(detail: Any) -> str:
         close = difflib.get_close_matches(name, names, n=1)
         return f"{key} is not a known key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}")
     message = detail["msg"]
-    return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+    if "expected" in (context := detail.get("ctx", {})):
+        message = message.replace(context["expected"], in_json_words(context["expected"]))
+    return f"{key}={shown(detail['input'])}: {message[0].lower()}{message[1:]}"

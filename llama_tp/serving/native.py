@@ -4,8 +4,8 @@
     {"dialog": [{"role": "user", "content": "Hi"}], "max_new_tokens": 50, "mode": "chat"}
 
 What can be judged without a tokenizer and without the model's limits is judged by `parse_native`; the rest by
-`check_context`, `check_vocabulary`, `check_answer_size` and the chat format. The prompt may be text or token ids. null
-is a wrong type like any other, except for `seed`, where it means: not reproducible.
+`check_context`, `check_vocabulary`, `check_answer_size` and the chat format. The prompt may be text or token ids. A
+field that is null is not given.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from llama_tp.serving.schema import (
     TopP,
     must_be_text,
     parse_json,
+    shown,
     to_json,
     token_ids,
     validate,
@@ -164,6 +165,17 @@ def _text_or_ids(prompt: object) -> str | tuple[int, ...]:
     return prompt if isinstance(prompt, str) else token_ids(prompt)
 
 
+_TO_CHAT = 'to chat, send the messages as dialog, as in {"dialog": [{"role": "user", "content": "Hi"}]}'
+_ELSEWHERE = {
+    "messages": _TO_CHAT,
+    "model": f"leave it out, the URL names the model; {_TO_CHAT}",
+    "system": "make it the first message of dialog, with the role system",
+    "max_completion_tokens": "did you mean max_new_tokens?",
+    **dict.fromkeys(("input", "inputs", "text"), "send the text as prompt"),
+}
+"""What the fields of other APIs are called here, where the names do not tell."""
+
+
 class _Message(StrictModel):
     role: str
     content: str
@@ -176,6 +188,8 @@ def _some_messages(messages: list[_Message]) -> tuple[tuple[str, str], ...]:
 
 
 class _Body(StrictModel):
+    hints = _ELSEWHERE
+
     prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
     dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
     mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
@@ -189,7 +203,7 @@ class _Body(StrictModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias = ABSENT
-    seed: Seed | None = None
+    seed: Seed = ABSENT
     stop: StopStrings = ABSENT
     stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
@@ -205,11 +219,12 @@ def parse_native(body: object, defaults: NativeDefaults) -> NativeRequest:
 
     A prompt is text_completion and a dialog is chat; `mode` may say so too, but may not say otherwise.
     """
-    fields = validate(_Body, parse_json(body))
+    payload = parse_json(body)
+    fields = validate(_Body, payload)
     given: dict[str, Any] = {name: getattr(fields, name) for name in fields.model_fields_set}
     _check_pairs(given)
     return NativeRequest(
-        mode=_mode(given, defaults),
+        mode=_mode(payload, given, defaults),
         prompt=given.get("prompt"),
         dialog=given.get("dialog"),
         max_new_tokens=given.get("max_new_tokens", max(defaults.max_new_tokens, fields.min_new_tokens)),
@@ -234,17 +249,20 @@ def parse_native(body: object, defaults: NativeDefaults) -> NativeRequest:
     )
 
 
-def _mode(given: dict[str, Any], defaults: NativeDefaults) -> Mode:
+def _mode(payload: Mapping[str, Any], given: dict[str, Any], defaults: NativeDefaults) -> Mode:
     """The mode that the fields of a request agree on."""
     if "prompt" in given and "dialog" in given:
         raise ApiError(400, "conflicting_fields", "prompt and dialog are both given; send one of them", "dialog")
     if "prompt" not in given and "dialog" not in given:
+        if null := next((name for name in ("prompt", "dialog") if name in payload), None):
+            message = f"{null}=null must be something to answer; send a prompt, or a dialog to chat"
+            raise ApiError(400, "invalid_type", message, null)
         needed = "dialog" if given.get("mode", defaults.mode) == "chat" else "prompt"
         raise ApiError(400, "missing_field", f"{needed} is missing; send a prompt, or a dialog to chat", needed)
     present = "dialog" if "dialog" in given else "prompt"
     mode: Mode = "chat" if present == "dialog" else "text_completion"
     if given.get("mode", mode) != mode:
-        message = f"mode={given['mode']!r} contradicts {present}, which is for {mode!r}; leave mode out"
+        message = f"mode={shown(given['mode'])} contradicts {present}, which is for {shown(mode)}; leave mode out"
         raise ApiError(400, "conflicting_fields", message, "mode")
     return mode
 

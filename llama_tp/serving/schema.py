@@ -12,9 +12,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -37,7 +37,7 @@ MAX_BIASES = 1024
 MAX_BIAS = 100
 
 ABSENT: Any = None
-"""Default of a model's field that may be left out, but may not be null."""
+"""Default of a model's field that may be left out."""
 
 Path = tuple[str | int, ...]
 """Keys and indices that lead from the body to a value."""
@@ -67,6 +67,7 @@ class ApiError(Exception):
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode_in_pieces = json.JSONEncoder(ensure_ascii=False).iterencode
 
 
 def to_json(value: Any) -> bytes:
@@ -80,8 +81,29 @@ def cut(text: str, limit: int) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error message repeats it: printable, on one line, at most MAX_ECHO characters."""
-    return cut(repr(value[: MAX_ECHO + 1] if isinstance(value, str) else value), MAX_ECHO)
+    """A value as an error message repeats it: as JSON, printable, on one line, at most MAX_ECHO characters."""
+    try:
+        text = _beginning_of_json(value[: MAX_ECHO + 1] if isinstance(value, str) else value)
+    except (TypeError, ValueError):  # YAML has values that JSON lacks, such as dates
+        text = repr(value)
+    escaped = (char if char.isprintable() else json.dumps(char)[1:-1] for char in text[: MAX_ECHO + 1])
+    return cut("".join(escaped), MAX_ECHO)
+
+
+def _beginning_of_json(value: object) -> str:
+    """The value's JSON, or more than MAX_ECHO characters of it: a long list is not encoded to its end."""
+    text = ""
+    for piece in _encode_in_pieces(value):
+        text += piece
+        if len(text) > MAX_ECHO:
+            break
+    return text
+
+
+def in_json_words(expected: str) -> str:
+    """The choices of a Literal, which pydantic lists as Python writes them, as JSON writes them."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    return re.sub("True|False|None|'([^']*)'", lambda match: words.get(match[0], f'"{match[1]}"'), expected)
 
 
 def param_of(path: Path) -> str:
@@ -215,20 +237,32 @@ def _out_of_float64(path: Path) -> ApiError:
 
 
 class StrictModel(BaseModel):
-    """An object with known fields of exactly the declared JSON types: no conversion, no extras."""
+    """An object with known fields of exactly the declared JSON types: no conversion, no extras.
+
+    null for a field that may be left out means that it is left out, as clients mean it that send every field they know.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
+
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What to do instead, for names that other APIs give their fields."""
 
     @model_validator(mode="before")
     @classmethod
     def _know_every_field(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
         # Not pydantic's extra="forbid": that makes an error of each of a million keys, and suggests nothing.
-        for key in value if isinstance(value, dict) else ():
+        for key in value:
             if key not in cls.model_fields:
-                close = difflib.get_close_matches(key[:MAX_ECHO], cls.model_fields, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(cls.model_fields)}"
+                hint = cls.hints.get(key) or _nearest(key, cls.model_fields)
                 raise PydanticCustomError("unknown_field", "is not a known field; {hint}", {"at": key, "hint": hint})
-        return value
+        return {key: item for key, item in value.items() if item is not None or cls.model_fields[key].is_required()}
+
+
+def _nearest(key: str, fields: Collection[str]) -> str:
+    close = difflib.get_close_matches(key[:MAX_ECHO], fields, n=1)
+    return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(fields)}"
 
 
 Model = TypeVar("Model", bound=StrictModel)
@@ -281,6 +315,8 @@ def _api_error(error: ErrorDetails, payload: object) -> ApiError:
         given = param_of(path)
     else:
         given = f"{param_of(path)}={shown(value)}"
+    if kind == "literal_error":
+        context = {"expected": in_json_words(context["expected"])}
     constraint = constraint.format(**context) if kind in _RULES else constraint
     return ApiError(400, code, f"{given} {constraint}", param_of(path))
 

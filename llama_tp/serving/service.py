@@ -16,6 +16,7 @@ from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving import native
 from llama_tp.serving.native import NativeDefaults, NativeRequest, Part
+from llama_tp.serving.reply import Reply
 from llama_tp.serving.schema import ApiError, shown
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.detokenizer import TextStream
@@ -23,22 +24,6 @@ from llama_tp.text.dialog import ChatError, Message
 from llama_tp.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-FORM: object = object()
-"""Stands for a body that the HTTP server has taken apart as form fields."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Bytes for one client."""
-
-    request_id: str
-    body: bytes
-    is_first: bool = True
-    is_last: bool = True
-    status: int = 200
-    """Of a request's first reply; later ones cannot change it."""
-    content_type: str = "application/json"
 
 
 class _Output:
@@ -108,7 +93,6 @@ class _Active:
     outputs: list[_Output]
     chunk_tokens: int
     """Tokens of one output that a reply may hold."""
-    has_replied: bool = False
 
     @property
     def has_ended(self) -> bool:
@@ -150,24 +134,29 @@ class LlamaService:
         """Requests that have been opened and have neither had their last reply nor been closed."""
         return self._active.keys() | {reply.request_id for reply in self._immediate}
 
-    def open(self, request_id: str, body: object, route: str = "") -> None:
+    def is_generating(self, request_id: str) -> bool:
+        """Whether a request has tokens, but not its last reply."""
+        active = self._active.get(request_id)
+        return active is not None and any(output.num_tokens for output in active.outputs)
+
+    def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
         """Take on a request to a route below the model's own. Whatever is wrong with it becomes its only reply."""
         try:
             if route:
                 message = f"there is no route {shown(route)}; POST to /predictions/<model> itself"
                 raise ApiError(404, "unknown_route", message)
-            if body is FORM:
-                remedy = "send JSON, such as curl -T FILE, or curl -H 'Content-Type: application/json' -d '{...}'"
-                raise ApiError(415, "form_not_supported", f"the body was sent as a form; {remedy}")
-            self._start(request_id, body)
+            self._start(request_id, body, can_stream)
         except ApiError as error:
-            log.info("request %s refused: %s", request_id, error)
-            self._immediate.append(Reply(request_id, error.body(), status=error.status))
+            self.refuse(request_id, error)
         except Exception as error:
             # The type only: the text of an unforeseen error may repeat what the user sent.
             log.error("request %s failed in parsing: %s", request_id, type(error).__name__)
-            failure = ApiError(500, "internal_error", "the server failed to read this request")
-            self._immediate.append(Reply(request_id, failure.body(), status=500))
+            self.refuse(request_id, ApiError(500, "internal_error", "the server failed to read this request"))
+
+    def refuse(self, request_id: str, error: ApiError) -> None:
+        """Answer a request with an error."""
+        log.info("request %s refused: %s", request_id, error)
+        self._immediate.append(Reply(request_id, error.body(), status=error.status))
 
     def close(self, request_id: str) -> None:
         """The client has gone: stop generating."""
@@ -190,8 +179,11 @@ class LlamaService:
             if replies or remaining <= 0 or not self._active:
                 return replies
 
-    def _start(self, request_id: str, body: object) -> None:
+    def _start(self, request_id: str, body: object, can_stream: bool) -> None:
         request = native.parse_native(body, self._defaults)
+        if request.stream and not can_stream:
+            message = "stream=true is possible over HTTP only; leave it out, or POST to /predictions/<model>"
+            raise ApiError(400, "stream_not_supported", message, "stream")
         native.check_vocabulary(request, self._vocab_size)
         native.check_outputs(request.n, self._max_waiting)
         prompt, stop_ids = self._encode(request)
@@ -255,23 +247,21 @@ class LlamaService:
 
     def _safely(self, request_id: str, active: _Active) -> Reply:
         """The reply; should making it fail, an error for this request alone."""
-        is_first = not active.has_replied
         try:
             return self._reply(request_id, active)
         except ApiError as error:
-            return Reply(request_id, native.stream_error(error), is_first, status=error.status)
+            return Reply(request_id, native.stream_error(error), status=error.status)
         except Exception as error:
             log.error("request %s failed in replying: %s", request_id, type(error).__name__)
             self.close(request_id)
             failure = ApiError(500, "internal_error", "the server failed to put the answer into words")
-            return Reply(request_id, native.stream_error(failure), is_first, status=500)
+            return Reply(request_id, native.stream_error(failure), status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
         """What the client gets now. The request is over if that is all. ApiError if it comes to nothing."""
-        is_first, active.has_replied = not active.has_replied, True
         parts = [output.tell(active.chunk_tokens) for output in active.outputs if output.has_news]
         if not all(output.is_told for output in active.outputs):
-            return Reply(request_id, native.lines(parts), is_first, is_last=False, content_type=_LINES)
+            return Reply(request_id, native.lines(parts), is_last=False, content_type=_LINES)
         del self._active[request_id]
         del self._id_of[active.key]
         errors = [output.error for output in active.outputs if output.error is not None]
@@ -279,7 +269,7 @@ class LlamaService:
             raise errors[0]
         usage = native.usage(active.num_prompt, sum(output.num_tokens for output in active.outputs))
         if active.request.stream:
-            return Reply(request_id, native.lines(parts, usage), is_first, content_type=_LINES)
+            return Reply(request_id, native.lines(parts, usage), content_type=_LINES)
         return Reply(request_id, native.answer(parts, usage))
 
 

@@ -392,7 +392,12 @@ INVALID: dict[str, list[object]] = {
     "not_an_object": [b"[]", b"42", b"null", b'"text"', b"true"],
     "too_deep": [b"[" * 100_000, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' * 100_000],
     "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
-    "unknown_field": [prompt(max_tokens=5), prompt(promt="b"), {"dialog": [user()], "messages": []}],
+    "unknown_field": [
+        prompt(max_tokens=5),
+        prompt(promt="b"),
+        {"dialog": [user()], "messages": []},
+        prompt(model="llama"),
+    ],
     "missing_field": [{}, {"max_new_tokens": 5}, {"mode": "text_completion"}],
     "conflicting_fields": [
         prompt(dialog=[user()]),
@@ -442,18 +447,18 @@ INVALID: dict[str, list[object]] = {
     "too_many_stops": [prompt(stop=["a", "b", "c", "d", "e"])],
     "invalid_type": [
         *({"prompt": value} for value in (None, 5, 1.5, True, {}, [1, "a"], [1.5], [True], [None], [[1]])),
-        *(prompt(max_new_tokens=value) for value in ("5", 5.5, True, None, [5])),
-        *(prompt(temperature=value) for value in ("hot", True, None, [])),
+        *(prompt(max_new_tokens=value) for value in ("5", 5.5, True, [5])),
+        *(prompt(temperature=value) for value in ("hot", True, [])),
         *(prompt(top_p=value) for value in ("1", True)),
         *(prompt(top_k=value) for value in (1.5, "1", False)),
-        *(prompt(min_p=value) for value in ("0", None)),
+        prompt(min_p="0"),
         *(prompt(seed=value) for value in (1.5, "1", True)),
-        *(prompt(stop=value) for value in ([1], 1, {}, None, [None])),
-        *(prompt(stream=value) for value in ("true", 1, None)),
-        *(prompt(logprobs=value) for value in (1, None)),
-        *(prompt(n=value) for value in (1.0, None)),
+        *(prompt(stop=value) for value in ([1], 1, {}, [None])),
+        *(prompt(stream=value) for value in ("true", 1)),
+        prompt(logprobs=1),
+        prompt(n=1.0),
         prompt(logit_bias=[1]),
-        *(prompt(mode=value) for value in (1, None)),
+        prompt(mode=1),
         *({"dialog": value} for value in (None, "Hi", 5, {}, [123], [None], [{}], ["Hi"])),
         *(chat(user(content)) for content in (None, 5, [], {})),
         chat({"role": "user"}),
@@ -518,6 +523,12 @@ def test_a_refusal_says_both_numbers_of_an_exceeded_context(server: TorchServe, 
     message = server.post(request).json()["error"]["message"]
 
     assert all(number in message for number in ("4000", "500", str(MAX_SEQ_LEN)))
+
+
+def test_null_means_that_a_field_is_not_given(server: TorchServe) -> None:
+    nulls = dict.fromkeys(("dialog", "mode", "top_p", "seed", "stop", "logit_bias", "n", "timeout_s", "stream"))
+
+    assert ask(server, {**PASSAGE_REQUEST, **nulls}) == ask(server, PASSAGE_REQUEST)
 
 
 def test_an_unknown_route_is_not_found(server: TorchServe) -> None:

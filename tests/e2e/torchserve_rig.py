@@ -121,6 +121,8 @@ class TorchServe:
     def __init__(self, store: Path, work: Path, tmp: Path) -> None:
         self.logs = work / "logs"
         self.inference_port, self.management_port, metrics_port, *grpc_ports, port = free_ports(6)
+        self.grpc_port = grpc_ports[0]
+        """Of the inference API."""
         self.distribution_port = port
         """TorchServe's initial_distribution_port, which is part of the name of the group of ranks."""
         self._mark = uuid.uuid4().hex
@@ -128,7 +130,7 @@ class TorchServe:
             "inference_address": f"http://127.0.0.1:{self.inference_port}",
             "management_address": f"http://127.0.0.1:{self.management_port}",
             "metrics_address": f"http://127.0.0.1:{metrics_port}",
-            "grpc_inference_port": grpc_ports[0],
+            "grpc_inference_port": self.grpc_port,
             "grpc_management_port": grpc_ports[1],
             "initial_distribution_port": port,
             "disable_token_authorization": "true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -127,7 +128,9 @@ def test_hosts_need_an_endpoint_where_they_can_meet(config_file, endpoint):
     with pytest.raises(ConfigError) as caught:
         ModelConfig.load(config_file(nnodes=2, rdzv_endpoint=endpoint))
     (problem,) = caught.value.problems
-    assert problem.startswith(f"torchrun.rdzv-endpoint={endpoint!r}: torchrun.nnodes=2 hosts meet there; set HOST:PORT")
+    assert problem.startswith(
+        f"torchrun.rdzv-endpoint={json.dumps(endpoint)}: torchrun.nnodes=2 hosts meet there; set HOST:PORT"
+    )
 
 
 @pytest.mark.parametrize("endpoint", ["first-host:29555", "10.0.0.1:1", "[fd00::1]:65535"])

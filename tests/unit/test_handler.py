@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import logging
 import sys
 from pathlib import Path
 
 import pytest
 
-from llama_tp.serving.service import FORM, Reply
+from llama_tp.serving.reply import Reply
+from llama_tp.serving.schema import ApiError
+from llama_tp.torchserve.frontend import PROBE_S
 
 FILE = Path(__file__).parents[2] / "handler" / "llama_handler.py"
 
@@ -25,25 +28,33 @@ def module():
     return module
 
 
+HTTP = {"Host": "localhost", "Content-Length": "2", "url_path": ""}
+SEQUENCE = {"ts_request_sequence_id": "one", "ts_request_sequence_end": "true"}
+BATCH_SIZE = 5
+
+
 class Context:
-    """As much of TorchServe's context as a handler may use. `requests`: (id, url_path or None), in batch order."""
+    """As much of TorchServe's context as a handler may use. `requests`: (id, headers), in batch order."""
 
     def __init__(self, *requests):
         self.request_ids = dict(enumerate(request_id for request_id, _ in requests))
         self.stopping_criteria = None
         self.statuses = {}
         self.content_types = {}
-        self._paths = [path for _, path in requests]
+        self.headers = {}
+        self._requests = [headers for _, headers in requests]
 
-    def get_request_header(self, index, key):
-        assert key == "url_path"
-        return self._paths[index]
+    def get_all_request_header(self, index):
+        return self._requests[index]
 
     def set_response_status(self, code=200, phrase="", idx=0):
         self.statuses[idx] = (code, phrase)
 
     def set_response_content_type(self, idx, value):
         self.content_types[idx] = value
+
+    def set_response_header(self, idx, key, value):
+        self.headers[idx] = (key, value)
 
 
 class Service:
@@ -54,10 +65,22 @@ class Service:
         self.open_ids = set()
         self.opened = []
         self.closed = []
+        self.refused = {}
+        self.whole_only = set()
+        self.generating = set()
 
-    def open(self, request_id, body, route=""):
+    def open(self, request_id, body, route="", *, can_stream=True):
         self.opened.append((request_id, body, route))
         self.open_ids.add(request_id)
+        if not can_stream:
+            self.whole_only.add(request_id)
+
+    def refuse(self, request_id, error):
+        self.refused[request_id] = error
+        self.open_ids.add(request_id)
+
+    def is_generating(self, request_id):
+        return request_id in self.generating
 
     def close(self, request_id):
         self.closed.append(request_id)
@@ -75,11 +98,18 @@ class Service:
 def handler_of(module, *polls):
     handler = module.LlamaHandler()
     handler.service = Service(*polls)
+    handler.batch_size = BATCH_SIZE
     return handler
 
 
-def batch(*request_ids, body=b"{}"):
-    return [{"body": body} for _ in request_ids], Context(*((request_id, None) for request_id in request_ids))
+def batch(*request_ids, headers=HTTP):
+    return [{"body": b"{}"} for _ in request_ids], Context(*((request_id, headers) for request_id in request_ids))
+
+
+def data_batch(*request_ids):
+    """As gRPC sends it."""
+    headers = {"data": {"content-type": ""}}
+    return [{"data": b"{}"} for _ in request_ids], Context(*((request_id, headers) for request_id in request_ids))
 
 
 def stops(context):
@@ -116,8 +146,8 @@ def test_a_stream_is_open_until_its_last_chunk(module):
     handler = handler_of(
         module,
         [Reply("a", b"1", is_last=False, **lines)],
-        [Reply("a", b"2", is_first=False, is_last=False, **lines)],
-        [Reply("a", b"3", is_first=False, **lines)],
+        [Reply("a", b"2", is_last=False, **lines)],
+        [Reply("a", b"3", **lines)],
     )
     seen = []
     for _ in range(3):
@@ -152,7 +182,7 @@ def test_the_criteria_of_a_batch_are_each_its_own(module):
     handler = handler_of(
         module,
         [Reply("a", b"1", is_last=False), Reply("b", b"whole"), Reply("c", b"1", is_last=False)],
-        [Reply("a", b"2", is_first=False), Reply("c", b"2", is_first=False, is_last=False)],
+        [Reply("a", b"2"), Reply("c", b"2", is_last=False)],
     )
     data, context = batch("a", "b", "c")
     handler.handle(data, context)
@@ -182,16 +212,149 @@ def test_requests_are_opened_in_the_order_of_the_batch(module):
 
 def test_bodies_and_routes_reach_the_service(module):
     handler = handler_of(module)
-    data = [{"body": b"raw"}, {"data": b"as data"}, {"prompt": b"a form field"}, {}, {"body": {"prompt": "parsed"}}]
-    context = Context(("a", None), ("b", ""), ("c", None), ("d", None), ("e", "v1/completions"))
+    data = [{"body": b"raw"}, {"data": b"as data"}, {"body": {"prompt": "parsed"}}]
+    context = Context(("a", HTTP), ("b", {"host": "x"}), ("c", {**HTTP, "url_path": "v1/completions"}))
     handler.handle(data, context)
-    assert sorted(handler.service.opened, key=lambda one: one[0]) == [
+    assert handler.service.opened == [
         ("a", b"raw", ""),
         ("b", b"as data", ""),
-        ("c", FORM, ""),
-        ("d", FORM, ""),
-        ("e", {"prompt": "parsed"}, "v1/completions"),
+        ("c", {"prompt": "parsed"}, "v1/completions"),
     ]
+    assert handler.service.whole_only == set()
+
+
+@pytest.mark.parametrize("parameters", [{"prompt": b"a form field"}, {}, {"body": b"{}", "temperature": "1"}], ids=str)
+def test_a_form_is_refused_with_the_remedy(module, parameters):
+    handler = handler_of(module)
+    handler.handle([parameters], Context(("a", HTTP)))
+    error = handler.service.refused["a"]
+    assert (error.status, error.code) == (415, "form_not_supported")
+    assert "application/json" in error.message
+
+
+# --- gRPC, of which TorchServe says nothing: its requests have no headers
+
+
+def test_over_grpc_an_answer_is_the_last_of_a_stream(module):
+    """StreamPredictions fails on a whole answer, and takes the worker with it."""
+    handler = handler_of(module, [Reply("a", b"answer")])
+    data, context = data_batch("a")
+    assert handler.handle(data, context) == [b"answer"]
+    assert stops(context) == [True]
+    assert handler.service.opened == [("a", b"{}", "")]
+    assert handler.service.whole_only == {"a"}
+
+
+def test_over_grpc_an_error_names_its_status(module):
+    refusal = ApiError(400, "invalid_type", "prompt=5 must be a string", "prompt")
+    handler = handler_of(module, [Reply("a", refusal.body(), status=400)])
+    data, context = data_batch("a")
+    (body,) = handler.handle(data, context)
+    assert json.loads(body) == {"error": {**refusal.fields(), "status": 400}}
+    assert stops(context) == [True]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [({}, "empty"), ({"data": b"{}", "top_p": b"1"}, '"top_p"'), ({"data": b"{}", "url_path": b"v1"}, '"url_path"')],
+    ids=str,
+)
+def test_input_that_would_be_overlooked_is_refused(module, parameters, named):
+    handler = handler_of(module)
+    handler.handle([parameters], Context(("a", {name: {"content-type": ""} for name in parameters})))
+    error = handler.service.refused["a"]
+    assert (error.status, error.code) == (400, "invalid_input")
+    assert named in error.message
+    assert '"data"' in error.message
+
+
+def test_a_sequence_over_grpc_is_never_answered_and_others_are(module):
+    handler = handler_of(module, [], [Reply("b", b"answer")])
+    for expected in ({}, {1: "b"}):
+        data, context = batch("a", "b")
+        context._requests[0] = SEQUENCE
+        handler.handle(data, context)
+        assert context.request_ids == expected
+    assert [request_id for request_id, _, _ in handler.service.opened] == ["b"]
+
+
+def test_a_sequence_header_over_http_is_a_header_like_any_other(module):
+    handler = handler_of(module, [Reply("a", b"answer")])
+    data, context = batch("a", headers={**HTTP, **SEQUENCE})
+    assert handler.handle(data, context) == [b"answer"]
+
+
+# --- clients that leave while they wait for a whole answer
+
+
+@pytest.fixture
+def clock(module, monkeypatch):
+    """A time that passes when the test says so."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def full_batch(headers=HTTP):
+    return batch(*"abcde"[:BATCH_SIZE], headers=headers)
+
+
+def test_when_all_places_are_taken_a_whole_answer_begins_with_its_first_token(module, clock):
+    """For only of an answer that has begun does the frontend say that its client has gone."""
+    handler = handler_of(module, [], [], [Reply("a", b"answer")])
+    seen = []
+    for generating in (set(), {"a"}, {"a"}):
+        handler.service.generating = generating
+        data, context = full_batch()
+        replies = handler.handle(data, context)
+        seen.append((context.request_ids, replies[0], stops(context)[0]))
+    assert seen == [({}, b"", None), ({0: "a"}, b"", False), ({0: "a"}, b"answer", True)]
+
+
+def test_an_answer_that_has_begun_is_continued_by_nothing_once_a_second(module, clock):
+    handler = handler_of(module)
+    handler.service.generating = set("abcde")
+    seen = []
+    for step in (0.0, PROBE_S / 2, PROBE_S / 2, PROBE_S / 2):
+        clock[0] += step
+        data, context = full_batch()
+        assert handler.handle(data, context) == [b""] * BATCH_SIZE
+        seen.append(len(context.request_ids))
+    assert seen == [BATCH_SIZE, 0, BATCH_SIZE, 0]
+    assert set(context.content_types.values()) <= {"application/json"}
+
+
+def test_while_there_are_free_places_a_whole_answer_is_sent_whole(module):
+    handler = handler_of(module, [], [Reply("a", b"answer")])
+    handler.service.generating = {"a"}
+    for expected in ({}, {0: "a"}):
+        data, context = batch("a", "b")
+        handler.handle(data, context)
+        assert context.request_ids == expected
+    assert stops(context)[0] is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-length": "2", "url_path": ""}, {"body": {"content-type": ""}}],
+    ids=["HTTP/1.0", "gRPC"],
+)
+def test_a_client_that_may_not_know_chunks_gets_a_whole_answer(module, headers):
+    handler = handler_of(module)
+    handler.service.generating = set("abcde")
+    data, context = full_batch(headers)
+    handler.handle(data, context)
+    assert context.request_ids == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(429, {0: ("retry-after", "1")}), (503, {0: ("retry-after", "1")}), (400, {})]
+)
+def test_who_is_refused_for_lack_of_capacity_is_told_when_to_come_again(module, status, expected):
+    handler = handler_of(module, [Reply("a", b"{}", status=status)])
+    data, context = batch("a")
+    handler.handle(data, context)
+    assert context.headers == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
@@ -210,8 +373,10 @@ def test_local_rank_0_leads(module, monkeypatch, local_rank, lead):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     context = Context()
     context.model_yaml_config = {"handler": {}}
-    context.system_properties = {"model_dir": "/models/llama"}
-    module.LlamaHandler().initialize(context)
+    context.system_properties = {"model_dir": "/models/llama", "batch_size": 8}
+    handler = module.LlamaHandler()
+    handler.initialize(context)
+    assert handler.batch_size == 8
     assert calls == [({"handler": {}}, {"model_dir": "/models/llama", "lead": lead})]
 
 

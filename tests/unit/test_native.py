@@ -36,6 +36,11 @@ DEFAULTS = NativeDefaults(
 )
 CHAT_DEFAULTS = NativeDefaults(mode="chat", max_new_tokens=100, temperature=0.6, top_p=0.9, top_k=7, min_p=0.0, seed=42)
 HI = [{"role": "user", "content": "Hi"}]
+OPTIONAL = (
+    *("mode", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("logprobs", "top_logprobs", "n", "timeout_s", "stream"),
+)
 
 
 def parse(defaults: NativeDefaults = DEFAULTS, **fields: Any) -> NativeRequest:
@@ -149,8 +154,15 @@ def test_saying_the_default_length_makes_it_explicit() -> None:
     assert parse(prompt="x", max_new_tokens=DEFAULTS.max_new_tokens).max_new_tokens_explicit
 
 
-def test_a_null_seed_asks_for_an_irreproducible_answer() -> None:
-    assert parse(prompt="x", seed=None).seed is None
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_null_means_that_a_field_is_not_given(name: str) -> None:
+    assert parse(prompt="x", **{name: None}) == parse(prompt="x")
+
+
+def test_of_prompt_and_dialog_the_one_that_is_null_is_not_given() -> None:
+    assert parse(prompt=None, dialog=HI) == parse(dialog=HI)
+    assert parse(prompt="x", dialog=None) == parse(prompt="x")
+    assert refusal({"prompt": None, "dialog": None}).message.startswith("prompt=null must ")
 
 
 def test_a_prompt_may_be_token_ids() -> None:
@@ -193,7 +205,6 @@ def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: 
         ({"dialog": HI, "mode": "text_completion"}, "conflicting_fields", "mode"),
         ({"prompt": "x", "mode": "Chat"}, "invalid_value", "mode"),
         ({"prompt": "x", "mode": ""}, "invalid_value", "mode"),
-        ({"prompt": "x", "mode": None}, "invalid_type", "mode"),
         ({"prompt": "x", "mode": ["chat"]}, "invalid_type", "mode"),
         ({"prompt": "x", "max_tokens": 5}, "unknown_field", "max_tokens"),
         ({"prompt": "x", "max_new_token": 5}, "unknown_field", "max_new_token"),
@@ -242,7 +253,6 @@ def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: 
         ({"prompt": "x", "max_new_tokens": 5.5}, "invalid_type", "max_new_tokens"),
         ({"prompt": "x", "max_new_tokens": 5.0}, "invalid_type", "max_new_tokens"),
         ({"prompt": "x", "max_new_tokens": True}, "invalid_type", "max_new_tokens"),
-        ({"prompt": "x", "max_new_tokens": None}, "invalid_type", "max_new_tokens"),
         ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
         ({"prompt": "x", "temperature": 2.1}, "invalid_value", "temperature"),
         ({"prompt": "x", "temperature": "hot"}, "invalid_type", "temperature"),
@@ -269,35 +279,28 @@ def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: 
         ({"prompt": "x", "min_new_tokens": 6, "max_new_tokens": 5}, "invalid_value", "min_new_tokens"),
         ({"prompt": "x", "repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
         ({"prompt": "x", "repetition_penalty": 10.1}, "invalid_value", "repetition_penalty"),
-        ({"prompt": "x", "repetition_penalty": None}, "invalid_type", "repetition_penalty"),
         ({"prompt": "x", "presence_penalty": -2.1}, "invalid_value", "presence_penalty"),
         ({"prompt": "x", "presence_penalty": "1"}, "invalid_type", "presence_penalty"),
         ({"prompt": "x", "frequency_penalty": 2.1}, "invalid_value", "frequency_penalty"),
         ({"prompt": "x", "frequency_penalty": True}, "invalid_type", "frequency_penalty"),
-        ({"prompt": "x", "logit_bias": None}, "invalid_type", "logit_bias"),
         ({"prompt": "x", "logit_bias": [[5, 1]]}, "invalid_type", "logit_bias"),
         ({"prompt": "x", "logit_bias": {"fox": 1}}, "invalid_value", "logit_bias.fox"),
         ({"prompt": "x", "logit_bias": {"7": True}}, "invalid_type", "logit_bias.7"),
         ({"prompt": "x", "stop_token_ids": 5}, "invalid_type", "stop_token_ids"),
-        ({"prompt": "x", "stop_token_ids": None}, "invalid_type", "stop_token_ids"),
         ({"prompt": "x", "stop_token_ids": [1, "2"]}, "invalid_type", "stop_token_ids[1]"),
         ({"prompt": "x", "stop_token_ids": [-1]}, "token_out_of_range", "stop_token_ids[0]"),
         ({"prompt": "x", "stop_token_ids": [5] * 65}, "invalid_value", "stop_token_ids"),
         ({"prompt": "x", "ignore_eos": 1}, "invalid_type", "ignore_eos"),
-        ({"prompt": "x", "ignore_eos": None}, "invalid_type", "ignore_eos"),
         ({"prompt": "x", "logprobs": 5}, "invalid_type", "logprobs"),
         ({"prompt": "x", "top_logprobs": 5}, "conflicting_fields", "top_logprobs"),
         ({"prompt": "x", "top_logprobs": 0, "logprobs": False}, "conflicting_fields", "top_logprobs"),
         ({"prompt": "x", "top_logprobs": 21, "logprobs": True}, "invalid_value", "top_logprobs"),
         ({"prompt": "x", "n": 0}, "invalid_value", "n"),
         ({"prompt": "x", "n": 17}, "invalid_value", "n"),
-        ({"prompt": "x", "n": None}, "invalid_type", "n"),
         ({"prompt": "x", "timeout_s": 0}, "invalid_value", "timeout_s"),
         ({"prompt": "x", "timeout_s": 3601}, "invalid_value", "timeout_s"),
-        ({"prompt": "x", "timeout_s": None}, "invalid_type", "timeout_s"),
         ({"prompt": "x", "stream": 1}, "invalid_type", "stream"),
         ({"prompt": "x", "stream": "true"}, "invalid_type", "stream"),
-        ({"prompt": "x", "stream": None}, "invalid_type", "stream"),
     ],
 )
 def test_a_bad_request_is_refused_with_code_and_param(fields: dict[str, Any], code: str, param: str) -> None:
@@ -325,6 +328,34 @@ def test_a_body_that_is_no_strict_json_is_refused(body: bytes, code: str) -> Non
 
 def test_an_openai_users_max_tokens_is_answered_with_our_name_for_it() -> None:
     assert "did you mean max_new_tokens?" in refusal({"prompt": "x", "max_tokens": 5}).message
+
+
+@pytest.mark.parametrize(
+    "fields", [{"messages": HI}, {"model": "llama", "messages": HI}, {"messages": None, "prompt": "x"}]
+)
+def test_an_openai_users_messages_are_answered_with_the_hint_at_dialog(fields: dict[str, Any]) -> None:
+    error = refusal(fields)
+    assert (error.code, error.param) == ("unknown_field", next(iter(fields)))
+    assert "send the messages as dialog" in error.message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_completion_tokens", "max_new_tokens"),
+        ("inputs", "prompt"),
+        ("system", "dialog"),
+        ("num_beams", "the fields"),
+    ],
+)
+def test_a_field_of_another_api_is_answered_with_what_to_send_here(name: str, meant: str) -> None:
+    assert meant in refusal({"prompt": "x", name: 1}).message
+
+
+def test_values_are_repeated_as_json_writes_them() -> None:
+    assert refusal({"prompt": "x", "temperature": True}).message == "temperature=true must be a number"
+    assert refusal({"prompt": "x", "mode": "poem"}).message == 'mode="poem" must be "text_completion" or "chat"'
+    assert refusal({"prompt": "x", "mode": "chat"}).message.startswith('mode="chat" contradicts prompt')
 
 
 def test_without_prompt_and_dialog_the_configured_mode_says_what_is_missing() -> None:

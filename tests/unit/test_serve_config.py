@@ -56,6 +56,15 @@ def test_a_shipped_configuration_fits_its_model(name):
     assert (engine.collective_timeout_s, engine.heartbeat_s) == (20, 2)
 
 
+@pytest.mark.parametrize("name", ["config.properties", "config.production.properties"])
+def test_what_is_shipped_for_the_frontend_keeps_every_address_on_this_host(name):
+    lines = (ROOT / "configs" / name).read_text().splitlines()
+    addresses = dict(line.split("=") for line in lines if "_address=" in line)
+    kinds = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
+    assert addresses.keys() == {f"{kind}_address" for kind in kinds}
+    assert {address.removeprefix("http://").partition(":")[0] for address in addresses.values()} == {"127.0.0.1"}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_configuration_sets_every_key_of_the_handler_with_a_comment(name):
     lines = (ROOT / name).read_text().splitlines()
@@ -178,7 +187,8 @@ def test_a_wrong_value_is_named_with_its_key(values, section, key, value):
     (values[section] if section else values)[key] = value
     (problem,) = problems_of(values)
     path = f"{section}.{key}" if section else key
-    assert problem.startswith(f"{path}={value!r}: "), problem
+    assert problem.startswith(f"{path}={json.dumps(value)}: "), problem
+    assert not any(word in problem for word in ("None", "True", "False")), problem
 
 
 @pytest.mark.parametrize("key", ["deviceType", "parallelType", "continuousBatching", "torchrun", "handler"])
@@ -294,7 +304,7 @@ def test_the_cache_can_be_sized_by_memory(values, memory):
 def test_a_cache_of_no_size_is_named(values, memory):
     values["handler"]["kv_cache_memory"] = memory
     (problem,) = problems_of(values)
-    assert problem.startswith(f"handler.kv_cache_memory={memory!r} must be bytes (6442450944, ")
+    assert problem.startswith(f"handler.kv_cache_memory={json.dumps(memory)} must be bytes (6442450944, ")
 
 
 def test_what_the_engine_is_told_is_what_the_file_says(values):

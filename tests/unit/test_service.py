@@ -15,7 +15,8 @@ from llama_tp.config import ModelArgs
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.serving import native
 from llama_tp.serving.native import NativeDefaults
-from llama_tp.serving.service import FORM, LlamaService
+from llama_tp.serving.schema import ApiError
+from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import chat_format
 from tests.tiny_model import engine_of, random_model
 from tests.unit.text_fixtures import tiny
@@ -90,7 +91,6 @@ def collect(service, *request_ids):
         assert time.monotonic() < deadline, "no end"
         for reply in service.poll(0.2):
             some = replies[reply.request_id]
-            assert reply.is_first == (not some)
             assert not (some and some[-1].is_last), "a reply after the last"
             assert reply.is_last == (reply.request_id not in service.open_ids)
             assert reply.body.endswith(b"\n") or reply.status != 200
@@ -501,12 +501,34 @@ def test_a_parsed_body_is_as_good_as_its_bytes(service):
     assert json.loads(reply.body) == ask(service, prompt=PROMPT)[1]
 
 
-def test_a_form_is_answered_with_415_and_the_remedy(service):
-    service.open("one", FORM)
+def test_a_request_that_came_in_a_way_that_cannot_be_served_is_refused_with_the_reason(service):
+    service.refuse("one", ApiError(415, "form_not_supported", "send JSON"))
     (reply,) = collect(service, "one")["one"]
-    error = json.loads(reply.body)["error"]
-    assert (reply.status, error["code"]) == (415, "form_not_supported")
-    assert "application/json" in error["message"]
+    assert (reply.status, reply.is_last) == (415, True)
+    assert json.loads(reply.body)["error"]["message"] == "send JSON"
+
+
+def test_where_no_stream_is_possible_a_stream_is_refused_and_a_whole_answer_is_not(service):
+    body = json.dumps({"prompt": PROMPT, "stream": True}).encode()
+    service.open("stream", body, can_stream=False)
+    (reply,) = collect(service, "stream")["stream"]
+    assert (reply.status, json.loads(reply.body)["error"]["code"]) == (400, "stream_not_supported")
+    assert json.loads(reply.body)["error"]["param"] == "stream"
+    service.open("whole", json.dumps({"prompt": PROMPT}).encode(), can_stream=False)
+    (reply,) = collect(service, "whole")["whole"]
+    assert reply.status == 200
+
+
+def test_a_request_generates_from_its_first_token_to_its_last_reply(service):
+    assert not service.is_generating("one")
+    open_one(service, "one", prompt=PROMPT, max_new_tokens=400)
+    assert not service.is_generating("one")
+    wait_until(lambda: service.poll(0.001) or service.is_generating("one"))
+    assert service.is_generating("one"), "it has replied before it was seen to generate"
+    collect(service, "one")
+    assert not service.is_generating("one")
+    service.open("refused", b"")
+    assert not service.is_generating("refused")
 
 
 def test_an_unknown_route_is_answered_with_404(service):
