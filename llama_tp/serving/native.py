@@ -82,6 +82,8 @@ class NativeRequest:
     """Text, or token ids of which only the upper bound is still unchecked."""
     dialog: tuple[tuple[str, str], ...] | None
     """(role, content) of each message; roles and their order are the chat format's to judge."""
+    continue_final_message: bool
+    """The answer continues the dialog's last message, which is the assistant's."""
     max_new_tokens: int
     max_new_tokens_explicit: bool
     """The request itself asked for max_new_tokens: then it is a promise to keep or refuse, and not clipped."""
@@ -109,6 +111,13 @@ class NativeRequest:
     timeout_s: float | None
     stream: bool
     """One JSON line per chunk instead of one answer."""
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether the answer goes on with text of the request, rather than begin one."""
+        if self.dialog is None:
+            return True
+        return self.continue_final_message and bool(self.dialog[-1][1].strip())
 
     def sampling_params(self, *, stop_ids: frozenset[int], max_new_tokens: int) -> SamplingParams:
         """How to sample it, with the ids that end an answer by themselves and the max_new_tokens found to fit."""
@@ -193,6 +202,7 @@ class _Body(StrictModel):
     prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
     dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
     mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
+    continue_final_message: bool = False
     max_new_tokens: MaxNewTokens = ABSENT
     min_new_tokens: MinNewTokens = 0
     temperature: Temperature = ABSENT
@@ -227,6 +237,7 @@ def parse_native(body: object, defaults: NativeDefaults) -> NativeRequest:
         mode=_mode(payload, given, defaults),
         prompt=given.get("prompt"),
         dialog=given.get("dialog"),
+        continue_final_message=fields.continue_final_message,
         max_new_tokens=given.get("max_new_tokens", max(defaults.max_new_tokens, fields.min_new_tokens)),
         max_new_tokens_explicit="max_new_tokens" in given,
         min_new_tokens=fields.min_new_tokens,
@@ -273,6 +284,9 @@ def _check_pairs(given: dict[str, Any]) -> None:
     if most is not None and least > most:
         message = f"min_new_tokens={least} must be at most max_new_tokens={most}"
         raise ApiError(400, "invalid_value", message, "min_new_tokens")
+    if given.get("continue_final_message") and "dialog" not in given:
+        message = "continue_final_message=true needs a dialog; a prompt is continued anyway"
+        raise ApiError(400, "conflicting_fields", message, "continue_final_message")
     if "top_logprobs" in given and not given.get("logprobs"):
         message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
         raise ApiError(400, "conflicting_fields", message, "top_logprobs")

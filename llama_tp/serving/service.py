@@ -200,7 +200,7 @@ class LlamaService:
         self._num_started += 1
         key = f"{request_id}#{self._num_started}"
         self._id_of[key] = request_id
-        continued = prompt if request.dialog is None else []  # a completion goes on with a text, an answer begins one
+        continued = prompt if request.continues_text else []
         outputs = [_Output(self._tokenizer, request, index, continued) for index in range(request.n)]
         chunk_tokens = native.chunk_tokens(request, self._longest_token) if request.stream else max_new_tokens
         self._active[request_id] = _Active(request, key, len(prompt), outputs, chunk_tokens)
@@ -218,7 +218,8 @@ class LlamaService:
             raise ApiError(400, "chat_not_supported", f"this model cannot chat: {self._chat}", "dialog")
         try:
             dialog = [Message(role, content) for role, content in request.dialog or ()]
-            return self._chat.encode(dialog), self._chat.stop_ids
+            ids = self._chat.encode(dialog, continue_final_message=request.continue_final_message)
+            return ids, self._chat.stop_ids
         except ChatError as error:
             raise ApiError(400, error.code, str(error), error.param("dialog")) from None
 

@@ -39,7 +39,7 @@ HI = [{"role": "user", "content": "Hi"}]
 OPTIONAL = (
     *("mode", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
-    *("logprobs", "top_logprobs", "n", "timeout_s", "stream"),
+    *("logprobs", "top_logprobs", "n", "timeout_s", "stream", "continue_final_message"),
 )
 
 
@@ -79,6 +79,7 @@ def test_the_originals_sample_text_is_a_completion() -> None:
         n=1,
         timeout_s=None,
         stream=False,
+        continue_final_message=False,
     )
 
 
@@ -110,6 +111,17 @@ def test_what_a_request_says_goes_before_the_defaults() -> None:
     assert {name: getattr(request, name) for name in said} == said
     assert request.stop == ("a", "b")
     assert request.max_new_tokens_explicit
+
+
+def test_only_a_dialog_has_a_final_message_to_continue() -> None:
+    begun = [*HI, {"role": "assistant", "content": "Well"}]
+    assert parse(dialog=begun, continue_final_message=True).continues_text
+    assert not parse(dialog=begun).continues_text
+    assert parse(prompt="x").continues_text
+    with pytest.raises(ApiError) as caught:
+        parse(prompt="x", continue_final_message=True)
+    assert (caught.value.code, caught.value.param) == ("conflicting_fields", "continue_final_message")
+    assert "needs a dialog" in caught.value.message
 
 
 def test_what_a_request_leaves_open_is_the_defaults() -> None:

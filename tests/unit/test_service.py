@@ -811,3 +811,18 @@ def test_no_log_line_holds_what_a_user_sent(make_service, tokenizer, caplog):
     assert "refused" in caplog.text
     assert "failed in parsing: RuntimeError" in caplog.text
     assert "sesame" not in caplog.text
+
+
+def test_the_assistant_s_last_message_is_continued_on_request_with_the_space_that_parts_it(service, tokenizer):
+    """The oracle is a completion of the very ids that the format writes."""
+    begun = [*DIALOG, {"role": "assistant", "content": "The quick"}]
+    ids = tokenizer.encode("[INST] Where is the fox? [/INST] The quick", bos=True)
+    _, completion = ask(service, prompt=ids, max_new_tokens=8)
+    status, answer = ask(service, dialog=begun, continue_final_message=True, max_new_tokens=8)
+    assert (status, answer["text"]) == (200, completion["text"])
+    assert (
+        "".join(c["text"] for c in stream(service, dialog=begun, continue_final_message=True, max_new_tokens=8))
+        == (completion["text"])
+    )
+    assert refusal(service, dialog=begun) == (400, "invalid_role_order", "dialog[1].role")
+    assert refusal(service, dialog=DIALOG, continue_final_message=True)[:2] == (400, "cannot_continue_message")
