@@ -6,10 +6,11 @@ import logging
 import os
 import sys
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.command import run_command
+from llama_tp.command import end_in_my_own_time, run_command
 from llama_tp.threads import available_cores, bound_spinning
 
 
@@ -261,22 +262,29 @@ def package(
 def serve(
     model_store: str = "model_store",
     model_name: str = "llama",
-    port: int = 8080,
+    host: str | None = None,
+    port: int | None = None,
     run_dir: str = ".",
     properties: str | None = None,
     log_config: str | None = None,
     timeout_s: float = 1200.0,
+    foreground: bool = False,
 ) -> None:
     """Start TorchServe in the background and return when the model has generated its first token.
 
     Args:
         model_store: TorchServe's model store
         model_name: the model to serve
-        port: of the inference API; management and metrics are the next two
-        run_dir: where logs/ goes
+        host: address that the inference API listens on, 0.0.0.0 for all of this host's; by default that of the
+            properties' inference_address, else 127.0.0.1
+        port: of the inference API, by default that of the properties' inference_address, else 8080; management and
+            metrics are the next two on 127.0.0.1, unless the properties say otherwise
+        run_dir: where logs/ and, if tokens are on, key_file.json go
         properties: TorchServe's config.properties; by default one for this machine only, without tokens
         log_config: TorchServe's log4j2.xml; by default one that does not log every token
         timeout_s: give up after so many seconds
+        foreground: stay until the server ends, print what the ranks log, and end the server on SIGTERM or Ctrl-C: for
+            containers and systemd
     """
     from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.server import TorchServe
@@ -285,17 +293,23 @@ def serve(
         model_store=model_store,
         model_name=model_name,
         run_dir=run_dir,
+        host=host,
         port=port,
         properties=properties or resource(PROPERTIES),
         log_config=log_config or resource(LOG_CONFIG),
     )
+    end_in_my_own_time()
     server.start()
     try:
         server.wait_until_ready(timeout_s)
+        if server.is_open:
+            print(f"tokens are off: whoever reaches {server.listeners.inference} can use it", file=sys.stderr)
+        print(f"{model_name} is ready at {server.url}; logs are in {server.log_dir}", flush=True)
+        if foreground:
+            server.wait_until_ended()
     except BaseException:
         server.stop()
         raise
-    print(f"{model_name} is ready at {server.url}; logs are in {server.run_dir / 'logs'}")
 
 
 def stop(port: int = 8080) -> None:
@@ -304,10 +318,39 @@ def stop(port: int = 8080) -> None:
     Args:
         port: of its inference API
     """
-    from llama_tp.torchserve.server import TorchServe
+    from llama_tp.torchserve.properties import valid_port
+    from llama_tp.torchserve.server import stop_server
 
-    server = TorchServe(model_store=".", model_name="", run_dir=".", port=port, properties="", log_config="")
-    print("stopped" if server.stop() else f"no server of ours is running on port {port}")
+    valid_port(port, f"--port {port}")
+    print("stopped" if stop_server(port) else f"no server of ours is running on port {port}")
+
+
+def health(port: int = 8080, model_name: str = "llama", timeout_s: float = 30.0, wait: float = 0.0) -> None:
+    """Generate one token on the server of this host. Exit code 0 if that works, 1 if not, 2 for wrong arguments.
+
+    It finds the server, however it was started, and its tokens, which it renews when they have expired. A server that
+    is too busy to take the request, while its ranks are ready, is healthy.
+
+    Args:
+        port: of the inference API
+        model_name: the model's name in URLs
+        timeout_s: how long the token may take
+        wait: seconds to go on trying until it works, such as after `torchserve --start`
+    """
+    from llama_tp.torchserve.properties import valid_port
+    from llama_tp.torchserve.server import why_unhealthy
+
+    try:
+        valid_port(port, f"--port {port}")
+    except OSError as error:
+        print(f"llama-tp: {error}", file=sys.stderr)
+        sys.exit(2)
+    deadline = monotonic() + wait
+    while (problem := why_unhealthy(model_name, port, timeout_s)) and monotonic() < deadline:
+        sleep(0.5)
+    if problem:
+        raise OSError(f"not healthy: {problem}")
+    print(f"{model_name} on port {port} is healthy")
 
 
 def follow(config: str, model_dir: str | None = None) -> None:
@@ -471,6 +514,7 @@ def bench_serve(
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
     if not isinstance(tp, int) or tp < 1:
         raise ValueError(f"tp={tp!r} must be an integer of at least 1")
+    end_in_my_own_time()
     bench(
         Setup(
             checkpoint=checkpoint,
@@ -503,6 +547,7 @@ COMMANDS: dict[str, Any] = {
     "package": package,
     "serve": serve,
     "stop": stop,
+    "health": health,
     "follow": follow,
     "bench": {"comm": bench_comm, "engine": bench_engine, "serve": bench_serve},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | No
 
     Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the line for all.
     """
+    _print_anything()
     with _ending_at_sigterm():
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(_run(function, name))
@@ -82,6 +84,12 @@ def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
     return decorators.SetParseFns(**texts)(accept)
 
 
+def _print_anything() -> None:
+    """A character that the terminal's encoding lacks is shown as \\xe9, and does not end the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 _CLEAN_UP_S = 5.0
 """How long a command gets to clean up after SIGTERM before it is ended where it stands."""
 
@@ -100,6 +108,11 @@ def _ending_at_sigterm() -> Iterator[None]:
     finally:
         has_ended.set()
         signal.set_wakeup_fd(-1)
+
+
+def end_in_my_own_time() -> None:
+    """For a command that has to end other processes before itself, and never waits in a collective."""
+    signal.set_wakeup_fd(-1)
 
 
 def _end(_signal: int, _frame: object) -> NoReturn:

@@ -27,7 +27,10 @@ from llama_tp.bench.load import Load, Slo, context_of, describe, summarize, tabl
 from llama_tp.config import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
-from llama_tp.torchserve.server import ServerError, TorchServe, check_port, descendants, free_ports
+from llama_tp.torchserve.errors import ServerError
+from llama_tp.torchserve.processes import descendants
+from llama_tp.torchserve.properties import Address, check_free
+from llama_tp.torchserve.server import TorchServe, free_ports
 
 NAME = "bench"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -180,7 +183,7 @@ def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], pat
 def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
     """`llama-tp bench engine` in processes of its own; the JSON that it ends with."""
     launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={setup.tp}"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
     options = {**asdict(load), **asdict(slo), "arrivals": "poisson", "dtype": setup.dtype, "device": "cpu"}
     options |= {"max_batch_size": setup.max_batch_size, "max_batched_tokens": setup.max_batched_tokens}
     options["threads"] = setup.threads
@@ -275,7 +278,7 @@ def _free_port() -> int:
         (port,) = free_ports(1)
         try:
             for offset in range(3):
-                check_port(port + offset)
+                check_free(Address("http", "127.0.0.1", port + offset))
         except (ServerError, OverflowError):
             continue
         return port

