@@ -342,7 +342,10 @@ def health(port: int = 8080, model_name: str = "llama", timeout_s: float = 30.0,
 
     try:
         valid_port(port, f"--port {port}")
-    except OSError as error:
+        for name, seconds in (("timeout_s", timeout_s), ("wait", wait)):
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+                raise ValueError(f"--{name} {seconds}: must be a number of seconds")
+    except (OSError, ValueError) as error:
         print(f"llama-tp: {error}", file=sys.stderr)
         sys.exit(2)
     deadline = monotonic() + wait

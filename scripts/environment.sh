@@ -1,6 +1,9 @@
 # Sourced by quickstart.sh and test.sh: makes .venv and installs the package into it. Needs Python 3.10 or newer and a
 # package index, nothing else.
 
+# What runs on this machine is not reached through a proxy, whatever the environment says.
+export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}" NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
+
 say() { printf '%s\n' "$*"; }
 
 fail() {

@@ -72,7 +72,8 @@ step "Converting them to a PyTorch distributed checkpoint, on 2 ranks"
 if [ -f $demo/converted_checkpoints/manifest.json ]; then
     say "  $demo/converted_checkpoints is there already"
 else
-    OMP_NUM_THREADS=1 .venv/bin/torchrun --nnodes 1 --nproc_per_node 2 scripts/convert_checkpoints.py \
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --nnodes 1 --nproc_per_node 2 --local-addr 127.0.0.1 \
+        scripts/convert_checkpoints.py \
         --original_ckpt_dir $demo/weights --tokenizer_path $demo/weights/tokenizer.json --model_parallel_size 1 \
         --save_checkpoint_dir $demo/converted_checkpoints --max_seq_len 2048 --max_batch_size 8 \
         --model_args_path $demo/model_args.json

@@ -50,7 +50,7 @@ def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: 
 
 
 def _one_host() -> dict[str, str]:
-    """Let torchrun use loopback. By default it uses the host's own name, which need not resolve, or not to an address of
+    """Let torchrun use loopback: by default it uses the host's name, which need not resolve, or not to an address of
     this host. And let it open no store for the ranks, which bring their own."""
     settings = {"PET_LOCAL_ADDR": "127.0.0.1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return {name: value for name, value in settings.items() if name not in os.environ}
