@@ -29,8 +29,7 @@ from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
 from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import descendants
-from llama_tp.torchserve.properties import Address, check_free
-from llama_tp.torchserve.server import TorchServe, free_ports
+from llama_tp.torchserve.server import TorchServe, free_port_range
 
 NAME = "bench"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -227,7 +226,7 @@ def _running(
             model_store=store,
             model_name=NAME,
             run_dir=folder,
-            port=_free_port(),
+            port=free_port_range(3),
             properties=properties,
             log_config=log_config,
         )
@@ -270,16 +269,3 @@ def model_config(setup: Setup, load: Load, max_seq_len: int) -> dict[str, Any]:
             "temperature": 0.0,
         },
     }
-
-
-def _free_port() -> int:
-    """A port that is free, as are the next two."""
-    for _ in range(100):
-        (port,) = free_ports(1)
-        try:
-            for offset in range(3):
-                check_free(Address("http", "127.0.0.1", port + offset))
-        except (ServerError, OverflowError):
-            continue
-        return port
-    raise ServerError("no three ports in a row are free")

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -18,7 +19,7 @@ from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import end_tree, environment_of, find_frontend, is_alive, reap
 from llama_tp.torchserve.programs import program
 from llama_tp.torchserve.progress import LogTail, StartupProgress
-from llama_tp.torchserve.properties import Listeners, Properties, check_free
+from llama_tp.torchserve.properties import Address, Listeners, Properties, check_free
 
 STOP_S = 20.0
 """How long TorchServe gets to end before it is killed."""
@@ -253,3 +254,14 @@ def free_ports(count: int) -> list[int]:
     finally:
         for probe in probes:
             probe.close()
+
+
+def free_port_range(count: int) -> int:
+    """The first of so many free ports in a row. ServerError if there are none."""
+    for _ in range(100):
+        (port,) = free_ports(1)
+        with suppress(ServerError, OverflowError):
+            for offset in range(count):
+                check_free(Address("http", "127.0.0.1", port + offset))
+            return port
+    raise ServerError(f"no {count} ports in a row are free")

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from llama_tp.torchserve.server import free_port_range
 from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
@@ -62,16 +63,6 @@ def variables(**changes: str) -> Iterator[dict[str, str]]:
     assert not left
 
 
-def three_ports() -> int:
-    """The first of three free ones in a row."""
-    while True:
-        (port,) = free_ports(1)
-        if port < 65000 and {port + 1, port + 2}.isdisjoint(
-            connection.laddr.port for connection in psutil.net_connections("tcp")
-        ):
-            return port
-
-
 def run(*argv: str, env: dict[str, str], cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [*LLAMA_TP, *argv]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
@@ -106,7 +97,7 @@ def open_to_the_network(processes: list[psutil.Process]) -> list[psutil.Process]
 def test_serve_does_not_mind_proxies_host_names_locales_and_temporary_folders(store: Path, tmp_path: Path) -> None:
     """Each of these ended in "not ready", or worse: in "not ready" after 20 minutes, or a healthy server that was
     stopped."""
-    port = three_ports()
+    port = free_port_range(3)
     (tmp_path / "sitecustomize.py").write_text(
         "import socket\nsocket.gethostname = socket.getfqdn = lambda *_: 'no-such-host.invalid'\n"
     )

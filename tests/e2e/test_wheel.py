@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import llama_tp
-from llama_tp.torchserve.server import ServerError, check_port
-from tests.e2e.torchserve_rig import MARK, ROOT, free_ports, processes_marked, wait_until
+from llama_tp.torchserve.server import free_port_range
+from tests.e2e.torchserve_rig import MARK, ROOT, processes_marked, wait_until
 from tests.fresh_environment import bare_variables, install_alone
 
 pytestmark = pytest.mark.e2e
@@ -92,7 +92,7 @@ def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
     config.write_text(user.llama_tp("config", "demo-cpu.yaml"))
     (user.folder / "config.properties").write_text(user.llama_tp("config", "config.properties"))
     user.llama_tp("package", config.name, "demo/converted_checkpoints", "demo/weights/tokenizer.json")
-    port = next(port for port in iter(lambda: free_ports(1)[0], None) if _are_free(port, 3))
+    port = free_port_range(3)
     user.variables[MARK] = uuid.uuid4().hex
     try:
         said = user.llama_tp("serve", f"--port={port}", "--properties=config.properties", "--timeout_s=300")
@@ -104,15 +104,6 @@ def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
         for process in processes_marked(user.variables[MARK]):
             process.kill()
     assert is_clean, "stopped, but not gone"
-
-
-def _are_free(port: int, count: int) -> bool:
-    try:
-        for one in range(port, port + count):
-            check_port(one)
-    except (ServerError, OverflowError):
-        return False
-    return True
 
 
 def _send(server: http.client.HTTPConnection, method: str, body: str) -> dict[str, Any]:

@@ -379,7 +379,9 @@ def handed_over(monkeypatch):
 
     def start_nothing(**options):
         seen.append(options)
-        return SimpleNamespace(start=lambda: None, wait_until_ready=lambda _: None, url="", run_dir=Path())
+        return SimpleNamespace(
+            start=lambda: None, wait_until_ready=lambda _: None, url="", log_dir=Path(), is_open=False
+        )
 
     monkeypatch.setattr(server, "TorchServe", start_nothing)
     monkeypatch.setattr(archive, "build_archive", lambda **options: seen.append(options))
