@@ -257,7 +257,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port_range(count: int) -> int:
-    """The first of so many free ports in a row. ServerError if there are none."""
+    """The first of `count` free ports in a row. ServerError if there are none."""
     for _ in range(100):
         (port,) = free_ports(1)
         with suppress(ServerError, OverflowError):

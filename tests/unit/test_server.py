@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from llama_tp.torchserve import environment
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, private_folder
 from llama_tp.torchserve.errors import ServerError
+from llama_tp.torchserve.processes import find_frontend, is_alive
 from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Properties, parse_properties
-from llama_tp.torchserve.server import TorchServe, why_unhealthy
+from llama_tp.torchserve.server import TorchServe, stop_server, why_unhealthy
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -326,6 +329,82 @@ def test_what_the_scripts_fetch_from_this_machine_does_not_go_through_a_proxy(fr
     frontend.answers["/models/llama"] = (200, "here")
     done = subprocess.run(["bash", "-ec", script], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "here"), done.stderr
+
+
+# --- its process
+
+
+@pytest.fixture
+def running(make, bare, tmp_path):
+    """A server that was started, with a process that sleeps in the place of Java."""
+    torchserve = tmp_path / "torchserve"
+    torchserve.write_text(f"#!/bin/sh\n{sys.executable} -c 'import time; time.sleep(60)' {FRONTEND} &\n")
+    torchserve.chmod(0o755)
+    bare.setattr("llama_tp.torchserve.server.program", lambda _: torchserve)
+    (tmp_path / "tmp").mkdir()
+    bare.setattr(environment.tempfile, "tempdir", str(tmp_path / "tmp"))
+    server = make("disable_token_authorization=true", port=free_port())
+    server.start()
+    yield server
+    server.stop()
+
+
+FRONTEND = "org.pytorch.serve.ModelServer"
+
+
+def test_a_server_is_found_and_stopped_whatever_the_temporary_folder_is_by_then(running, monkeypatch, tmp_path):
+    """ "no server of ours is running", said `stop`, while it answered."""
+    pid = running.pid
+    monkeypatch.setattr(environment.tempfile, "tempdir", "/tmp")
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert stop_server(running.port)
+    assert not is_alive(pid)
+    assert running.pid is None
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not stop_server(running.port)
+
+
+def test_a_second_server_on_the_port_is_refused_and_the_first_lives_on(running, make):
+    with pytest.raises(ServerError, match=f"on port {running.port} is running already .*stop it first"):
+        make(port=running.port).start()
+    assert is_alive(running.pid)
+
+
+def test_stop_leaves_alone_what_serve_has_not_started(tmp_path):
+    """Such as somebody's own `torchserve --start` on the same port; `health` knows it."""
+    port = free_port()
+    (tmp_path / "own.properties").write_text(f"inference_address=http://127.0.0.1:{port}\n")
+    command = [sys.executable, "-c", "import time; time.sleep(60)", FRONTEND, "-f", "own.properties"]
+    with subprocess.Popen(command, cwd=tmp_path) as other:
+        try:
+            assert wait_until(lambda: find_frontend(port) is not None)
+            found = find_frontend(port)
+            assert (found.pid, found.working_dir, found.is_ours) == (other.pid, tmp_path, False)
+            assert not stop_server(port)
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return met
+
+
+def test_in_the_foreground_the_ranks_log_is_printed_until_the_server_ends_by_itself(running, capsys):
+    running.log_file.write_text("a line of rank 0\n")
+    (running.log_dir / "console.log").write_text("Java has no memory\n\n")
+    os.kill(running.pid, signal.SIGKILL)
+    with pytest.raises(ServerError, match=r"torchserve has ended: Java has no memory; see .*console\.log"):
+        running.wait_until_ended()
+    assert capsys.readouterr().out == "a line of rank 0\n"
+
+
+def test_a_server_that_does_not_get_ready_says_why(running):
+    with pytest.raises(ServerError, match=r"not ready after 0\.3 s: .* does not answer: Connection refused; see "):
+        running.wait_until_ready(0.3)
 
 
 # --- health
