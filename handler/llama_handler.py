@@ -112,8 +112,18 @@ def end_with_frontend(agent: int) -> None:
 
 
 def quieten_torchserve() -> None:
-    """Drop what TorchServe's worker logs at every step: a line and a metric per handle(), on every rank."""
+    """Drop what TorchServe's worker logs at every step, a line and a metric per handle(), and around a refusal."""
     noise = ("skip sending response", "Backend received inference")
     logging.getLogger().addFilter(lambda record: not str(record.msg).startswith(noise))
     metrics = logging.getLogger("ts.metrics.caching_metric")
     metrics.addFilter(lambda record: "PredictionTime." not in str(record.msg))
+    logging.getLogger().addFilter(drop_refusal)
+
+
+def drop_refusal(record: logging.LogRecord) -> bool:
+    """A model that is not loaded for a reason of the user's has said it in one line, which the worker repeats with two
+    tracebacks on every rank. Those of a bug stay."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and str(error) == "500 - Unknown exception":  # what the worker makes of any reason
+        record.exc_info = None
+    return not isinstance(error, RuntimeError) or not isinstance(error.__cause__, (ValueError, OSError))

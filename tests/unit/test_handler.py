@@ -380,6 +380,34 @@ def test_local_rank_0_leads(module, monkeypatch, local_rank, lead):
     assert calls == [({"handler": {}}, {"model_dir": "/models/llama", "lead": lead})]
 
 
+def test_why_a_model_is_not_loaded_is_not_repeated_in_tracebacks_save_those_of_a_bug(module, caplog):
+    """One reason stood among 80 lines of traceback."""
+    root, metrics = logging.getLogger(), logging.getLogger("ts.metrics.caching_metric")
+    before = [list(logger.filters) for logger in (root, metrics)]
+
+    def worker(cause):
+        """As ts.model_service_worker reports what initialize() raises."""
+        try:
+            raise RuntimeError(str(cause)) from cause
+        except RuntimeError as error:
+            logging.exception("Failed to load model %s, exception %s", "llama", error)
+        try:
+            raise RuntimeError("500 - Unknown exception")
+        except RuntimeError:
+            logging.error("Backend worker process died.", exc_info=True)
+
+    try:
+        module.quieten_torchserve()
+        worker(ValueError("batchSize=9 exceeds 8"))
+        assert caplog.text.count("\n") == 1
+        assert "Backend worker process died." in caplog.text
+        caplog.clear()
+        worker(AssertionError("a bug"))
+        assert "AssertionError: a bug" in caplog.text
+    finally:
+        root.filters, metrics.filters = before
+
+
 def test_the_worker_s_line_for_every_step_is_dropped_and_no_other(module, caplog):
     root, metrics = logging.getLogger(), logging.getLogger("ts.metrics.caching_metric")
     before = [list(logger.filters) for logger in (root, metrics)]
