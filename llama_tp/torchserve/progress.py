@@ -87,5 +87,5 @@ class StartupProgress:
             self._num_deaths += 1
         for sign, stage in _STAGES:
             if sign in line:
-                again = f" (again: {self._num_deaths} ended)" if self._num_deaths else ""
+                again = f" once more, after {self._num_deaths} have ended" if self._num_deaths else ""
                 self._stage = stage + again

@@ -54,6 +54,7 @@ class TorchServe:
         self.log_config = Path(log_config).resolve()
         self.listeners: Listeners = self.properties.listeners(host, port)
         self._pid: int | None = None
+        self._is_launched = False
         self._log = LogTail(self.log_file)  # what earlier servers logged does not concern this one
         self._client = Client(
             self.listeners.inference, self.listeners.management, model_name, self.run_dir / "key_file.json"
@@ -135,8 +136,8 @@ class TorchServe:
             sleep(0.2)
 
     def stop(self) -> bool:
-        """End the server and its ranks; False if none was running. Returns when they are gone."""
-        return stop_server(self.port)
+        """End the server that was started, and its ranks; False if none is running. Returns when they are gone."""
+        return self._is_launched and stop_server(self.port)
 
     def _check(self) -> None:
         """What would make TorchServe fail, or do otherwise than it was told, in silence."""
@@ -177,6 +178,7 @@ class TorchServe:
         return "\n".join([own.text.rstrip("\n"), *added, ""])
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> None:
+        self._is_launched = True
         with open(self.log_dir / "console.log", "ab") as console:
             try:
                 done = subprocess.run(

@@ -459,6 +459,22 @@ def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoin
     assert shard.name in err
 
 
+def test_a_character_that_the_terminal_lacks_does_not_end_a_command(checkpoint, tmp_path):
+    """'ascii' codec can't encode character '\\xe8', said `serve` of its log's folder, and stopped a healthy server."""
+    import shutil
+
+    copy = shutil.copytree(checkpoint, tmp_path / "modèle")
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_tp", "verify", str(copy)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mod\\xe8le: 3 files" in done.stdout
+
+
 @pytest.mark.parametrize(
     "command",
     [[str(Path(sys.executable).with_name("llama-tp"))], [sys.executable, "-m", "llama_tp"]],

@@ -95,6 +95,19 @@ def test_host_and_port_are_those_of_the_inference_api_and_nothing_else_leaves_th
     assert server.url == "http://127.0.0.1:9000/predictions/llama"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "host", "expected"),
+    [
+        ("true", "0.0.0.0", True),
+        ("true", "127.0.0.9", False),
+        ("true", "localhost", False),
+        ("false", "0.0.0.0", False),
+    ],
+)
+def test_a_server_that_anyone_may_use_is_known_as_such(make, tokens, host, expected):
+    assert make(f"disable_token_authorization={tokens}", host=host).is_open is expected
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -366,7 +379,8 @@ def test_a_server_is_found_and_stopped_whatever_the_temporary_folder_is_by_then(
 
 def test_a_second_server_on_the_port_is_refused_and_the_first_lives_on(running, make):
     with pytest.raises(ServerError, match=f"on port {running.port} is running already .*stop it first"):
-        make(port=running.port).start()
+        (second := make(port=running.port)).start()
+    assert not second.stop()
     assert is_alive(running.pid)
 
 
@@ -565,11 +579,17 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         lines.flush()
         progress.update()
         assert progress.refusal is None
+        lines.write("Backend worker process died.\nmodel_name: llama\n")
         lines.write("2026 [INFO ] the model was not loaded: rank 1: no memory\n2026 [INFO ] Trace")
         lines.flush()
         progress.update()
     told = [line.split(" s  ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert told == ["TorchServe is starting", "the ranks are loading the model", "generating the first token"]
+    assert told == [
+        "TorchServe is starting",
+        "the ranks are loading the model",
+        "generating the first token",
+        "the ranks are loading the model once more, after 1 have ended",
+    ]
     assert progress.refusal == "rank 1: no memory"
 
 
