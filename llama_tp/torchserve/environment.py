@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import re
 import socket
@@ -82,9 +83,11 @@ def _why_unreachable(name: str) -> str | None:
 
 
 def _has_characters() -> bool:
-    """Whether the locale has more than ASCII."""
-    name = next((os.environ[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(key)), "C")
-    return name not in ("C", "POSIX")
+    """Whether the locale is there and has more than ASCII."""
+    try:
+        return locale.setlocale(locale.LC_CTYPE, "") not in ("C", "POSIX")
+    except locale.Error:  # named in the environment, but not installed: programs use C then
+        return False
 
 
 def private_folder(port: int) -> Path:

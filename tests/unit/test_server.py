@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import os
 import re
 import signal
@@ -256,20 +257,25 @@ def test_of_several_hosts_the_first_must_be_reachable_by_its_name(bare, name):
 
 
 @pytest.mark.parametrize(
-    ("locale", "expected"),
+    ("values", "expected"),
     [
         ({}, "C.UTF-8"),
         ({"LC_ALL": "C"}, "C.UTF-8"),
         ({"LANG": "POSIX"}, "C.UTF-8"),
-        ({"LC_ALL": "", "LANG": "de_DE.UTF-8"}, ""),
-        ({"LC_ALL": "fr_FR.UTF-8"}, "fr_FR.UTF-8"),
+        ({"LC_ALL": "", "LANG": "C.utf8"}, ""),
+        ({"LC_ALL": "C.utf8"}, "C.utf8"),
+        ({"LC_ALL": "xx_XX.UTF-8"}, "C.UTF-8"),  # not installed
     ],
     ids=str,
 )
-def test_the_c_locale_does_not_reach_java_which_could_not_open_paths_with_accents(bare, locale, expected):
-    for name, value in locale.items():
+def test_the_c_locale_does_not_reach_java_which_could_not_open_paths_with_accents(bare, values, expected):
+    for name, value in values.items():
         bare.setenv(name, value)
-    assert variables()["LC_ALL"] == expected
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        assert variables()["LC_ALL"] == expected
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def test_a_variable_that_would_replace_the_properties_is_refused_by_name(bare):
