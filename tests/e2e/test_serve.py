@@ -134,8 +134,8 @@ def test_serve_does_not_mind_proxies_host_names_locales_and_temporary_folders(st
 
             elsewhere = {**env, "TMPDIR": str(tmp_path)}
             assert run("health", f"--port={port}", env=elsewhere, cwd=tmp_path).returncode == 0
-            agents = open_to_the_network(processes_marked(env[MARK]))
-            assert [" ".join(agent.cmdline()).count("torchrun") for agent in agents] == [1], "its rendezvous, once"
+            (agent,) = open_to_the_network(processes_marked(env[MARK]))  # torchrun's rendezvous
+            assert any(word.endswith("/torchrun") for word in agent.cmdline())
         finally:
             stopped = run("stop", f"--port={port}", env={**env, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
         assert stopped.stdout == "stopped\n"
