@@ -83,11 +83,14 @@ def _why_unreachable(name: str) -> str | None:
 
 
 def _has_characters() -> bool:
-    """Whether the locale is there and has more than ASCII."""
+    """Whether the locale of the environment is there and has more than ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
     try:
         return locale.setlocale(locale.LC_CTYPE, "") not in ("C", "POSIX")
-    except locale.Error:  # named in the environment, but not installed: programs use C then
+    except locale.Error:  # not installed: programs use C then
         return False
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def private_folder(port: int) -> Path:

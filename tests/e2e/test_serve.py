@@ -37,7 +37,7 @@ from tests.tiny_llama2 import PASSAGE, passage_prompt
 pytestmark = pytest.mark.e2e
 
 REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3) + " ")
+REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 LLAMA_TP = [sys.executable, "-m", "llama_tp"]
 CONFIGS = ROOT / "configs"
 

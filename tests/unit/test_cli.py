@@ -472,7 +472,7 @@ def test_a_character_that_the_terminal_lacks_does_not_end_a_command(checkpoint, 
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "mod\\xe8le: 3 files" in done.stdout
+    assert "mod\\xe8le: " in done.stdout
 
 
 @pytest.mark.parametrize(

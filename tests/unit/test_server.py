@@ -272,10 +272,8 @@ def test_the_c_locale_does_not_reach_java_which_could_not_open_paths_with_accent
     for name, value in values.items():
         bare.setenv(name, value)
     before = locale.setlocale(locale.LC_CTYPE)
-    try:
-        assert variables()["LC_ALL"] == expected
-    finally:
-        locale.setlocale(locale.LC_CTYPE, before)
+    assert variables()["LC_ALL"] == expected
+    assert locale.setlocale(locale.LC_CTYPE) == before, "that of this process is as it was"
 
 
 def test_a_variable_that_would_replace_the_properties_is_refused_by_name(bare):
