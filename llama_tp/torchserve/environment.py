@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from llama_tp.parallel.interfaces import check_gloo_interfaces
+from llama_tp.threads import bound_spinning
 from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import MARK
 from llama_tp.torchserve.programs import program
@@ -43,6 +44,7 @@ def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: 
     }
     variables.setdefault("METRICS_LOCATION", str(log_dir))
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    bound_spinning(variables)
     if not _has_characters():
         variables["LC_ALL"] = "C.UTF-8"  # in the C locale Java cannot open a path that is not ASCII
     if home := java_home():

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 NUM_SLOTS = 4
 QUEUE_SIZE = 40
 PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3) + " ")
+REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0}
 PATIENCE_S = 60
 
