@@ -26,7 +26,7 @@ from gpu.device import (
 )  # fmt: skip
 from gpu.hardware import backend_name
 from gpu.report import Report
-from llama_tp.model.attention import _attend_masked_chunk
+from llama_tp.model.attention.sdpa import attend_masked_chunk
 
 Call = dict[str, Any]
 """Arguments of SDPA."""
@@ -126,7 +126,7 @@ def gqa_chunk(r: Report) -> None:
         mask = chunk_mask(tokens, length)
 
         def ours() -> Tensor:
-            return _attend_masked_chunk(q, k, v, mask)
+            return attend_masked_chunk(q, k, v, mask)
 
         def enable_gqa() -> Tensor:
             query = q.transpose(0, 1)[None]

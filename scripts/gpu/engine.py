@@ -15,7 +15,7 @@ from gpu.device import CUDA, DTYPE, MAX_ERROR, SMOKE, cudnn_attention, kernel_ti
 from gpu.models import (
     StubComm,
     agreement,
-    build_lowered,
+    build_local_model,
     copy_of,
     greedy,
     make_engine,
@@ -29,6 +29,7 @@ from gpu.report import Report
 from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Chunk, Request, SamplingParams, StepPlan
+from llama_tp.model.attention.sdpa import SdpaStep
 from llama_tp.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ class _Correctness:
     def __init__(self, name: str) -> None:
         self.name = name
         self.args = model_args(name)
-        self.reference = build_lowered(self.args, dtype=torch.float32, device=CPU)
+        self.reference = build_local_model(self.args, dtype=torch.float32, device=CPU)
         self.prompts = random_prompts([5, 37, 64, 130, 3], self.args.vocab_size)
         self.expected = greedy(self.on_cpu(), self.prompts, 12)
 
@@ -100,7 +101,7 @@ def engine(r: Report) -> None:
     args = model_args("tiny" if SMOKE else "7b")
     new, prompt, batches = (3, 20, (1, 2)) if SMOKE else (24, 512, (1, 8, 32, 128))
     limits: dict[str, Any] = {"max_seq_len": prompt + 64, "max_batch_size": batches[-1], "max_batched_tokens": 8192}
-    engine = make_engine(build_lowered(args), args.n_kv_heads, **limits)
+    engine = make_engine(build_local_model(args), args.n_kv_heads, **limits)
     r.put("cache_gb", round(engine.runner.cache.nbytes / 1e9, 2))
 
     def measure(lengths: list[int], steps: int, seconds: float) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def _decode_steps(engine: Engine, lengths: list[int], steps: int, until: float) 
     for one in undo:
         one()
     guess = engine.runner._guess
+    layout = guess.passes[0].batch.attention if guess else None
     median = {key: round(statistics.median(times[2:] or times), 3) for key, times in parts.items() if times}
     return {
         "batch": len(lengths),
@@ -161,7 +163,7 @@ def _decode_steps(engine: Engine, lengths: list[int], steps: int, until: float) 
         "tok_s": round(1e3 * len(lengths) / median["step"], 1),
         "min_step_ms": round(min(parts["step"]), 3),
         "steps": len(parts["step"]),
-        "attention calls of a layer": len(guess.passes[0][0].spans) if guess else None,
+        "attention calls of a layer": len(layout.calls) if isinstance(layout, SdpaStep) else None,
     }
 
 
@@ -198,7 +200,7 @@ def _time_calls(owner: Any, name: str, times: list[float]) -> Callable[[], None]
 def prefill(r: Report) -> None:
     """7B: one prompt at a time, by its length and the size of chunks."""
     args = model_args("tiny" if SMOKE else "7b")
-    model = build_lowered(args)
+    model = build_local_model(args)
     gemm_tflops = r.get("ceilings", "gemm_8192_tflops", 700.0)
     for budget in (512, 2048):
         for tokens in (40,) if SMOKE else (512, 2048):
@@ -238,7 +240,7 @@ def slice70b(r: Report) -> None:
     args = model_args("tiny 70b" if SMOKE else "70b")
     prompt, batches = (20, (1, 2)) if SMOKE else (512, (1, 32))
     limits: dict[str, Any] = {"max_seq_len": prompt + 64, "max_batch_size": batches[-1], "max_batched_tokens": 8192}
-    _measure_slice(r, make_engine(build_lowered(args, StubComm(8)), 1, **limits), args, prompt, batches)
+    _measure_slice(r, make_engine(build_local_model(args, StubComm(8)), 1, **limits), args, prompt, batches)
     gc.collect()
     measure_prototype(r, "70b", batches, 8)
 

@@ -24,7 +24,7 @@ from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import local_kv_heads
 from llama_tp.parallel.comm import Comm, SingleComm
-from llama_tp.parallel.lowered import FusedAttention, FusedFeedForward, RowLinear, VocabEmbedding, VocabLinear
+from llama_tp.parallel.local_modules import FusedAttention, FusedFeedForward, RowLinear, VocabEmbedding, VocabLinear
 from llama_tp.parallel.plan import num_parameters_of_rank
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -72,10 +72,10 @@ class StubComm:
         pass
 
 
-def build_lowered(
+def build_local_model(
     args: ModelArgs, comm: Comm | None = None, *, dtype: torch.dtype = DTYPE, device: torch.device = DEVICE
 ) -> Transformer:
-    """One rank's lowered model with random weights, made on the device: no checkpoint, no copy."""
+    """One rank's model of local modules with random weights, made on the device: no checkpoint, no copy."""
     comm = comm or SingleComm()
     size, dim, d = comm.size, args.dim, args.head_dim
     heads, kv_heads = args.n_heads // size, local_kv_heads(args, size)
@@ -110,8 +110,8 @@ def _set(owner: torch.nn.Module, **modules: torch.nn.Module) -> None:
 
 
 def copy_of(reference: Transformer, args: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """A lowered model on the device with the weights of one on a CPU in float32."""
-    model = build_lowered(args, dtype=dtype)
+    """A model of local modules on the device with the weights of one on a CPU in float32."""
+    model = build_local_model(args, dtype=dtype)
     for name, theirs in reference.named_modules():
         if isinstance(theirs, Linear):
             _replace(model, name, Linear(_plain_weight(theirs).to(DEVICE, dtype)))

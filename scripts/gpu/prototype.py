@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu import kernels
 from gpu.device import CUDA, DEVICE, DTYPE, SMOKE, call_us, capture, kernel_times, relative_error, sync
-from gpu.models import StubComm, build_lowered, model_args, with_roofline
+from gpu.models import StubComm, build_local_model, model_args, with_roofline
 from gpu.report import Report
 from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
@@ -108,8 +108,8 @@ def errors_against(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[s
     plan, _ = engine.scheduler.plan()
     runner = engine.runner
     for row, index, page in plan.page_updates:
-        runner.page_table.set(row, index, page)
-    pages = [runner.page_table._pages[chunk.row] for chunk in plan.chunks]
+        runner.page_table[row].set(index, page)
+    pages = [runner.page_table[chunk.row].pages for chunk in plan.chunks]
     width = max(map(len, pages))
     table, tokens, pos = (
         torch.tensor(values, dtype=torch.int32, device=DEVICE)
@@ -143,7 +143,7 @@ class _Bed:
     def __init__(self, name: str, tp: int, most: int) -> None:
         self.args: ModelArgs = model_args(("tiny" if tp == 1 else "tiny 70b") if SMOKE else name)
         self.tp = tp
-        self.model = build_lowered(self.args, StubComm(tp) if tp > 1 else None)
+        self.model = build_local_model(self.args, StubComm(tp) if tp > 1 else None)
         self.cache = KVCache(
             n_layers=self.args.n_layers,
             num_pages=most * _PAGES,

@@ -16,7 +16,7 @@ import torch
 
 import llama_tp
 from gpu.device import CUDA, DEVICE, DTYPE, SMOKE, THREADS, seconds_of
-from gpu.models import agreement, build_lowered, greedy, model_args, random_prompts, write_random_checkpoint
+from gpu.models import agreement, build_local_model, greedy, model_args, random_prompts, write_random_checkpoint
 from gpu.report import Report
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine import load as loading
@@ -125,10 +125,10 @@ def memory(r: Report) -> None:
 @contextmanager
 def _without_checkpoint(args: ModelArgs) -> Iterator[None]:
     """load_engine gets one model with random weights, which is there already."""
-    model = build_lowered(args)
+    model = build_local_model(args)
     with ExitStack() as stack:
         for owner, name, replacement in (
-            (loading, "load_model", lambda *_: model),
+            (loading, "load_model", lambda *_, **__: model),
             (loading, "resolve_dtype", lambda *_: DTYPE),
             (MemoryModel, "check", lambda *_: None),
         ):

@@ -29,7 +29,7 @@ def ranks() -> None:
     except ValueError as error:
         heard = str(error)
     emit(f"rank {rank} heard", {"after_s": round(time.monotonic() - begin, 1), "what": heard})
-    launch.leave()
+    launch.exit_rank()
 
 
 NEW_TOKENS = 24
@@ -67,7 +67,7 @@ def tp2(checkpoint: str) -> None:
         if group.comm.is_leader:
             emit(label(dtype, deterministic), tokens)
     dist.barrier()
-    launch.leave()
+    launch.exit_rank()
 
 
 def nccl() -> None:
@@ -90,4 +90,4 @@ def nccl() -> None:
     emit("all_reduce of one token's 4096, us", round(call_us(lambda: comm.all_reduce(row)), 1))
     mesh = launch.init_device_mesh(DEVICE.type, (1,), mesh_dim_names=("tp",))
     emit("mesh", str(mesh))
-    launch.leave()
+    launch.exit_rank()
