@@ -12,7 +12,6 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from llama_tp.config import ConfigError
-from llama_tp.serve_config import read_yaml
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, private_folder
 from llama_tp.torchserve.errors import ServerError
@@ -233,6 +232,8 @@ def why_unhealthy(model_name: str, port: int, timeout_s: float) -> str | None:
 
 def _num_hosts(model_dir: Path) -> int:
     """How many hosts the model is spread over. What is wrong with its configuration, the ranks will say."""
+    from llama_tp.serve_config import read_yaml  # needs pydantic, which stopping a server does not
+
     try:
         manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
         config = read_yaml(model_dir / manifest["model"]["configFile"])
