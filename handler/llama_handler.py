@@ -61,7 +61,7 @@ class LlamaHandler:
             if request_id not in self._exchanges:
                 self._open(service, batch, request_id)
         if not service.open_ids:
-            time.sleep(POLL_S)  # the frontend waits for nothing but what cannot be answered
+            time.sleep(POLL_S)  # only requests that cannot be answered are pending: do not spin
         for reply in service.poll(POLL_S):
             batch.reply(reply, self._exchanges[reply.request_id])
             if reply.is_last:
@@ -121,8 +121,8 @@ def quieten_torchserve() -> None:
 
 
 def drop_refusal(record: logging.LogRecord) -> bool:
-    """A model that is not loaded for a reason of the user's has said it in one line, which the worker repeats with two
-    tracebacks on every rank. Those of a bug stay."""
+    """A load that was refused because of user input has already logged its reason in one line: drop the worker's two
+    tracebacks per rank. Those of bugs stay."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None and str(error) == "500 - Unknown exception":  # what the worker makes of any reason
         record.exc_info = None

@@ -10,7 +10,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.command import end_in_my_own_time, run_command
+from llama_tp.command import allow_slow_shutdown, run_command
 from llama_tp.threads import available_cores, bound_spinning
 
 
@@ -35,8 +35,8 @@ def demo(output: str = "demo") -> None:
     """
     from llama_tp.checkpoint.demo import make_demo
 
-    weights, checkpoint = make_demo(output)
-    print(f"Talk to it: llama-tp chat {checkpoint} --tokenizer {weights / 'tokenizer.json'}")
+    _, checkpoint = make_demo(output)
+    print(f"Talk to it: llama-tp chat {checkpoint}")
 
 
 def convert(
@@ -112,7 +112,7 @@ def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> Non
     except ValueError as error:
         raise ValueError(f"memory={memory!r} {error}") from None
     if isinstance(size_of_memory, float):
-        raise ValueError(f"memory={memory!r} is a share of nothing; give a size such as 24GiB")
+        raise ValueError(f"memory={memory!r} must be a size such as 24GiB")
     fitting = f"tokens that fit in {memory}"
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
     for size in legal_tp_sizes(args):
@@ -234,6 +234,7 @@ def package(
     model_store: str = "model_store",
     model_name: str = "llama",
     handler: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Build the folder in the model store that TorchServe serves, with torch-model-archiver.
 
@@ -244,6 +245,7 @@ def package(
         model_store: TorchServe's model store
         model_name: the model's name in URLs
         handler: the handler file; by default llama-tp's own
+        overwrite: replace the folder even if it holds another checkpoint, which is then deleted
     """
     from llama_tp.resources import HANDLER, resource
     from llama_tp.torchserve.archive import build_archive
@@ -255,6 +257,7 @@ def package(
         tokenizer=tokenizer,
         handler=handler or resource(HANDLER),
         model_store=model_store,
+        overwrite=overwrite,
     )
     print(folder)
 
@@ -289,6 +292,10 @@ def serve(
     from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.server import TorchServe
 
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
+        raise ValueError(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
+    if not isinstance(foreground, bool):
+        raise ValueError(f"foreground={foreground!r} must be given without a value, or as True or False")
     server = TorchServe(
         model_store=model_store,
         model_name=model_name,
@@ -298,7 +305,7 @@ def serve(
         properties=properties or resource(PROPERTIES),
         log_config=log_config or resource(LOG_CONFIG),
     )
-    end_in_my_own_time()
+    allow_slow_shutdown()
     server.start()
     try:
         server.wait_until_ready(timeout_s)
@@ -465,7 +472,7 @@ def bench_comm(batch: int = 16, rounds: int = 2000) -> None:
 
 def bench_serve(
     checkpoint: str,
-    tokenizer: str,
+    tokenizer: str | None = None,
     rate: float | str = 0,
     requests: int = 200,
     concurrency: int = 0,
@@ -490,7 +497,7 @@ def bench_serve(
 
     Args:
         checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model or tokenizer.json
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         rate: requests a second; 0 or inf is all at once
         requests: of the load
         concurrency: requests at a time, the others are held back; 0 is no limit
@@ -512,16 +519,17 @@ def bench_serve(
     from llama_tp.bench.serve import Setup
     from llama_tp.bench.serve import bench_serve as bench
     from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
+    from llama_tp.text.tokenizer_files import find_tokenizer
 
     if not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
     if not isinstance(tp, int) or tp < 1:
         raise ValueError(f"tp={tp!r} must be an integer of at least 1")
-    end_in_my_own_time()
+    allow_slow_shutdown()
     bench(
         Setup(
             checkpoint=checkpoint,
-            tokenizer=tokenizer,
+            tokenizer=str(find_tokenizer(tokenizer or checkpoint)),
             max_batch_size=max_batch_size,
             max_batched_tokens=max_batched_tokens,
             tp=tp,

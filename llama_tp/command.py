@@ -21,8 +21,8 @@ from fire import decorators
 decorators.FIRE_METADATA = "__fire_metadata__"  # by its own name, --help lists it among the commands
 
 _SPEAK_S = 5.0
-"""torchrun ends all ranks as soon as one has ended: this long the others leave rank 0 to print its line and end. A rank
-that is still there afterwards is the only one with a problem, and prints its own."""
+"""torchrun ends all ranks when one exits; the others wait this long so that rank 0 can print its line and exit. A rank
+that is still running afterwards is the only one with a problem, and prints its own."""
 
 
 def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | None = None) -> NoReturn:
@@ -96,8 +96,11 @@ _CLEAN_UP_S = 5.0
 
 @contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
-    """End at SIGTERM, cleaning up as after an error, even if the main thread does not return from a collective."""
+    """End at SIGTERM, or when the terminal is closed, cleaning up as after an error; at SIGTERM even if the main thread
+    does not return from a collective."""
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _end)
     arrivals, numbers = os.pipe()
     os.set_blocking(numbers, False)
     signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
@@ -110,13 +113,13 @@ def _ending_at_sigterm() -> Iterator[None]:
         signal.set_wakeup_fd(-1)
 
 
-def end_in_my_own_time() -> None:
+def allow_slow_shutdown() -> None:
     """For a command that has to end other processes before itself, and never waits in a collective."""
     signal.set_wakeup_fd(-1)
 
 
-def _end(_signal: int, _frame: object) -> NoReturn:
-    sys.exit(_TERMINATED)
+def _end(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _end_late(arrivals: int, has_ended: threading.Event) -> None:
@@ -124,7 +127,4 @@ def _end_late(arrivals: int, has_ended: threading.Event) -> None:
     while signal.SIGTERM not in os.read(arrivals, 64):
         pass
     if not has_ended.wait(_CLEAN_UP_S):
-        os._exit(_TERMINATED)
-
-
-_TERMINATED = 128 + signal.SIGTERM
+        os._exit(128 + signal.SIGTERM)

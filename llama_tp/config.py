@@ -59,13 +59,13 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         problems = [
-            f"rope_scaling.{name}={getattr(self, name)!r} must be a number of more than 0"
+            f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number of more than 0"
             for name in ("factor", "low_freq_factor", "high_freq_factor")
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
         ]
         if not _is_int(self.original_max_seq_len) or self.original_max_seq_len < 1:
             problems.append(
-                f"rope_scaling.original_max_seq_len={self.original_max_seq_len!r} must be a positive integer"
+                f"rope_scaling.original_max_seq_len={_shown(self.original_max_seq_len)} must be a positive integer"
             )
         if not problems and self.low_freq_factor >= self.high_freq_factor:
             problems.append(
@@ -103,18 +103,18 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={getattr(self, name)!r} must be a positive integer"
+            f"{name}={_shown(getattr(self, name))} must be a positive integer"
             for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "max_batch_size")
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1
         ]
         if not _is_int(self.vocab_size) or (self.vocab_size < 1 and self.vocab_size != -1):
             problems.append(
-                f"vocab_size={self.vocab_size!r} must be a positive integer, or -1 for 'as the embedding has it'"
+                f"vocab_size={_shown(self.vocab_size)} must be a positive integer, or -1 for 'as the embedding has it'"
             )
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "ffn_hidden_dim"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                problems.append(f"{name}={value!r} must be more than 0, and finite")
+                problems.append(f"{name}={_shown(value)} must be more than 0, and finite")
         if not problems:
             if self.dim % self.n_heads:
                 problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
@@ -219,12 +219,12 @@ class ModelArgs:
         required = ("dim", "n_layers", "n_heads")
         problems += [f"key {key!r} is missing" for key in required if key not in values]
         if scaling is not None and not isinstance(scaling, Mapping):
-            problems.append(f"rope_scaling={scaling!r} must be an object")
+            problems.append(f"rope_scaling={_shown(scaling)} must be an object")
         if not isinstance(scaled, bool):
-            problems.append(f"use_scaled_rope={scaled!r} must be true or false")
+            problems.append(f"use_scaled_rope={_shown(scaled)} must be true or false")
         for key, value in values.items():
             if key in known and not _has_type(value, known[key].type):
-                problems.append(f"{key}={value!r} must be of type {known[key].type}")
+                problems.append(f"{key}={_shown(value)} must be {_KINDS[str(known[key].type).split(' | ')[0]]}")
         if problems:
             raise ConfigError(problems)
         values.setdefault("n_kv_heads", values["n_heads"])
@@ -257,7 +257,7 @@ class EngineConfig:
     prefix_cache: bool = True
     """Whether prompts that begin alike share pages."""
     deterministic: bool = False
-    """Whether a request's tokens are the same to the bit in any company and any chunks, in every dtype."""
+    """Whether a request's logits are bit-identical however it is batched and chunked, in every dtype."""
     dtype: str = "auto"
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on a device without
     instructions for it, but not with AVX2 for one or two sequences."""
@@ -349,7 +349,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
     if unknown := sorted(set(values) - known):
         raise ConfigError([f"unknown {_keys(unknown)} in rope_scaling"])
     if "factor" not in values:
-        problem = "the rotary embedding is scaled by a factor that is not given, and no model of Meta's has this shape"
+        problem = "use_scaled_rope needs a factor, and the shape is of no known model of Meta's"
         remedy = 'add "rope_scaling_factor": 8.0 is that of Llama 3.1 and 3.3, 32.0 that of Llama 3.2'
         raise ConfigError([f"{problem}; {remedy}"])
     return RopeScaling(**values)
@@ -359,6 +359,17 @@ def _keys(names: list[str]) -> str:
     """Some keys, for one line."""
     listed = ", ".join(repr(name) for name in names[:4])
     return f"key{'s' if len(names) > 1 else ''} {listed}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _shown(value: object) -> str:
+    """A value of a JSON file, as it stands there."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _is_int(value: object) -> bool:

@@ -52,7 +52,7 @@ def describe_weights(path: Path) -> str | None:
         )
     if head.startswith(b"\x80"):
         return "is a bare pickle, which is not loaded; Meta's original weights are wanted"
-    return "is no file that torch.save wrote; download it again"
+    return "was not written by torch.save; download it again"
 
 
 def describe_model_folder(folder: Path) -> str | None:
@@ -63,16 +63,16 @@ def describe_model_folder(folder: Path) -> str | None:
     if {"manifest.json", ".metadata"} <= names:
         return "is a converted checkpoint already"
     if any(re.fullmatch(r"consolidated\.\d\d\.pth", name) for name in names):
-        return "holds Meta's original weights; convert them with scripts/convert_checkpoints.py"
+        return "holds Meta's original weights; convert them with `llama-tp convert`"
     if (folder / "original" / "params.json").is_file():
         return f"is a Hugging Face repository; Meta's original weights are in {folder / 'original'}"
     if "config.json" in names:
         return (
-            "holds a Hugging Face model, which is not read; `llama-tp download` fetches Meta's original weights of the "
-            "same model"
+            "holds a Hugging Face model, which is not supported; `llama-tp download` fetches Meta's original weights of "
+            "the same model"
         )
     if any(name.endswith(".gguf") for name in names):
-        return "holds a GGUF model, which is not read; `llama-tp download` fetches Meta's original weights"
+        return "holds a GGUF model, which is not supported; `llama-tp download` fetches Meta's original weights"
     if any(name.endswith(".safetensors") for name in names):
         return "holds safetensors, which are not read; `llama-tp download` fetches Meta's original weights"
     return None

@@ -47,7 +47,7 @@ class HandlerSection(_Section):
     """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
     page_size: PositiveInt = 16
     """Tokens of one page of KV cache."""
-    kv_cache_memory: int | float | str | None = None
+    kv_cache_memory: Any = None
     """Size of a rank's KV cache: bytes ("6GiB"), or below 1 a share of what is free beside the weights. null: so much
     that max_batch_size requests can grow to max_seq_len."""
     max_waiting: PositiveInt = 1024
@@ -55,7 +55,7 @@ class HandlerSection(_Section):
     prefix_cache: bool = True
     """Whether prompts that begin alike, and the turns of a conversation, share pages."""
     deterministic: bool = False
-    """Whether an answer is the same to the token in any company, in every dtype; slower."""
+    """Whether an answer is independent of what else is in the batch, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     verify_checkpoint: Literal["always", "once", "size"] = "once"
@@ -97,7 +97,7 @@ class ModelConfig(_Section):
     batchSize: PositiveInt = 1
     """Requests in flight. TorchServe's default is 1, which would serve them one after the other."""
     maxBatchDelay: PositiveInt = 100
-    """Milliseconds that the first of several requests waits for company: added to its time to first token."""
+    """Milliseconds that the first request waits for others to batch with: added to its time to first token."""
     responseTimeout: PositiveInt = 120
     """Seconds that one handle() call may take, not one request."""
     startupTimeout: PositiveInt = 120
@@ -140,7 +140,9 @@ class ModelConfig(_Section):
         size = self.torchrun.nnodes * self.torchrun.nproc_per_node
         if reason := why_illegal(args, size):
             legal = ", ".join(map(str, legal_tp_sizes(args)))
-            problems.append(f"torchrun.nproc-per-node: {size} ranks: {reason}; legal sizes for this model: {legal}")
+            problems.append(
+                f"torchrun.nproc-per-node: tensor-parallel size {size} {reason}; legal sizes for this model: {legal}"
+            )
         max_batch_size = handler.max_batch_size or args.max_batch_size
         if self.batchSize > max_batch_size:
             problems.append(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, MutableMapping
-from pathlib import Path, PurePosixPath
+from collections.abc import MutableMapping
+
+from llama_tp.control_groups import cpu_quotas
 
 log = logging.getLogger(__name__)
 
@@ -13,8 +14,6 @@ SPIN_COUNT = 1500
 """libgomp's GOMP_SPINCOUNT. By default idle threads spin for as long as OMP_NUM_THREADS does not exceed the cores, and
 with another process on these cores each parallel region waits until the scheduler has given the other one its time
 slice. A bounded spin costs 10 to 15 % when the machine is idle (measured: docs/performance.md)."""
-
-_ROOT = Path("/")
 
 
 def bound_spinning(environment: MutableMapping[str, str]) -> None:
@@ -54,36 +53,4 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
-    return max(1, int(min([cores, *_quotas()])))
-
-
-def _quotas() -> Iterator[float]:
-    """CPU quotas that apply to this process, in cores (https://docs.kernel.org/admin-guide/cgroup-v2.html, cpu.max;
-    https://docs.kernel.org/scheduler/sched-bwc.html)."""
-    try:
-        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        mounts = ["sys/fs/cgroup"] if not controllers else [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        for mount in mounts:
-            # In a container the mount may begin at the container's own group, whatever the path says.
-            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
-                quota = _quota(_ROOT / mount / group.relative_to("/"))
-                if quota is not None:
-                    yield quota
-
-
-def _quota(folder: Path) -> float | None:
-    """Of one control group, in cores; None if it has none."""
-    try:
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        return int(quota) / int(period) if quota.isdecimal() else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+    return max(1, int(min([cores, *cpu_quotas()])))

@@ -2,7 +2,9 @@
 # package index, nothing else.
 
 # What runs on this machine is not reached through a proxy, whatever the environment says.
-export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}" NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
+no_proxy=${no_proxy:-${NO_PROXY:-}} # programs read either, and the lower-case one wins
+export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
+export NO_PROXY=$no_proxy
 
 say() { printf '%s\n' "$*"; }
 

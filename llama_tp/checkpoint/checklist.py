@@ -110,7 +110,9 @@ def _read(checklist: Path) -> list[tuple[str, str]]:
         if not line.strip():
             continue
         if (match := _LINE.fullmatch(line.rstrip())) is None:
-            raise ValueError(f"{checklist}, line {number}: {line[:64]!r} is no md5 and file name; download it again")
+            raise ValueError(
+                f"{checklist}, line {number}: {line[:64]!r} is not an md5 and a file name; download it again"
+            )
         entries.append((match[2].replace("\\", "/").rsplit("/", 1)[-1], match[1].lower()))
     return entries
 

@@ -58,7 +58,7 @@ def _check_converted(checkpoint: Path, weights: Path) -> None:
         verify(checkpoint, full=False)
         found = ModelArgs.load(checkpoint / "model_args.json")
     except ValueError as error:
-        raise ValueError(f"{checkpoint} is there and not whole: {error}; {remedy}") from None
+        raise ValueError(f"{checkpoint} exists but is incomplete: {error}; {remedy}") from None
     expected = ModelArgs.load(weights / "params.json")
     chosen = ("max_seq_len", "max_batch_size", "tied_embeddings")  # by a conversion; not in params.json
     if found != replace(expected, **{name: getattr(found, name) for name in chosen}):

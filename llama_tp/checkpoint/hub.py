@@ -40,7 +40,9 @@ def download(model_name: str, revision: str | None = None, output: str = "model"
     except Exception as error:
         raise _told(error, model_name, revision) from None
     if problem := _why_incomplete(folder, listed):
-        raise ValueError(f"the download of {model_name} is not complete: {problem}; run this again, whole files stay")
+        raise ValueError(
+            f"the download of {model_name} is not complete: {problem}; run this again; finished files are kept"
+        )
     with suppress(OSError):  # then the next call needs the network, too
         _record(folder).write_text(json.dumps(listed, indent=1) + "\n")
     return str(_folder_of_weights(folder, model_name))
@@ -120,24 +122,24 @@ def _explain(error: Exception, model_name: str, revision: str | None) -> str:
     if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not is_bad_token):
         return f"{model_name} was not found: check the spelling; if it is private or gated, {_LOGIN}"
     if status == 401:
-        return f"the hub does not accept the token (401): {_LOGIN} anew"
+        return f"the hub does not accept the token (401): {_LOGIN} again"
     if status == 403:
         return (
             f"the token may not read {model_name} (403): accept the licence at {page}, and let the token read gated "
-            f"repositories at https://huggingface.co/settings/tokens, or {_LOGIN} anew ({_first(error)})"
+            f"repositories at https://huggingface.co/settings/tokens, or {_LOGIN} again ({_first(error)})"
         )
     if status == 429:
-        return f"the hub is asked too often from here (429): wait some minutes and run this again, or {_LOGIN}"
+        return f"rate-limited by the hub (429): wait a few minutes and run this again, or {_LOGIN}"
     if status is not None and status >= 500:
-        return f"the hub has a problem of its own ({status}): run this again later, whole files stay"
+        return f"the hub has a problem of its own ({status}): run this again later; finished files are kept"
     if status is not None:
         return f"the hub refused {model_name} ({status}): {_first(error)}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{model_name} is not here completely, and HF_HUB_OFFLINE forbids to ask the hub: unset it"
+        return f"{model_name} is not fully downloaded, and HF_HUB_OFFLINE is set: unset it"
     problem = f"{type(error).__name__}: {_first(error)}"
     return (
         f"cannot reach the hub for {model_name}, or the connection broke off ({problem}): check the network, then run "
-        "this again, whole files stay"
+        "this again; finished files are kept"
     )
 
 

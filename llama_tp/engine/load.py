@@ -48,13 +48,13 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     runner = agree(lambda: make_runner(config))
     if group.comm.is_leader:
         log.info(
-            "loaded in %.1f s: %d ranks, %s, %s, %d threads a rank; KV cache of %d tokens (%.1f sequences of "
+            "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; KV cache of %d tokens (%.1f sequences of "
             "max_seq_len=%d), %.0f MiB a rank%s",
             monotonic() - start,
             group.comm.size,
+            torch.get_num_threads(),
             device.type,
             str(dtype).removeprefix("torch."),
-            torch.get_num_threads(),
             config.cache_tokens,
             config.num_pages / config.pages_per_sequence,
             config.max_seq_len,

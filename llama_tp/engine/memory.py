@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llama_tp import control_groups
 from llama_tp.config import EngineConfig, ModelArgs, parse_memory
 from llama_tp.engine.request import Chunk, Request, SamplingParams, Sequence, StepPlan
 from llama_tp.engine.runner import ModelRunner
@@ -107,7 +108,8 @@ class MemoryModel:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this rank can have: of its GPU, or its share of the host's. None if the system does not tell."""
+    """Bytes that this rank can have: of its GPU, or its share of what the host and its control groups leave. None if
+    the system does not tell."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch holds in reserve is free, too
         return torch.cuda.mem_get_info(device)[0]
@@ -115,7 +117,10 @@ def free_memory(device: torch.device) -> int | None:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
+    if found is None:
+        return None
+    free = min(1024 * int(found[1]), *control_groups.free_memory(), 1 << 62)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:

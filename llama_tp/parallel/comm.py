@@ -28,7 +28,7 @@ class Comm(Protocol):
     """Whether this rank decides. Not always rank 0 (several hosts)."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, equal to the bit on each; in x's dtype or in float32. May overwrite x."""
+        """The sum over all ranks, bit-identical on each; in x's dtype or in float32. May overwrite x."""
         ...
 
     def gather(self, x: Tensor) -> Tensor | None:

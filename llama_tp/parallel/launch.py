@@ -147,10 +147,31 @@ def _host_store(size: int) -> dist.Store:
         with suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > _STALE_S:
                 old.unlink()
-    agent = os.getppid()
-    started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # a pid may be used again
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.FileStore(str(folder / f"{agent}.{started}.{restarts}"), size)
+    agent, started = _agent()
+    ids = (agent, started, os.environ.get("MASTER_PORT", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return dist.FileStore(str(folder / ".".join(map(str, ids))), size)
+
+
+def _agent() -> tuple[int, str]:
+    """The process id of the torchrun agent, and when it started, for ids are used again. It is the parent, unless ranks
+    are started by a script: the first ancestor that torchrun did not start for this group."""
+    group = _variable("self", b"TORCHELASTIC_RUN_ID")
+    pid = os.getppid()
+    while True:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        parent = int(fields[1])
+        if group is None or parent <= 1 or _variable(pid, b"TORCHELASTIC_RUN_ID") != group:
+            return pid, fields[19]
+        pid = parent
+
+
+def _variable(pid: int | str, name: bytes) -> bytes | None:
+    """NAME=VALUE in the environment that a process was started with; None if it is not there, or not to be read."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((entry for entry in entries if entry.startswith(name + b"=")), None)
 
 
 _STALE_S = 7 * 24 * 3600.0

@@ -8,7 +8,7 @@ A rank that waits looks at the counter for a few microseconds, then offers its c
 sleeps on a futex. The first is best with a core per rank, the second with fewer cores (a sleeper takes 50 us to wake on
 a virtual machine), the third lets an idle follower cost nothing.
 
-All ranks sum in rank order, so the result is equal to the bit everywhere. Stores become visible in program order
+All ranks sum in rank order, so the result is bit-identical everywhere. Stores become visible in program order
 on x86-64, which is what makes a plain counter enough; other processors use gloo.
 """
 

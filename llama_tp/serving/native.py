@@ -266,7 +266,7 @@ def _mode(payload: Mapping[str, Any], given: dict[str, Any], defaults: NativeDef
         raise ApiError(400, "conflicting_fields", "prompt and dialog are both given; send one of them", "dialog")
     if "prompt" not in given and "dialog" not in given:
         if null := next((name for name in ("prompt", "dialog") if name in payload), None):
-            message = f"{null}=null must be something to answer; send a prompt, or a dialog to chat"
+            message = f"{null} must not be null; send a prompt, or a dialog to chat"
             raise ApiError(400, "invalid_type", message, null)
         needed = "dialog" if given.get("mode", defaults.mode) == "chat" else "prompt"
         raise ApiError(400, "missing_field", f"{needed} is missing; send a prompt, or a dialog to chat", needed)

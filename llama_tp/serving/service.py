@@ -255,11 +255,11 @@ class LlamaService:
         except Exception as error:
             log.error("request %s failed in replying: %s", request_id, type(error).__name__)
             self.close(request_id)
-            failure = ApiError(500, "internal_error", "the server failed to put the answer into words")
+            failure = ApiError(500, "internal_error", "the server failed to build the response")
             return Reply(request_id, native.stream_error(failure), status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
-        """What the client gets now. The request is over if that is all. ApiError if it comes to nothing."""
+        """What the client gets now. The request is over if that is all. ApiError if it failed."""
         parts = [output.tell(active.chunk_tokens) for output in active.outputs if output.has_news]
         if not all(output.is_told for output in active.outputs):
             return Reply(request_id, native.lines(parts), is_last=False, content_type=_LINES)
@@ -275,7 +275,7 @@ class LlamaService:
 
 
 def _error_in(event: TokenEvent) -> ApiError | None:
-    """Why an output has come to nothing."""
+    """Why an output failed."""
     if event.finish_reason is FinishReason.CANCELLED:
         return ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
     if event.finish_reason is FinishReason.ERROR:

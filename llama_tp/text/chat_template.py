@@ -19,7 +19,7 @@ from llama_tp.text.tokenizer import Tokenizer
 from llama_tp.text.vocabulary import require_well_formed
 
 _CUT = "\udfff "
-"""Stands behind the message to continue: a surrogate, which no content holds, and a space, which a trim takes away."""
+"""Appended to the message to continue: a surrogate, which no content holds, and a space, which a trim takes away."""
 
 
 class JinjaFormat:

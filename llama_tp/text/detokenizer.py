@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llama_tp.text.tokenizer import Tokenizer
 
 _MAX_UNFINISHED = 3
-"""Bytes that a character can lack its last one with."""
+"""Most bytes of an incomplete UTF-8 character."""
 
 
 class Detokenizer:

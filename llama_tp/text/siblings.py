@@ -33,9 +33,9 @@ class AddedToken:
     special: bool
     """No text spells it."""
     lstrip: bool = False
-    """Takes the white space before it along."""
+    """Also consumes the white space before it."""
     rstrip: bool = False
-    """Takes the white space behind it along."""
+    """Also consumes the white space behind it."""
     single_word: bool = False
     """Is found only where no letter or digit is next to it."""
     normalized: bool = False

@@ -68,7 +68,7 @@ def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> To
     """Load a tokenizer file, or the tokenizer.json (preferred: it knows added tokens) or tokenizer.model of a folder.
 
     The kind is found from the content; the files that belong to it are looked for beside it. With the number of rows
-    of the model's embedding, added tokens beyond it are no tokens of this model, and a larger vocabulary is refused.
+    of the model's embedding, added tokens beyond it are ignored, and a larger vocabulary is refused.
     FileNotFoundError or ValueError names the path and the remedy.
     """
     file = find_tokenizer(path)

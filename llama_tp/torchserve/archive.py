@@ -8,7 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from llama_tp.config import ConfigError
+from llama_tp.checkpoint.manifest import MANIFEST
+from llama_tp.config import ConfigError, ModelArgs
 from llama_tp.serve_config import ModelConfig
 from llama_tp.text.tokenizer_files import copy_tokenizer, find_tokenizer
 from llama_tp.torchserve.programs import program
@@ -23,18 +24,20 @@ def build_archive(
     handler: str | Path,
     model_store: str | Path,
     version: str = "1.0",
+    overwrite: bool = False,
 ) -> Path:
     """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer, by default its own.
 
-    The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that
-    name is replaced once the new one is complete. ValueError or FileNotFoundError says what is wrong, before anything
-    is written.
+    The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that name is
+    replaced once the new one is complete; if it holds another checkpoint, which may be the only copy, only with
+    `overwrite`. ValueError or OSError says what is wrong, before anything is written.
     """
     config = ModelConfig.load(config_file)
     checkpoint = Path(checkpoint)
-    for path in (checkpoint / "model_args.json", Path(handler)):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
+    if not (checkpoint / "model_args.json").is_file():
+        ModelArgs.load_converted(checkpoint / "model_args.json")  # says what the folder is instead
+    if not Path(handler).is_file():
+        raise FileNotFoundError(f"{handler} does not exist")
     wanted = Path(config.handler.tokenizer_path).name
     tokenizer = find_tokenizer(tokenizer or checkpoint, preferred=wanted)
     if wanted != tokenizer.name:
@@ -49,6 +52,12 @@ def build_archive(
     if problems:
         raise ConfigError(problems)
     store = Path(model_store)
+    target = store / model_name
+    if not overwrite and _manifests(target) - _manifests(checkpoint):
+        raise FileExistsError(
+            f"{target} holds another checkpoint, which would be deleted; pass --overwrite to replace it, or another "
+            "--model_name"
+        )
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
         _run_archiver(model_name, version, handler, config_file, building)
@@ -60,11 +69,15 @@ def build_archive(
         beside.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / "model_args.json", args_path)
         copy_tokenizer(tokenizer, beside, name=wanted)
-        target = store / model_name
         if target.exists():
             target.rename(Path(building, ".old"))
         folder.rename(target)
     return target
+
+
+def _manifests(folder: Path) -> set[bytes]:
+    """The manifests of the checkpoints in a folder: equal ones are of equal weights."""
+    return {path.read_bytes() for path in folder.rglob(MANIFEST)}
 
 
 def _run_archiver(model_name: str, version: str, handler: str | Path, config_file: str | Path, export: str) -> None:

@@ -23,8 +23,9 @@ _MAX_SOCKET_PATH = 107
 _LONGEST_SOCKET = ".ts.sock.65535"
 
 
-def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: int) -> dict[str, str]:
-    """What TorchServe gets. ServerError for a variable that would break it or overrule the command line."""
+def frontend_environment(*, port: int, log_dir: Path, num_hosts: int) -> dict[str, str]:
+    """What TorchServe gets, but for its folder of temporary files. ServerError for a variable that would break it or
+    overrule the command line."""
     if "TS_CONFIG_FILE" in os.environ:
         raise ServerError(f"TS_CONFIG_FILE={os.environ['TS_CONFIG_FILE']} would replace --properties; unset it")
     try:
@@ -36,8 +37,6 @@ def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: 
         **os.environ,
         **(_one_host() if num_hosts == 1 else _several_hosts()),
         MARK: str(port),
-        "TMPDIR": str(tmp_dir),  # of torchserve's pid file
-        "TEMP": str(tmp_dir),  # Java's java.io.tmpdir, and so of the sockets to the ranks
         "LOG_LOCATION": str(log_dir),
         "PATH": os.pathsep.join(programs),
         "PYTHONIOENCODING": "utf-8",  # Java reads the ranks' output as UTF-8
@@ -45,7 +44,14 @@ def frontend_environment(*, port: int, tmp_dir: Path, log_dir: Path, num_hosts: 
     variables.setdefault("METRICS_LOCATION", str(log_dir))
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     bound_spinning(variables)
-    if not _has_characters():
+    if "OMP_NUM_THREADS" in os.environ:
+        given = os.environ["OMP_NUM_THREADS"]
+        print(
+            f"OMP_NUM_THREADS={given} does not reach the ranks: TorchServe sets it; set torchrun.OMP_NUMBER_THREADS in "
+            "model-config.yaml",
+            file=sys.stderr,
+        )
+    if not _locale_is_unicode():
         variables["LC_ALL"] = "C.UTF-8"  # in the C locale Java cannot open a path that is not ASCII
     if home := java_home():
         variables["JAVA_HOME"] = home
@@ -84,8 +90,8 @@ def _why_unreachable(name: str) -> str | None:
     return f"resolves to {', '.join(sorted(map(str, addresses)))}, not an address of this host"
 
 
-def _has_characters() -> bool:
-    """Whether the locale of the environment is there and has more than ASCII."""
+def _locale_is_unicode() -> bool:
+    """Whether the locale of the environment is installed and can encode more than ASCII."""
     before = locale.setlocale(locale.LC_CTYPE)
     try:
         return locale.setlocale(locale.LC_CTYPE, "") not in ("C", "POSIX")
@@ -107,12 +113,21 @@ def private_folder(port: int) -> Path:
         print(f"TMPDIR={folders[0].parent} is too long for sockets: TorchServe's are in {folder}", file=sys.stderr)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
     except OSError as error:
         raise ServerError(f"{folder}: {error.strerror}; TorchServe's sockets lie there (set TMPDIR)") from None
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+    if not is_private_folder(folder, port):
         raise ServerError(f"{folder} is not a private folder of yours; remove it")
     return folder
+
+
+def is_private_folder(folder: Path, port: int) -> bool:
+    """Whether this is a `private_folder`, and this user's alone."""
+    try:
+        info = folder.lstat()
+    except OSError:
+        return False
+    is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077
+    return is_ours and folder.name == f"llama_tp.{os.getuid()}.{port}"
 
 
 def java_home() -> str | None:

@@ -46,7 +46,10 @@ def find_frontend(port: int, *, ours_only: bool = False) -> Frontend | None:
 
 
 def _frontend(folder: Path) -> Frontend | None:
-    """What a folder in /proc says, if it is of a TorchServe in our network namespace: another has ports of its own."""
+    """What a folder in /proc says, if it is of a TorchServe of this user in our network namespace: another namespace
+    has ports of its own, and what another user's process says of itself may be forged."""
+    if folder.stat().st_uid != os.getuid():
+        return None
     command = folder.joinpath("cmdline").read_bytes().split(b"\0")
     if b"org.pytorch.serve.ModelServer" not in command:
         return None

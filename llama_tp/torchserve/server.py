@@ -13,7 +13,7 @@ from time import monotonic, sleep
 
 from llama_tp.config import ConfigError
 from llama_tp.torchserve.client import Client
-from llama_tp.torchserve.environment import frontend_environment, private_folder
+from llama_tp.torchserve.environment import frontend_environment, is_private_folder, private_folder
 from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import end_tree, environment_of, find_frontend, is_alive, reap
 from llama_tp.torchserve.programs import program
@@ -91,9 +91,11 @@ class TorchServe:
     def start(self) -> None:
         """Start the server; it loads the model in the background. ServerError if it cannot start."""
         self._check()
-        tmp_dir = private_folder(self.port)
         num_hosts = _num_hosts(self.model_store / self.model_name)
-        environment = frontend_environment(port=self.port, tmp_dir=tmp_dir, log_dir=self.log_dir, num_hosts=num_hosts)
+        environment = frontend_environment(port=self.port, log_dir=self.log_dir, num_hosts=num_hosts)
+        tmp_dir = str(private_folder(self.port))
+        environment["TMPDIR"] = tmp_dir  # of torchserve's pid file
+        environment["TEMP"] = tmp_dir  # Java's java.io.tmpdir, and so of the sockets to the ranks
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         config = self.log_dir / "config.properties"  # in run_dir itself may lie the one that was given
@@ -108,9 +110,10 @@ class TorchServe:
             raise
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once a token has been generated through all ranks. ServerError if that does not come to pass."""
+        """Return once a token has been generated through all ranks. ServerError on failure or timeout."""
         deadline = monotonic() + timeout_s
         progress = StartupProgress(self._log)
+        problem: str | None = "there was no time to ask"
         try:
             while monotonic() < deadline:
                 self._check_alive()
@@ -139,7 +142,7 @@ class TorchServe:
         return self._is_launched and stop_server(self.port)
 
     def _check(self) -> None:
-        """What would make TorchServe fail, or do otherwise than it was told, in silence."""
+        """Refuse what would make TorchServe fail, or silently ignore a setting."""
         if running := find_frontend(self.port, ours_only=True):
             raise ServerError(f"a server on port {self.port} is running already (process {running.pid}); stop it first")
         if not (self.model_store / self.model_name).is_dir():
@@ -210,9 +213,9 @@ def stop_server(port: int) -> bool:
     frontend = find_frontend(port, ours_only=True)
     if frontend is None:
         return False
-    tmp_dir = environment_of(frontend.pid).get("TEMP")
+    tmp_dir = Path(environment_of(frontend.pid).get("TEMP", ""))
     end_tree(frontend.pid, STOP_S)
-    if tmp_dir:
+    if is_private_folder(tmp_dir, port):
         shutil.rmtree(tmp_dir, ignore_errors=True)
     return True
 

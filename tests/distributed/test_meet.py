@@ -51,6 +51,19 @@ def test_ranks_of_one_host_listen_on_loopback_only():
         assert one["heard"] == ["127.0.0.1"]
 
 
+def test_ranks_meet_behind_scripts_that_start_them(tmp_path):
+    """Each of them waited for the others at a place of its own."""
+    script = tmp_path / "wrapper.sh"
+    script.write_text(f'#!/bin/sh\n{sys.executable} -m tests.distributed.meet_worker sockets ""\nexit $?\n')
+    script.chmod(0o755)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1", "--no-python", str(script)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=90, check=False)
+    check(done)
+    assert done.stdout.count('"heard": ["127.0.0.1"]') == 2
+
+
 def test_a_rank_that_waits_in_a_collective_ends_at_sigterm(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.distributed.meet_worker", "stuck", str(tmp_path)]

@@ -146,6 +146,17 @@ def test_an_older_folder_is_replaced_whole(job):
     assert names(job["model_store"]) == ["llama"]
 
 
+def test_another_checkpoint_is_deleted_only_on_request(job):
+    """It may be the only copy: the README has users move it there."""
+    build_archive(**job)
+    (job["checkpoint"] / "manifest.json").unlink()  # it is linked
+    (job["checkpoint"] / "manifest.json").write_text("of other weights")
+    with pytest.raises(FileExistsError, match=r"llama holds another checkpoint, .* --overwrite to replace it"):
+        build_archive(**job)
+    folder = build_archive(**job, overwrite=True)
+    assert (folder / "converted_checkpoints" / "manifest.json").read_text() == "of other weights"
+
+
 def test_a_build_that_fails_leaves_the_older_folder_as_it_was(job, monkeypatch):
     folder = build_archive(**job)
 

@@ -201,7 +201,7 @@ def test_several_problems_are_one_line_still(run, params):
     code, _, err = run("plan", params({"dim": "a", "n_layers": 1}))
     assert code == 1
     assert is_one_line(err)
-    assert "dim='a'" in err
+    assert 'dim="a"' in err
     assert "'n_heads' is missing" in err
 
 

@@ -145,7 +145,7 @@ def test_several_problems_are_said_at_once():
     params = {"dim": "64", "n_heads": 4, "vocab_size": 10, "moe": 8}
     problems = problems_of(ModelArgs.from_params, params)
     assert len(problems) == 3
-    for words in (("'moe'", "unknown"), ("'n_layers'", "missing"), ("dim='64'", "int")):
+    for words in (("'moe'", "unknown"), ("'n_layers'", "missing"), ('dim="64"', "integer")):
         assert any(all(word in problem for word in words) for problem in problems), (words, problems)
 
 
@@ -183,7 +183,7 @@ def test_several_problems_are_said_at_once():
 )
 def test_a_wrong_value_is_named_with_its_key(key, value):
     (problem,) = problems_of(ModelArgs.from_params, {**TINY, "n_kv_heads": 2, key: value})
-    assert f"{key}={value!r}" in problem
+    assert f"{key}={json.dumps(value)}" in problem
     assert "must be" in problem
 
 
@@ -276,7 +276,7 @@ def test_a_model_that_is_not_converted_is_told_from_one_that_is_not_there(tmp_pa
     """`llama-tp chat` of a folder from the hub was answered with "model_args.json does not exist"."""
     LlamaConfig().save_pretrained(tmp_path)
     (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
-    assert "holds a Hugging Face model, which is not read" in problem
+    assert "holds a Hugging Face model, which is not supported" in problem
     (tmp_path / "consolidated.00.pth").touch()
     (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
     assert "holds Meta's original weights; convert them" in problem

@@ -160,7 +160,7 @@ BROKEN = {
     "an odd name": (lambda folder: (folder / "consolidated.xx.pth").touch(), ("consolidated.xx.pth",)),
     "truncated": (_truncate, ("consolidated.01.pth", "truncated")),
     "empty": (_write_shard(b""), ("consolidated.01.pth is empty; download it again",)),
-    "garbage": (_write_shard(b"\0" * 9999), ("consolidated.01.pth is no file that torch.save wrote",)),
+    "garbage": (_write_shard(b"\0" * 9999), ("consolidated.01.pth was not written by torch.save",)),
     "a Git LFS pointer": (
         _write_shard(b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\nsize 499723\n"),
         ("consolidated.01.pth is a Git LFS pointer", "git lfs pull"),

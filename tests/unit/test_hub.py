@@ -207,7 +207,7 @@ def test_a_refusal_that_the_client_calls_a_missing_file_is_told_by_its_status(mo
 
     monkeypatch.setattr(hub_module, "_list_originals", lambda *_: {"consolidated.00.pth": 1})
     monkeypatch.setattr("huggingface_hub.snapshot_download", limited)
-    with pytest.raises(ValueError, match=r"asked too often .*\(429\)"):
+    with pytest.raises(ValueError, match=r"rate-limited by the hub \(429\)"):
         hub_module.download("meta-llama/Llama-2-7b")
 
 

@@ -91,6 +91,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     "module",
     [
         "llama_tp.config",
+        "llama_tp.control_groups",
         "llama_tp.threads",
         "llama_tp.file_kind",
         "llama_tp.serve_config",
@@ -122,7 +123,8 @@ def test_the_scheduler_has_neither_clock_nor_randomness(module):
     [
         ("llama_tp.file_kind", set()),
         ("llama_tp.config", {"llama_tp.file_kind"}),
-        ("llama_tp.threads", set()),
+        ("llama_tp.control_groups", set()),
+        ("llama_tp.threads", {"llama_tp.control_groups"}),
         ("llama_tp.model", {"llama_tp.config"}),
         ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model", "llama_tp.threads"}),
         ("llama_tp.text", {"llama_tp.file_kind"}),
@@ -133,7 +135,10 @@ def test_the_scheduler_has_neither_clock_nor_randomness(module):
         ),
         (
             "llama_tp.engine",
-            {"llama_tp.config", "llama_tp.threads", "llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"},
+            {
+                *("llama_tp.config", "llama_tp.control_groups", "llama_tp.threads"),
+                *("llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"),
+            },
         ),
     ],
 )

@@ -247,7 +247,7 @@ def test_more_requests_than_the_engine_runs_at_once_are_refused(values):
 
 def test_an_illegal_number_of_ranks_names_the_legal_ones(values):
     values["torchrun"].update({"nproc-per-node": 3, "nnodes": 2, "rdzv-endpoint": "first:29500"})
-    with pytest.raises(ConfigError, match=r"6 ranks: does not divide n_heads=4; .*: 1, 2, 4$"):
+    with pytest.raises(ConfigError, match=r"size 6 does not divide n_heads=4; .*: 1, 2, 4$"):
         ModelConfig.of({**values, "batchSize": 4}).engine_config(TINY)
 
 

@@ -21,7 +21,7 @@ from llama_tp.torchserve import environment
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, private_folder
 from llama_tp.torchserve.errors import ServerError
-from llama_tp.torchserve.processes import find_frontend, is_alive
+from llama_tp.torchserve.processes import MARK, find_frontend, is_alive
 from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Properties, parse_properties
 from llama_tp.torchserve.server import TorchServe, stop_server, why_unhealthy
@@ -220,9 +220,7 @@ def test_properties_are_read_as_java_reads_them():
 
 
 def variables(**arguments):
-    return frontend_environment(
-        **{"port": 8080, "tmp_dir": Path("/tmp/x"), "log_dir": Path("/logs"), "num_hosts": 1, **arguments}
-    )
+    return frontend_environment(**{"port": 8080, "log_dir": Path("/logs"), "num_hosts": 1, **arguments})
 
 
 @pytest.fixture
@@ -609,3 +607,36 @@ def test_a_log_that_begins_anew_is_read_from_its_beginning(tmp_path):
     log.rename(tmp_path / "model_log.1.log")
     log.write_text("three\n")
     assert list(tail.new_lines()) == ["three"]
+
+
+def test_stop_touches_neither_other_users_processes_nor_folders_that_only_a_process_names(tmp_path, monkeypatch):
+    """As root it deleted whatever folder a process of anybody's said was its TEMP."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    port = 18399
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "org.pytorch.serve.ModelServer"]
+    process = subprocess.Popen(command, env={"TEMP": str(victim), MARK: str(port)})
+    try:
+        assert wait_until(lambda: find_frontend(port, ours_only=True) is not None)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getuid", lambda: 54321)
+            assert find_frontend(port) is None
+            assert not stop_server(port)
+        assert is_alive(process.pid)
+        threading.Thread(target=process.wait).start()  # reaps it
+        assert stop_server(port)
+        assert not is_alive(process.pid)
+        assert victim.is_dir()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "True"])
+def test_a_timeout_that_is_no_time_is_refused_before_anything_starts(seconds, monkeypatch, capsys):
+    from llama_tp import cli
+
+    monkeypatch.setattr(sys, "argv", ["llama-tp", "serve", f"--timeout_s={seconds}"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "must be a number of seconds above 0" in capsys.readouterr().err

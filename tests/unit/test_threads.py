@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llama_tp import threads
+from llama_tp import control_groups, threads
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
@@ -18,7 +18,7 @@ def bare(monkeypatch, tmp_path):
     """A host of eight cores without control groups."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "_ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _pid: set(range(8)))
 
 
@@ -72,6 +72,39 @@ def files(tmp_path):
 def test_cores_are_those_of_the_affinity_and_of_every_quota(files, contents, cores):
     files(contents)
     assert threads.available_cores() == cores
+
+
+STATISTICS = "anon 1000\ninactive_file 300\ntotal_inactive_file 300\n"
+
+
+@pytest.mark.parametrize(
+    ("contents", "free"),
+    [
+        ({}, []),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, []),
+        (
+            {
+                "proc/self/cgroup": "0::/pod\n",
+                "sys/fs/cgroup/pod/memory.max": "5000\n",
+                "sys/fs/cgroup/pod/memory.current": "1300\n",
+                "sys/fs/cgroup/pod/memory.stat": STATISTICS,
+            },
+            [4000],
+        ),
+        (
+            {
+                "proc/self/cgroup": "3:memory:/docker/1f\n2:cpu:/docker/1f\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1400\n",
+                "sys/fs/cgroup/memory/memory.stat": STATISTICS,
+            },
+            [0],
+        ),
+    ],
+)
+def test_free_memory_is_what_every_limit_leaves_cached_files_aside(files, contents, free):
+    files(contents)
+    assert list(control_groups.free_memory()) == free
 
 
 @pytest.mark.parametrize(
