@@ -68,8 +68,8 @@ def describe_model_folder(folder: Path) -> str | None:
         return f"is a Hugging Face repository; Meta's original weights are in {folder / 'original'}"
     if "config.json" in names:
         return (
-            "holds a Hugging Face model, which is not supported; `llama-tp download` fetches Meta's original weights of "
-            "the same model"
+            "holds a Hugging Face model, which is not supported; `llama-tp download` fetches Meta's original weights "
+            "of the same model"
         )
     if any(name.endswith(".gguf") for name in names):
         return "holds a GGUF model, which is not supported; `llama-tp download` fetches Meta's original weights"
