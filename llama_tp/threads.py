@@ -10,10 +10,10 @@ from llama_tp.control_groups import cpu_quotas
 
 log = logging.getLogger(__name__)
 
-SPIN_COUNT = 1500
+SPIN_COUNT = 1000
 """libgomp's GOMP_SPINCOUNT. By default idle threads spin for as long as OMP_NUM_THREADS does not exceed the cores, and
 with another process on these cores each parallel region waits until the scheduler has given the other one its time
-slice. A bounded spin costs 10 to 15 % when the machine is idle (measured: docs/performance.md)."""
+slice. A bounded spin costs 8 to 15 % when the machine is idle (measured: docs/performance.md)."""
 
 
 def bound_spinning(environment: MutableMapping[str, str]) -> None:

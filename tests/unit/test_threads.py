@@ -146,7 +146,7 @@ def test_unbounded_spinning_is_said_once_there_are_threads_that_wait(monkeypatch
     threads.warn_of_spinning(1)
     assert not caplog.messages
     threads.warn_of_spinning(2)
-    assert "GOMP_SPINCOUNT=1500" in caplog.messages[0]
+    assert "GOMP_SPINCOUNT=1000" in caplog.messages[0]
 
 
 def test_the_command_bounds_the_spinning_before_openmp_is_loaded():
@@ -160,4 +160,4 @@ def test_the_command_bounds_the_spinning_before_openmp_is_loaded():
         text=True,
         check=True,
     )
-    assert "GOMP_SPINCOUNT = '1500'" in done.stderr
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
