@@ -529,7 +529,7 @@ def bench_serve(
     bench(
         Setup(
             checkpoint=checkpoint,
-            tokenizer=str(find_tokenizer(tokenizer or checkpoint)),
+            tokenizer=tokenizer or str(find_tokenizer(checkpoint)),
             max_batch_size=max_batch_size,
             max_batched_tokens=max_batched_tokens,
             tp=tp,

@@ -158,7 +158,7 @@ def test_plan_counts_the_tokens_that_a_device_has_room_for(run, params):
     code, _, err = run("plan", params(DEMO), "--memory", "0.9")
     assert code == 1
     assert is_one_line(err)
-    assert "memory='0.9' is a share of nothing" in err
+    assert "memory='0.9' must be a size such as 24GiB" in err
 
 
 def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params):

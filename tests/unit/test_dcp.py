@@ -227,7 +227,7 @@ BROKEN = {
     ),
     "Meta's originals": (
         lambda folder: (_remove_all(folder), write_meta(folder, meta_tensors())),
-        "holds Meta's original weights; convert them with scripts/convert_checkpoints.py",
+        "holds Meta's original weights; convert them with `llama-tp convert`",
     ),
     "a Hugging Face model": (
         lambda folder: (_remove_all(folder), LlamaConfig().save_pretrained(folder)),

@@ -368,7 +368,7 @@ def test_a_checkpoint_of_another_model_is_neither_taken_for_the_demo_nor_replace
 def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path, wheel):
     _, checkpoint = demo.make_demo(tmp_path / "demo")
     (checkpoint / "__0_0.distcp").unlink()
-    with pytest.raises(ValueError, match=r"not whole: .*__0_0\.distcp.*remove it") as error:
+    with pytest.raises(ValueError, match=r"exists but is incomplete: .*__0_0\.distcp.*remove it") as error:
         demo.make_demo(tmp_path / "demo")
     assert "\n" not in str(error.value)
 

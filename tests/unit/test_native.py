@@ -174,7 +174,7 @@ def test_null_means_that_a_field_is_not_given(name: str) -> None:
 def test_of_prompt_and_dialog_the_one_that_is_null_is_not_given() -> None:
     assert parse(prompt=None, dialog=HI) == parse(dialog=HI)
     assert parse(prompt="x", dialog=None) == parse(prompt="x")
-    assert refusal({"prompt": None, "dialog": None}).message.startswith("prompt=null must ")
+    assert refusal({"prompt": None, "dialog": None}).message.startswith("prompt must not be null")
 
 
 def test_a_prompt_may_be_token_ids() -> None:
