@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -91,7 +92,7 @@ def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
     config = user.folder / "model-config.yaml"
     config.write_text(user.llama_tp("config", "demo-cpu.yaml"))
     (user.folder / "config.properties").write_text(user.llama_tp("config", "config.properties"))
-    user.llama_tp("package", config.name, "demo/converted_checkpoints", "demo/weights/tokenizer.json")
+    user.llama_tp("package", config.name, "demo/converted_checkpoints")
     port = free_port_range(3)
     user.variables[MARK] = uuid.uuid4().hex
     try:
@@ -148,7 +149,7 @@ def test_nothing_of_the_clone_can_be_imported(user: User) -> None:
 
 
 def test_the_demo_answers_in_the_terminal(user: User, demo: Path) -> None:
-    options = ["--tokenizer=demo/weights/tokenizer.json", "--temperature=0", "--dtype=float32"]
+    options = ["--temperature=0", "--dtype=float32"]
     answer = user.llama_tp("chat", "demo/converted_checkpoints", *options, stdin=f"{QUESTION}\n")
     text = user.llama_tp("generate", "demo/converted_checkpoints", "The capital of France is", *options)
     assert answer == f"{ANSWER}\n"
@@ -187,6 +188,20 @@ def test_torchserve_serves_the_demo(user: User, server: http.client.HTTPConnecti
     assert (answer["text"], answer["finish_reason"]) == (ANSWER, "stop")
     answer = _send(server, "PUT", user.llama_tp("config", "requests/dialogs.txt"))  # as curl -T does
     assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_the_example_with_curl_asks_it(server: http.client.HTTPConnection) -> None:
+    url = f"http://{server.host}:{server.port}/predictions/llama"
+    done = subprocess.run(
+        [ROOT / "examples" / "request.sh", url],
+        env={**os.environ, "no_proxy": "*"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    whole, *chunks = done.stdout.splitlines()
+    assert json.loads(whole)["text"] == ANSWER
+    assert "".join(json.loads(chunk)["text"] for chunk in chunks) == " 4, 5, 6"
 
 
 def test_the_ranks_run_the_handler_and_the_library_of_the_wheel(user: User, server: http.client.HTTPConnection) -> None:
