@@ -41,7 +41,10 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         kv_heads = local_kv_heads(args, group.comm.size)
         return ModelRunner(model, config, num_kv_heads=kv_heads, dtype=dtype, device=device)
 
-    step = agree(lambda: _measure(make_runner(config_for_measuring(config)), group)) if device.type == "cuda" else 0
+    def measure() -> int:
+        return measure_step(make_runner(config_for_measuring(config)), is_leader=group.comm.is_leader)
+
+    step = agree(measure) if device.type == "cuda" else 0
     # Ranks may have different amounts of free memory, but one scheduler plans for all.
     pages = min(gather(agree(lambda: memory.num_pages(free_memory(device), step, device.type))))
     config = replace(config, cache_pages=pages)
@@ -70,7 +73,3 @@ def _prepare_cuda(device: torch.device) -> None:
     # cuDNN's attention builds a plan for every new length, 40 to 60 ms each: in decode, one for every token (measured:
     # docs/performance.md). PyTorch 2.11 prefers it on Hopper.
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _measure(runner: ModelRunner, group: Group) -> int:
-    return measure_step(runner, is_leader=group.comm.is_leader)

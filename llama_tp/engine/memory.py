@@ -124,13 +124,11 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
-    """Bytes that the largest steps take on a GPU beside weights and KV cache: measured by computing them. 0 on a CPU,
-    where the share of memory that the cache leaves free is enough. Call it on all ranks.
+    """Bytes that the largest steps take on a GPU beside weights and KV cache: measured by computing them.
+    Call it on all ranks.
 
     `runner` has a cache of `config_for_measuring`.
     """
-    if runner.device.type != "cuda":
-        return 0
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
     try:

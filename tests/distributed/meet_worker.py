@@ -30,7 +30,7 @@ def no_device(_: str) -> None:
 
 
 def kinds(_: str) -> None:
-    """Rank 1 believes that it has a GPU."""
+    """Rank 1 is told it has a GPU."""
     if RANK == 1:
         launch.resolve_device = lambda _name: launch.torch.device("cuda", 0)
     launch.join("auto")

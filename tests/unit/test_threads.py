@@ -150,7 +150,7 @@ def test_unbounded_spinning_is_said_once_there_are_threads_that_wait(monkeypatch
 
 
 def test_the_command_bounds_the_spinning_before_openmp_is_loaded():
-    """The oracle is libgomp itself, which prints the settings that it has read."""
+    """libgomp itself is the oracle: it prints the settings it has read."""
     code = "from llama_tp import cli; cli.run_command = lambda *_, **__: None; cli.main(); import torch"
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
