@@ -44,11 +44,12 @@ def bad_config(folder: str) -> None:
 
 
 def sockets(_: str) -> None:
-    """Where this rank listens once the group has formed."""
+    """Where this rank listens once the group has formed, and the interface that gloo was told to use."""
     launch.join("cpu")
     dist.barrier()
     ours = psutil.Process().net_connections("inet")
-    raise ValueError(sorted({one.laddr.ip for one in ours if one.status == psutil.CONN_LISTEN}))
+    addresses = {one.laddr.ip for one in ours if one.status == psutil.CONN_LISTEN}
+    raise ValueError([*sorted(addresses), os.environ.get("GLOO_SOCKET_IFNAME")])
 
 
 def stuck(folder: str) -> None:
