@@ -19,8 +19,8 @@ try:
     from llama_tp.serving.reply import Reply
     from llama_tp.serving.schema import ApiError
     from llama_tp.serving.service import LlamaService
-    from llama_tp.serving.start import start_service
     from llama_tp.torchserve.frontend import Batch, Exchange, Transport, body_in
+    from llama_tp.torchserve.worker import start_service
 except ImportError as problem:  # which TorchServe would report as a missing handler
     raise RuntimeError(f"llama_tp cannot be imported by the Python that runs torchserve: {problem}") from problem
 

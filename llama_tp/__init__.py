@@ -27,7 +27,7 @@ _PUBLIC = {
     "convert": "llama_tp.checkpoint.convert",
     "join": "llama_tp.parallel.launch",
     "exit_rank": "llama_tp.parallel.launch",
-    "load_engine": "llama_tp.engine.load",
+    "load_engine": "llama_tp.engine.startup",
     "load_tokenizer": "llama_tp.text.tokenizer",
 }
 

@@ -1,5 +1,5 @@
 """`python -m llama_tp`: the same as `llama-tp`, in a form that torchrun can start."""
 
-from llama_tp.cli import main
+from llama_tp.cli.main import main
 
 main()

@@ -1,7 +1,8 @@
 """What can be configured, and every check that needs more than one field.
 
 Two things live here: `ModelArgs`, the architecture as Meta's params.json names it, and `EngineConfig`, how one
-engine runs it. What a model-config.yaml may say is in `serve_config.py`. Nothing here touches a device or a tensor.
+engine runs it. What a model-config.yaml may say is in `torchserve/config.py`. Nothing here touches a device or a
+tensor.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ HEAD_BYTES = 4096
 """This much of a file tells its kind."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GGUF = b"GGUF"
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of the magic number of torch before 1.6
 
 
@@ -20,6 +21,11 @@ def read_head(path: Path) -> bytes:
     """The beginning of a file."""
     with path.open("rb") as file:
         return file.read(HEAD_BYTES)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file."""
+    return path.is_file() and read_head(path).startswith(_GGUF)
 
 
 def why_no_content(head: bytes) -> str | None:
@@ -43,7 +49,7 @@ def describe_weights(path: Path) -> str | None:
         return None
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
         return "is a safetensors file under another name; Meta's original weights are wanted"
-    if head.startswith(b"GGUF"):
+    if head.startswith(_GGUF):
         return "is a GGUF file under another name; Meta's original weights are wanted"
     if head.startswith(_LEGACY_TORCH):
         return (

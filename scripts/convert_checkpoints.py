@@ -6,7 +6,7 @@ torchrun --nnodes 1 --nproc_per_node N scripts/convert_checkpoints.py --original
 """
 
 from llama_tp.checkpoint.convert import convert
-from llama_tp.command import run_command
+from llama_tp.cli.command import run_command
 
 if __name__ == "__main__":
     run_command(convert)

@@ -1,7 +1,7 @@
 """Get the demo weights, SmolLM2-135M-Instruct: demo_weights.py --output DIR [--model_parallel_size M]."""
 
 from llama_tp.checkpoint.demo import fetch_demo
-from llama_tp.command import run_command
+from llama_tp.cli.command import run_command
 
 
 def demo_weights(output: str = "model/smollm2", model_parallel_size: int = 1) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_tp.checkpoint.fairscale import write_fairscale_shards
-from llama_tp.checkpoint.reader import MemoryReader
+from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
+from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.config import ModelArgs
 from llama_tp.text import Message, Tokenizer, chat_format, load_tokenizer
 from tests.tiny_text import make_sentencepiece_model

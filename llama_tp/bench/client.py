@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 
-from llama_tp.bench.load import Job, Recorder
+from llama_tp.bench.workload import Job, Recorder
 
 STALL_S = 120.0
 """A server that sends nobody anything for so long has failed."""

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from llama_tp.bench import client
-from llama_tp.bench.load import Load, Slo, context_of, describe, summarize, table, warm_up, workload
+from llama_tp.bench.workload import Load, Slo, context_of, describe, summarize, table, warm_up, workload
 from llama_tp.config import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
@@ -180,14 +180,14 @@ def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], pat
 
 
 def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
-    """`llama-tp bench engine` in processes of its own; the JSON that it ends with."""
+    """`llama-tp bench load` in processes of its own; the JSON that it ends with."""
     launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={setup.tp}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
-    options = {**asdict(load), **asdict(slo), "arrivals": "poisson", "dtype": setup.dtype, "device": "cpu"}
+    options = {**asdict(load), **asdict(slo), "dtype": setup.dtype, "device": "cpu"}
     options |= {"max_batch_size": setup.max_batch_size, "max_batched_tokens": setup.max_batched_tokens}
     options["threads"] = setup.threads
     names = {"ttft_ms": "slo_ttft_ms", "tpot_ms": "slo_tpot_ms"}
-    command = [sys.executable, *(launcher if setup.tp > 1 else []), "-m", "llama_tp", "bench", "engine"]
+    command = [sys.executable, *(launcher if setup.tp > 1 else []), "-m", "llama_tp", "bench", "load"]
     command += [setup.checkpoint, *(f"--{names.get(name, name)}={value}" for name, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

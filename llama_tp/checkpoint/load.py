@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from llama_tp.checkpoint import dcp
+from llama_tp.checkpoint.store import dcp
 from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.agreement import agree
 from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.launch import Group
-from llama_tp.parallel.plan import check_tp_size
+from llama_tp.parallel.sharding import check_tp_size
 
 
 def load_model(

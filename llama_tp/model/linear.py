@@ -1,4 +1,4 @@
-"""A linear layer for inference: no bias, no gradient, the weight laid out once for the device it is on.
+"""Linear layers for inference: no bias, no gradient, the weight laid out once for the device it is on.
 
 On CPUs oneDNN reorders a weight into blocks at every call unless it finds it in that layout already. Done once, at
 load, this reads a weight 2 to 4 times as fast in decode (measured: docs/performance.md).
@@ -15,19 +15,38 @@ from torch import Tensor, nn
 
 from llama_tp.model.fp32_fallback import needs_fp32, upcast
 
-_FEW = 3
-"""For so many tokens torch's kernel, which takes a time in proportion to them, is the faster one."""
+_FP32_MIN_TOKENS = 4
+"""From this many on, upcasting is faster than torch's kernel, whose time is proportional to the number of tokens."""
 _PIECE = 1 << 20
-"""Elements of a piece of a weight that becomes float32: so few that they stay in the last cache, so many that the calls
-do not count."""
+"""Elements that are upcast at a time: few enough to stay in the last-level cache, enough to make calls cheap."""
 
 
 class Linear(nn.Module):
-    """y = x W^T, where W is (out, in). Takes ownership of the weight: the caller should drop its own reference."""
+    """y = x W^T, where W is (out, in), in whatever format a subclass holds W."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weight takes in memory."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """W as a plain matrix: for tools and tests, not for a step."""
+        raise NotImplementedError
+
+
+class DenseLinear(Linear):
+    """Takes ownership of the weight: the caller should drop its own reference."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(*weight.shape)
         self._in_pieces = needs_fp32(weight)
         self._packed = not self._in_pieces and _can_pack(weight)
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
@@ -35,12 +54,21 @@ class Linear(nn.Module):
             torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if self._packed else weight.detach()
         )
 
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.nbytes
+
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         if self._in_pieces:
             return _multiply_in_pieces(x, self._weight)
         return F.linear(x, self._weight)
+
+    def dense_weight(self) -> Tensor:
+        # A packed weight can be read only by multiplying with it: each element is multiplied by 1 and added to zeros.
+        identity = torch.eye(self.in_features, dtype=self._weight.dtype)
+        return self(identity).t().contiguous() if self._packed else self._weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={self._packed}"
@@ -59,7 +87,7 @@ def _multiply_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for x (T, in), added up in float32."""
     if x.size(0) == 1:
         return torch.mv(weight, x[0]).unsqueeze(0)
-    if x.size(0) <= _FEW:
+    if x.size(0) < _FP32_MIN_TOKENS:
         return F.linear(x, weight)
     num_out, num_in = weight.shape
     columns = x.float().t()

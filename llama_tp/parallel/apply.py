@@ -16,19 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
+from llama_tp.model.weights import DENSE, WeightFormat
 from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.local_modules import (
     FusedAttention,
     FusedFeedForward,
-    Linear,
     RowLinear,
     VocabEmbedding,
     VocabLinear,
 )
-from llama_tp.parallel.plan import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size
+from llama_tp.parallel.sharding import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size, local_kv_heads
 
 
 class ReplicatedHeads(ParallelStyle):
@@ -79,10 +78,11 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 @torch.no_grad()
-def localize(model: Transformer, comm: Comm) -> Transformer:
+def localize(model: Transformer, comm: Comm, weight_format: WeightFormat = DENSE) -> Transformer:
     """Replace, in place, every sharded module by one on plain local tensors. The logits then reach the leader only.
 
-    wq|wk|wv and w1|w3 are fused along their local output dim. The originals are freed layer by layer.
+    wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. The originals
+    are freed layer by layer.
     """
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
@@ -90,31 +90,28 @@ def localize(model: Transformer, comm: Comm) -> Transformer:
         assert isinstance(attention, Attention)
         assert isinstance(feed_forward, FeedForward)
         block.attention = FusedAttention(
-            wqkv=Linear(torch.cat([_take(w) for w in (attention.wq, attention.wk, attention.wv)])),
-            wo=RowLinear(_take(attention.wo), comm),
+            wqkv=weight_format.linear([_take_shard(w) for w in (attention.wq, attention.wk, attention.wv)]),
+            wo=RowLinear(weight_format.linear([_take_shard(attention.wo)]), comm),
             num_kv_heads=local_kv_heads(model.args, comm.size),
             head_dim=model.args.head_dim,
         )
         block.feed_forward = FusedFeedForward(
-            w13=Linear(torch.cat([_take(w) for w in (feed_forward.w1, feed_forward.w3)])),
-            w2=RowLinear(_take(feed_forward.w2), comm),
+            w13=weight_format.linear([_take_shard(w) for w in (feed_forward.w1, feed_forward.w3)]),
+            w2=RowLinear(weight_format.linear([_take_shard(feed_forward.w2)]), comm),
         )
         block.attention_norm = _norm(block.attention_norm)  # type: ignore[assignment]
         block.ffn_norm = _norm(block.ffn_norm)  # type: ignore[assignment]
     model.norm = _norm(model.norm)  # type: ignore[assignment]
     vocab_size = model.args.vocab_size
-    embedding = _padded(_local(model.tok_embeddings.weight), -(-vocab_size // comm.size))
-    output = (
-        embedding if model.args.tied_embeddings else _padded(_local(model.output.weight), -(-vocab_size // comm.size))
-    )
+    rows = -(-vocab_size // comm.size)
+    embedding = _padded(_local(model.tok_embeddings.weight), rows)
+    if model.args.tied_embeddings:
+        output = {"weight": embedding}
+    else:
+        output = {name: _padded(part, rows) for name, part in _take_shard(model.output).items()}
     model.tok_embeddings = VocabEmbedding(embedding, comm)  # type: ignore[assignment]
-    model.output = VocabLinear(output, comm, vocab_size)  # type: ignore[assignment]
+    model.output = VocabLinear(weight_format.linear([output]), comm, vocab_size)  # type: ignore[assignment]
     return model
-
-
-def local_kv_heads(args: ModelArgs, size: int) -> int:
-    """The kv heads that live on one rank of `size`."""
-    return max(1, args.n_kv_heads // size)
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -126,11 +123,12 @@ def _norm(norm: nn.Module) -> Norm:
     return Norm(_local(norm.weight), norm.eps)
 
 
-def _take(linear: nn.Module) -> Tensor:
-    """A module's local weight; the module lets go of it."""
-    weight = _local(cast(Tensor, linear.weight))
-    del linear.weight
-    return weight
+def _take_shard(linear: nn.Module) -> dict[str, Tensor]:
+    """A layer's local parameters; the layer lets go of them."""
+    shard = {name: _local(parameter) for name, parameter in linear.named_parameters(recurse=False)}
+    for name in shard:
+        delattr(linear, name)
+    return shard
 
 
 def _padded(weight: Tensor, rows: int) -> Tensor:

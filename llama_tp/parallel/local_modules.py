@@ -16,9 +16,9 @@ from llama_tp.parallel.comm import Comm
 class RowLinear(nn.Module):
     """A linear layer whose input dim is split over the ranks: one all-reduce completes it."""
 
-    def __init__(self, weight: Tensor, comm: Comm) -> None:
+    def __init__(self, linear: Linear, comm: Comm) -> None:
         super().__init__()
-        self.linear = Linear(weight)
+        self.linear = linear
         self.comm = comm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ class VocabEmbedding(nn.Module):
 class VocabLinear(nn.Module):
     """The output projection with its rows split over the ranks: whole logits on the leader, local ones elsewhere."""
 
-    def __init__(self, weight: Tensor, comm: Comm, vocab_size: int) -> None:
+    def __init__(self, linear: Linear, comm: Comm, vocab_size: int) -> None:
         super().__init__()
-        self.linear = Linear(weight)
+        self.linear = linear
         self.comm = comm
         self.vocab_size = vocab_size
 

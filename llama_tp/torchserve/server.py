@@ -235,7 +235,7 @@ def why_unhealthy(model_name: str, port: int, timeout_s: float) -> str | None:
 
 def _num_hosts(model_dir: Path) -> int:
     """How many hosts the model is spread over. What is wrong with its configuration, the ranks will say."""
-    from llama_tp.serve_config import read_yaml  # needs pydantic, which stopping a server does not
+    from llama_tp.torchserve.config import read_yaml  # needs pydantic, which stopping a server does not
 
     try:
         manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())

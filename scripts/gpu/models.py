@@ -11,21 +11,20 @@ from torch import Tensor
 
 from gpu.device import CUDA, DEVICE, DTYPE
 from gpu.report import Report
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.layout import full_shapes
-from llama_tp.checkpoint.manifest import write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
+from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import SamplingParams
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.model.linear import Linear
+from llama_tp.model.linear import DenseLinear, Linear
 from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import local_kv_heads
+from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.comm import Comm, SingleComm
 from llama_tp.parallel.local_modules import FusedAttention, FusedFeedForward, RowLinear, VocabEmbedding, VocabLinear
-from llama_tp.parallel.plan import num_parameters_of_rank
+from llama_tp.parallel.sharding import local_kv_heads, num_parameters_of_rank
 
 _MODELS: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000},
@@ -91,15 +90,17 @@ def build_local_model(
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     for block in model.layers:
         attention = FusedAttention(
-            wqkv=Linear(weight((heads + 2 * kv_heads) * d, dim)),
-            wo=RowLinear(weight(dim, heads * d), comm),
+            wqkv=DenseLinear(weight((heads + 2 * kv_heads) * d, dim)),
+            wo=RowLinear(DenseLinear(weight(dim, heads * d)), comm),
             num_kv_heads=kv_heads,
             head_dim=d,
         )
-        feed_forward = FusedFeedForward(w13=Linear(weight(2 * hidden, dim)), w2=RowLinear(weight(dim, hidden), comm))
+        feed_forward = FusedFeedForward(
+            w13=DenseLinear(weight(2 * hidden, dim)), w2=RowLinear(DenseLinear(weight(dim, hidden)), comm)
+        )
         _set(block, attention=attention, feed_forward=feed_forward, attention_norm=norm(), ffn_norm=norm())
     embedding = VocabEmbedding(weight(vocab, dim, std=1.0), comm)
-    output = VocabLinear(weight(vocab, dim), comm, args.vocab_size)
+    output = VocabLinear(DenseLinear(weight(vocab, dim)), comm, args.vocab_size)
     _set(model, norm=norm(), tok_embeddings=embedding, output=output)
     return model
 
@@ -114,7 +115,7 @@ def copy_of(reference: Transformer, args: ModelArgs, dtype: torch.dtype) -> Tran
     model = build_local_model(args, dtype=dtype)
     for name, theirs in reference.named_modules():
         if isinstance(theirs, Linear):
-            _replace(model, name, Linear(_plain_weight(theirs).to(DEVICE, dtype)))
+            _replace(model, name, DenseLinear(theirs.dense_weight().to(DEVICE, dtype)))
         elif isinstance(theirs, VocabEmbedding):
             model.get_submodule(name).weight = theirs.weight.to(DEVICE, dtype)
         elif isinstance(theirs, Norm):
@@ -125,13 +126,6 @@ def copy_of(reference: Transformer, args: ModelArgs, dtype: torch.dtype) -> Tran
 def _replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     owner, _, attribute = name.rpartition(".")
     _set(model.get_submodule(owner), **{attribute: module})
-
-
-def _plain_weight(linear: Linear) -> Tensor:
-    """A weight that may have been packed for the CPU: what the layer makes of the identity matrix."""
-    if not linear._packed:
-        return linear._weight
-    return linear(torch.eye(linear.in_features, dtype=torch.float32)).t().contiguous()
 
 
 def make_engine(
@@ -167,7 +161,7 @@ def write_random_checkpoint(folder: Path, args: ModelArgs, dtype: torch.dtype = 
         std = 1.0 if name == "tok_embeddings.weight" else 0.02
         return torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
 
-    weights = {name: random(name, shape) for name, shape in full_shapes(args).items()}
+    weights = {name: random(name, shape) for name, shape in weight_shapes(args).items()}
     folder.mkdir(parents=True, exist_ok=True)
     files = dcp.save(MemoryReader.of(args, weights), folder)
     args.save(folder / "model_args.json")

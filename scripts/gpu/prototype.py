@@ -21,7 +21,7 @@ from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import local_kv_heads
+from llama_tp.parallel.sharding import local_kv_heads
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Prototype:
         if not CUDA:  # where weights may be packed
             return linear(x)
         if self.variant.own_gemv and x.size(0) == 1:
-            return kernels.gemv(x, linear._weight, pdl=kernels.HAS_PDL)
-        return F.linear(x, linear._weight)
+            return kernels.gemv(x, linear.dense_weight(), pdl=kernels.HAS_PDL)
+        return F.linear(x, linear.dense_weight())
 
 
 def errors_against(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,11 @@ import signal
 import sys
 
 from llama_tp.checkpoint import convert as convert_module
-from llama_tp.checkpoint.hashing_file import HashingFile
-from llama_tp.command import run_command
+from llama_tp.checkpoint.store.hashing_file import HashingFile
+from llama_tp.cli.command import run_command
 
 
-def _unreadable(*_args: object) -> None:
+def _unreadable(*_args: object, **_options: object) -> None:
     raise ValueError("consolidated.01.pth is not readable")
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     elif fault == f"a full disk on rank {rank}":
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     elif fault == f"an unreadable shard on rank {rank}":
-        convert_module.FairscaleReader = _unreadable  # type: ignore[assignment,misc]
+        convert_module.open_checkpoint = _unreadable  # type: ignore[assignment]
     run_command(convert_module.convert)
 
 

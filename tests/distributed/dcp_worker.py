@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.layout import tp_dim
+from llama_tp.checkpoint.store import dcp
 from llama_tp.parallel.launch import exit_rank
+from llama_tp.parallel.sharding import tp_dim
 from tests.tiny_checkpoint import meta_tensors
 
 

@@ -10,9 +10,10 @@ import torch
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
+from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import Group, join
+from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import random_model

@@ -7,7 +7,8 @@ import sys
 import torch
 
 from llama_tp.config import EngineConfig, ModelArgs
-from llama_tp.engine import load, runner
+from llama_tp.engine import runner
+from llama_tp.engine import startup as load
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.launch import join
 from tests.distributed.torchrun import exit_rank

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama_tp.checkpoint import dcp, hash_cache, load_verification, verify
+from llama_tp.checkpoint.store import dcp, hash_cache, load_verification, verify
 from llama_tp.parallel.agreement import gather
 from llama_tp.parallel.launch import exit_rank
 from tests.tiny_checkpoint import flip_bit, meta_tensors

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from llama_tp import command
+from llama_tp.cli import command
 from llama_tp.parallel import launch
 from llama_tp.parallel.agreement import agree
-from llama_tp.serving import start
-from llama_tp.serving.start import load_rank
+from llama_tp.torchserve import worker as start
+from llama_tp.torchserve.worker import load_rank
 from tests.e2e.torchserve_rig import CONFIG
 
 RANK = int(os.environ["RANK"])

@@ -14,10 +14,10 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
+from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.comm import GroupComm
 from llama_tp.parallel.launch import join
-from llama_tp.parallel.plan import legal_tp_sizes
+from llama_tp.parallel.sharding import legal_tp_sizes, local_kv_heads
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import MODELS, random_model

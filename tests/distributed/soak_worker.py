@@ -15,8 +15,9 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.apply import local_kv_heads, localize, parallelize
+from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.launch import join
+from llama_tp.parallel.sharding import local_kv_heads
 from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import MODELS, random_model
 

@@ -12,11 +12,11 @@ from collections import Counter
 import pytest
 import torch
 
-from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.convert import convert
-from llama_tp.checkpoint.manifest import write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
-from llama_tp.checkpoint.verify import verify
+from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.manifest import write_manifest
+from llama_tp.checkpoint.store.verify import verify
 from tests.distributed.torchrun import ROOT, check, torchrun
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.fairscale import FairscaleReader, write_fairscale_shards
-from llama_tp.checkpoint.manifest import write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.engine.request import SamplingParams
-from llama_tp.parallel.plan import legal_tp_sizes
+from llama_tp.parallel.sharding import legal_tp_sizes
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun
 from tests.tiny_model import MODELS, engine_of, random_model

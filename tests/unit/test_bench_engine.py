@@ -8,7 +8,7 @@ import pytest
 
 from llama_tp.bench import engine as bench
 from llama_tp.checkpoint.convert import convert
-from llama_tp.cli import bench_engine
+from llama_tp.cli.bench import engine as bench_engine
 from tests.tiny_checkpoint import meta_tensors, write_meta
 from tests.tiny_model import MODELS, engine_of, random_model
 from tests.tiny_text import make_sentencepiece_model

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 import llama_tp
-from llama_tp import cli, command
+from llama_tp.cli import command
+from llama_tp.cli import main as cli
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
 from tests.unit.text_fixtures import file_of
 
@@ -224,7 +225,7 @@ def test_followers_say_nothing_of_what_the_first_rank_says(run, monkeypatch):
 
 ABORTS = """
 import atexit, os, sys
-from llama_tp.command import run_command
+from llama_tp.cli.command import run_command
 
 def work(status: int = 0, full: bool = False) -> None:
     if status == 9:
@@ -268,7 +269,7 @@ def test_an_unknown_command_or_argument_is_an_error(run, params):
 )
 def test_a_prompt_reaches_the_model_as_it_was_typed(run, monkeypatch, prompt):
     """python-fire reads arguments as Python literals: 1e3 became 1000.0, and 'quoted' lost its quotes."""
-    from llama_tp import console
+    from llama_tp.cli import console
 
     asked = []
 
@@ -283,7 +284,7 @@ def test_a_prompt_reaches_the_model_as_it_was_typed(run, monkeypatch, prompt):
 
 
 def test_names_and_paths_reach_their_command_as_they_were_typed(run, monkeypatch):
-    from llama_tp import console
+    from llama_tp.cli import console
 
     seen = []
     monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append((checkpoint, options)))
@@ -504,7 +505,7 @@ def test_the_command_is_installed_and_starts_without_torch(command, argv, words,
     )
     assert done.returncode == 0
     assert words in done.stdout + done.stderr
-    assert " llama_tp.cli\n" in done.stderr
+    assert " llama_tp.cli.main\n" in done.stderr
     assert " torch\n" not in done.stderr
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from llama_tp.checkpoint import convert as convert_module
-from llama_tp.checkpoint import dcp
 from llama_tp.checkpoint.convert import convert
-from llama_tp.checkpoint.hashing_file import HashingFile
-from llama_tp.checkpoint.manifest import load_manifest
-from llama_tp.checkpoint.staging import StagedFolder
-from llama_tp.checkpoint.verify import verify
-from llama_tp.command import run_command
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.hashing_file import HashingFile
+from llama_tp.checkpoint.store.manifest import load_manifest
+from llama_tp.checkpoint.store.staging import StagedFolder
+from llama_tp.checkpoint.store.verify import verify
+from llama_tp.cli.command import run_command
 from llama_tp.config import ModelArgs
 from llama_tp.text import load_tokenizer
 from tests.tiny_checkpoint import PARAMS, flip_bit, meta_tensors, write_checklist, write_meta

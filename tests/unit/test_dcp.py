@@ -15,13 +15,14 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import LlamaConfig
 
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.layout import chunk_bounds, full_shapes, tp_dim
-from llama_tp.checkpoint.manifest import MANIFEST, write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
-from llama_tp.checkpoint.verify import verify
+from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.chunks import chunk_bounds
+from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
+from llama_tp.checkpoint.store.verify import verify
 from llama_tp.config import ModelArgs
-from llama_tp.parallel.plan import legal_tp_sizes
+from llama_tp.model.weights import weight_shapes
+from llama_tp.parallel.sharding import legal_tp_sizes, tp_dim
 from tests.tiny_checkpoint import ARGS, Evil, meta_tensors, write_meta
 
 LAYOUTS = {
@@ -43,7 +44,7 @@ def test_the_slice_of_each_rank_at_each_legal_tp_size_is_a_union_of_whole_chunks
     args = LAYOUTS[model]
     sizes = [size for size in legal_tp_sizes(args) if size <= 16]
     assert len(sizes) >= 2
-    for name, shape in full_shapes(args).items():
+    for name, shape in weight_shapes(args).items():
         chunks = chunk_bounds(args, name, shape)
         dim = tp_dim(name)
         starts = {start for start, _ in chunks} | {shape[dim or 0]}
@@ -62,7 +63,7 @@ def test_the_slice_of_each_rank_at_each_legal_tp_size_is_a_union_of_whole_chunks
 @pytest.mark.parametrize(("model", "chunks"), [("7B", 16), ("8B", 16), ("SmolLM2", 3)])
 def test_there_are_no_more_chunks_than_the_largest_tp_size_needs(model, chunks):
     args = LAYOUTS[model]
-    shapes = full_shapes(args)
+    shapes = weight_shapes(args)
     assert (
         len(chunk_bounds(args, "layers.0.feed_forward.w2.weight", shapes["layers.0.feed_forward.w2.weight"])) == chunks
     )

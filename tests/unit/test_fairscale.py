@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from llama_tp.checkpoint import dcp
-from llama_tp.checkpoint.fairscale import FairscaleReader, write_fairscale_shards
-from llama_tp.checkpoint.manifest import write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.manifest import write_manifest
 from tests.tiny_checkpoint import ARGS, PARAMS, Evil, meta_tensors, split_as_meta, write_checklist, write_meta
 
 

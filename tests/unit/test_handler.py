@@ -431,7 +431,7 @@ def test_the_worker_s_line_for_every_step_is_dropped_and_no_other(module, caplog
 
 def test_a_python_without_the_library_is_named_as_such(monkeypatch):
     """TorchServe reports an ImportError as a missing handler."""
-    monkeypatch.setitem(sys.modules, "llama_tp.serving.start", None)
+    monkeypatch.setitem(sys.modules, "llama_tp.torchserve.worker", None)
     spec = importlib.util.spec_from_file_location("llama_handler", FILE)
     with pytest.raises(RuntimeError, match="llama_tp cannot be imported by the Python that runs torchserve"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

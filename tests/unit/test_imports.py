@@ -34,8 +34,10 @@ def imports_of(module, *, also_inside_functions):
 
 
 def _module_level(tree):
-    """All statements that run when the module is imported: not those of functions."""
+    """All statements that run when the module is imported: neither those of functions nor those for type checkers."""
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
             yield from _module_level(node)
@@ -66,8 +68,8 @@ def modules_below(*prefixes):
 def test_the_walk_sees_the_library():
     """An empty walk would keep any promise."""
     assert len(MODULES) > 30
-    assert "llama_tp.engine.scheduler" in reach_of("llama_tp.serving.start")
-    assert "torch" in reach_of("llama_tp.serving.start")
+    assert "llama_tp.engine.scheduler" in reach_of("llama_tp.torchserve.worker")
+    assert "torch" in reach_of("llama_tp.torchserve.worker")
     assert "torch" in reach_of("llama_tp.model.transformer")
 
 
@@ -94,18 +96,19 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.control_groups",
         "llama_tp.threads",
         "llama_tp.file_kind",
-        "llama_tp.serve_config",
-        "llama_tp.parallel.plan",
+        "llama_tp.model.weights",
+        "llama_tp.parallel.sharding",
         "llama_tp.engine.request",
         "llama_tp.engine.block_manager",
         "llama_tp.engine.scheduler",
         "llama_tp.engine.codec",
+        "llama_tp.engine.memory",
         "llama_tp.serving.schema",
         "llama_tp.serving.native",
-        "llama_tp.cli",
-        "llama_tp.command",
         "llama_tp.resources",
-        *modules_below("llama_tp.text", "llama_tp.torchserve"),
+        *modules_below("llama_tp.text"),
+        *set(modules_below("llama_tp.torchserve")) - {"llama_tp.torchserve.worker", "llama_tp.torchserve.follower"},
+        *set(modules_below("llama_tp.cli")) - {"llama_tp.cli.console"},
     ],
 )
 def test_policy_text_and_configuration_load_without_torch(module):
@@ -118,34 +121,50 @@ def test_the_scheduler_has_neither_clock_nor_randomness(module):
     assert not names & {"time", "datetime", "random", "secrets", "os", "threading", "numpy"}
 
 
-@pytest.mark.parametrize(
-    ("package", "may_import"),
-    [
-        ("llama_tp.file_kind", set()),
-        ("llama_tp.config", {"llama_tp.file_kind"}),
-        ("llama_tp.control_groups", set()),
-        ("llama_tp.threads", {"llama_tp.control_groups"}),
-        ("llama_tp.model", {"llama_tp.config"}),
-        ("llama_tp.parallel", {"llama_tp.config", "llama_tp.model", "llama_tp.threads"}),
-        ("llama_tp.text", {"llama_tp.file_kind"}),
-        # a conversion checks that the tokenizer is the model's
-        (
-            "llama_tp.checkpoint",
-            {"llama_tp.file_kind", "llama_tp.config", "llama_tp.model", "llama_tp.parallel", "llama_tp.text"},
-        ),
-        (
-            "llama_tp.engine",
-            {
-                *("llama_tp.config", "llama_tp.control_groups", "llama_tp.threads"),
-                *("llama_tp.model", "llama_tp.parallel", "llama_tp.checkpoint"),
-            },
-        ),
-    ],
-)
-def test_a_layer_imports_only_layers_below_it(package, may_import):
-    for module in modules_below(package):
+# What each layer may import, from the lowest to the highest.
+LAYERS = {
+    "file_kind": (),
+    "control_groups": (),
+    "resources": (),
+    "config": ("file_kind",),
+    "threads": ("control_groups",),
+    "text": ("file_kind",),
+    "model": ("config",),
+    "parallel": ("config", "threads", "model"),
+    "checkpoint": ("file_kind", "config", "text", "model", "parallel"),  # a conversion checks and keeps the tokenizer
+    "engine": ("config", "control_groups", "threads", "model", "parallel", "checkpoint"),
+    "serving": ("config", "text", "engine"),
+    "torchserve": ("config", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
+    "bench": ("config", "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
+    "cli": ("config", "resources", "threads", "text", "parallel", "checkpoint", "engine", "torchserve", "bench"),
+}
+
+
+def test_every_module_is_in_a_layer():
+    assert {package_of(module) for module in MODULES} == {
+        *(f"llama_tp.{layer}" for layer in LAYERS),
+        *("llama_tp", "llama_tp.__main__"),
+    }
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_layers_below_it(layer):
+    order = list(LAYERS)
+    assert all(order.index(below) < order.index(layer) for below in LAYERS[layer])
+    may_import = {f"llama_tp.{name}" for name in (layer, *LAYERS[layer])} | {"llama_tp"}
+    for module in modules_below(f"llama_tp.{layer}"):
         imported = {package_of(name) for name in imports_of(module, also_inside_functions=True) if name in FILES}
-        assert imported <= may_import | {package, "llama_tp"}, module
+        assert imported <= may_import, module
+
+
+def test_one_module_knows_each_foreign_format():
+    """And the demo, which writes one; all others open a checkpoint of whatever format."""
+    formats = "llama_tp.checkpoint.formats."
+    for module in MODULES:
+        if module.startswith(formats) or module == "llama_tp.checkpoint.demo":
+            continue
+        found = {name for name in imports_of(module, also_inside_functions=True) if name.startswith(formats)}
+        assert found <= {formats + name for name in ("reader", "open", "checklist")}, module
 
 
 @pytest.mark.parametrize(
@@ -168,12 +187,12 @@ def test_text_api_and_engine_meet_only_where_a_service_is_made():
     for module in MODULES:
         names = imports_of(module, also_inside_functions=True)
         if any(name.startswith("llama_tp.text") for name in names) and any(
-            name.startswith(("llama_tp.engine.loop", "llama_tp.engine.engine", "llama_tp.engine.load"))
+            name.startswith(("llama_tp.engine.loop", "llama_tp.engine.engine", "llama_tp.engine.startup"))
             for name in names
         ):
             meeting.add(module)
     meeting -= set(modules_below("llama_tp.bench"))  # which measures all of it
-    assert meeting == {"llama_tp.serving.service", "llama_tp.serving.start", "llama_tp.console"}
+    assert meeting == {"llama_tp.serving.service", "llama_tp.torchserve.worker", "llama_tp.cli.console"}
 
 
 def test_the_api_knows_of_the_engine_only_the_types_that_travel():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_tp.model import fp32_fallback, linear
-from llama_tp.model.linear import Linear
+from llama_tp.model.linear import DenseLinear
 
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Half of the last place of a result: what rounding it once costs; sums are float32."""
@@ -29,7 +29,7 @@ def test_every_layout_multiplies_as_float64_does(dtype, num_tokens, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     x = torch.randn(num_tokens, shape[1]).to(dtype)
-    y = Linear(weight.clone())(x)
+    y = DenseLinear(weight.clone())(x)
     exact = x.double() @ weight.double().t()
     assert (y.dtype, y.is_contiguous()) == (dtype, True)
     size = (x.double().abs() @ weight.double().abs().t()) * 1e-6  # of the float32 sum's own rounding
@@ -39,7 +39,17 @@ def test_every_layout_multiplies_as_float64_does(dtype, num_tokens, shape):
 def test_x_may_be_a_view():
     weight = torch.randn(50, 32).bfloat16()
     wide = torch.randn(9, 64).bfloat16()
-    torch.testing.assert_close(Linear(weight)(wide[:, ::2]), Linear(weight)(wide[:, ::2].contiguous()), atol=0, rtol=0)
+    linear = DenseLinear(weight)
+    torch.testing.assert_close(linear(wide[:, ::2]), linear(wide[:, ::2].contiguous()), atol=0, rtol=0)
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
+def test_every_layout_gives_its_weight_back(dtype):
+    weight = torch.randn(50, 32).to(dtype)
+    linear = DenseLinear(weight.clone())
+    assert torch.equal(linear.dense_weight(), weight)
+    assert linear.num_bytes == weight.nbytes
 
 
 def test_upcast_copies_may_be_made_in_and_outside_of_inference_mode():

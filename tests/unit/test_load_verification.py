@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_tp.checkpoint import dcp, hash_cache, load_verification
+from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.load import load_model
-from llama_tp.checkpoint.manifest import HASH_CACHE, MANIFEST, write_manifest
-from llama_tp.checkpoint.reader import MemoryReader
-from llama_tp.checkpoint.verify import SMALL, verify
+from llama_tp.checkpoint.store import dcp, hash_cache, load_verification
+from llama_tp.checkpoint.store.manifest import HASH_CACHE, MANIFEST, write_manifest
+from llama_tp.checkpoint.store.verify import SMALL, verify
 from llama_tp.parallel.launch import join
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors
 

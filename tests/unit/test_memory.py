@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from llama_tp.config import EngineConfig, ModelArgs
-from llama_tp.engine import memory as module
-from llama_tp.engine.memory import MemoryModel, compute_largest_steps, config_for_measuring
+from llama_tp.engine import memory_probe as module
+from llama_tp.engine.memory import ITEMSIZE, MemoryModel
+from llama_tp.engine.memory_probe import compute_largest_steps, config_for_measuring
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.serve_config import ModelConfig
+from llama_tp.model.linear import Linear
+from llama_tp.parallel.apply import localize
+from llama_tp.parallel.comm import SingleComm
+from llama_tp.torchserve.config import ModelConfig
 from tests.tiny_model import MODELS, engine_of, random_model
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +28,8 @@ CONFIG = EngineConfig(max_seq_len=4096, max_batch_size=16)
 PER_SEQUENCE = 4096 // 16
 
 
-def model_of(dtype=torch.bfloat16, **changes):
-    return MemoryModel.of(LLAMA2_7B, dataclasses.replace(CONFIG, **changes), 1, dtype)
+def model_of(dtype="bfloat16", device="cuda", **changes):
+    return MemoryModel.of(LLAMA2_7B, dataclasses.replace(CONFIG, **changes), 1, dtype, device)
 
 
 def test_the_needs_are_those_of_the_published_model():
@@ -35,11 +39,22 @@ def test_the_needs_are_those_of_the_published_model():
     assert memory.page == 16 * 512 * 2**10
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+def test_the_needs_are_what_a_loaded_rank_holds(args, dtype):
+    """Norms, which are a thousandth of a real model, are kept in float32 on a CPU."""
+    model = localize(random_model(args).to(getattr(torch, dtype)), SingleComm())
+    layers = sum(module.num_bytes for module in model.modules() if isinstance(module, Linear))
+    num_norms = (2 * args.n_layers + 1) * args.dim
+    memory = MemoryModel.of(args, CONFIG, 1, dtype, "cpu")
+    assert memory.weights - num_norms * ITEMSIZE[dtype] == layers + model.tok_embeddings.weight.nbytes
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_read():
     with pytest.raises(ValueError, match=r"2\.0 GiB of KV cache beside 12\.6 GiB .* 14\.0 GiB are free; use more"):
         model_of().check(14 * GIB)
     with pytest.raises(ValueError, match=r"beside 25\.1 GiB .*; or set dtype to bfloat16"):
-        model_of(torch.float32).check(24 * GIB)
+        model_of("float32").check(24 * GIB)
     with pytest.raises(ValueError, match=r"^kv_cache_memory='20GiB' asks for 20\.0 GiB .* are free; lower it"):
         model_of(kv_cache_memory="20GiB").check(24 * GIB)
     model_of().check(15 * GIB)
@@ -60,7 +75,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read():
     ],
 )
 def test_the_cache_takes_what_was_asked_for_or_a_share_of_what_is_left(memory, free, step, device, pages):
-    assert model_of(kv_cache_memory=memory).num_pages(free, step, device) == pages
+    assert model_of(kv_cache_memory=memory, device=device).num_pages(free, step) == pages
 
 
 @pytest.mark.parametrize(
@@ -75,7 +90,7 @@ def test_the_cache_takes_what_was_asked_for_or_a_share_of_what_is_left(memory, f
 )
 def test_a_cache_that_does_not_fit_is_refused_by_name(memory, free, step, words):
     with pytest.raises(ValueError, match=words):
-        model_of(kv_cache_memory=memory).num_pages(free, step, "cuda")
+        model_of(kv_cache_memory=memory).num_pages(free, step)
 
 
 def test_the_largest_steps_are_as_large_as_the_limits_allow_and_leave_no_row_in_use(monkeypatch):
@@ -100,8 +115,8 @@ def test_the_demo_s_configuration_runs_32_short_requests_at_once(ranks):
     demo = ModelArgs(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, ffn_hidden_dim=1536)
     model_config = ModelConfig.load(ROOT / "configs/demo-cpu.yaml")
     config = model_config.engine_config(demo)
-    memory = MemoryModel.of(demo, config, ranks, torch.float32)
-    config = dataclasses.replace(config, cache_pages=memory.num_pages(4 * GIB, 0, "cpu"))
+    memory = MemoryModel.of(demo, config, ranks, "float32", "cpu")
+    config = dataclasses.replace(config, cache_pages=memory.num_pages(4 * GIB, 0))
     scheduler = Scheduler(config)
     for number in range(32):
         scheduler.add(Request(str(number), tuple(range(136)), SamplingParams(max_new_tokens=64)))

@@ -11,7 +11,7 @@ from torch import nn
 
 from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.plan import (
+from llama_tp.parallel.sharding import (
     COLUMN,
     LLAMA_TP_PLAN,
     ROW,
@@ -23,7 +23,7 @@ from llama_tp.parallel.plan import (
     why_illegal,
 )
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_2_1B
-from tests.unit.test_serve_config import DEMO
+from tests.unit.test_torchserve_config import DEMO
 
 MODELS = {
     "7B": (LLAMA_2_7B, [1, 2, 4, 8, 16, 32]),

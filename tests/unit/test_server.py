@@ -633,7 +633,7 @@ def test_stop_touches_neither_other_users_processes_nor_folders_that_only_a_proc
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "True"])
 def test_a_timeout_that_is_no_time_is_refused_before_anything_starts(seconds, monkeypatch, capsys):
-    from llama_tp import cli
+    from llama_tp.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["llama-tp", "serve", f"--timeout_s={seconds}"])
     with pytest.raises(SystemExit) as caught:

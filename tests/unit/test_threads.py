@@ -151,7 +151,7 @@ def test_unbounded_spinning_is_said_once_there_are_threads_that_wait(monkeypatch
 
 def test_the_command_bounds_the_spinning_before_openmp_is_loaded():
     """libgomp itself is the oracle: it prints the settings it has read."""
-    code = "from llama_tp import cli; cli.run_command = lambda *_, **__: None; cli.main(); import torch"
+    code = "from llama_tp.cli import main as cli; cli.run_command = lambda *_, **__: None; cli.main(); import torch"
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         [sys.executable, "-c", code],

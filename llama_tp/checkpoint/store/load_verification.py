@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
-from llama_tp.checkpoint.hash_cache import FileState, recall, remember
-from llama_tp.checkpoint.manifest import load_manifest
-from llama_tp.checkpoint.verify import SMALL, check_hash
+from llama_tp.checkpoint.store.hash_cache import FileState, recall, remember
+from llama_tp.checkpoint.store.manifest import load_manifest
+from llama_tp.checkpoint.store.verify import SMALL, check_hash
 from llama_tp.parallel.agreement import agree, gather
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_tp.checkpoint.gguf_header import check_header
-from llama_tp.checkpoint.layout import full_shapes
-from llama_tp.checkpoint.reader import TensorSource
+from llama_tp.checkpoint.formats.gguf_header import check_header
+from llama_tp.checkpoint.formats.reader import TensorSource
 from llama_tp.config import ModelArgs
+from llama_tp.model.weights import weight_shapes
 
 _TOP = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
 _LAYER = {
@@ -38,12 +38,15 @@ class GGUFReader:
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.path = Path(path)
         self.dtype = dtype
+        self.files = [self.path]
+        self.expected_md5s: Mapping[Path, frozenset[str]] = {}
+        self.about: Mapping[str, Any] = {"source": "gguf"}
         self._file = _open(self.path)
         if (architecture := self.field("general.architecture")) != "llama":
             raise ValueError(f"{self.path} holds a model of architecture {architecture!r}, only 'llama' is read")
         found = {_meta_name(tensor.name): tensor for tensor in self._file.tensors}
         self.args = replace(_model_args(self), tied_embeddings="output.weight" not in found)
-        shapes = full_shapes(self.args)
+        shapes = weight_shapes(self.args)
         if odd := sorted(shapes.keys() ^ found.keys()):
             state = "missing" if odd[0] in shapes else "unexpected"
             raise ValueError(

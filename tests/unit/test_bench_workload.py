@@ -9,10 +9,11 @@ from itertools import pairwise
 
 import pytest
 
-from llama_tp.bench import engine as offline
-from llama_tp.bench import load as load_module
+from llama_tp.bench import engine_load as offline
+from llama_tp.bench import workload as load_module
 from llama_tp.bench.client import ResponseParser, request_bytes
-from llama_tp.bench.load import (
+from llama_tp.bench.serve import Setup, model_config, where_it_goes
+from llama_tp.bench.workload import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     Job,
@@ -26,8 +27,7 @@ from llama_tp.bench.load import (
     warm_up,
     workload,
 )
-from llama_tp.bench.serve import Setup, model_config, where_it_goes
-from llama_tp.serve_config import ModelConfig
+from llama_tp.torchserve.config import ModelConfig
 from tests.tiny_model import MODELS, engine_of, random_model
 
 SHAPE = {"vocab_size": 1000, "max_seq_len": 2048}

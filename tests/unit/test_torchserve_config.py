@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llama_tp.config import ConfigError, ModelArgs
-from llama_tp.serve_config import HandlerSection, ModelConfig, TorchrunSection
+from llama_tp.torchserve.config import HandlerSection, ModelConfig, TorchrunSection
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,14 @@ import sys
 import pytest
 import yaml
 
-from llama_tp import cli
+from llama_tp.cli import main as cli
 from llama_tp.config import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
 from llama_tp.parallel.comm import PeerLost
-from llama_tp.serve_config import ModelConfig
-from llama_tp.serving import follow as follow_module
-from llama_tp.serving import start as start_module
-from tests.unit.test_serve_config import ROOT
+from llama_tp.torchserve import follower as follow_module
+from llama_tp.torchserve import worker as start_module
+from llama_tp.torchserve.config import ModelConfig
+from tests.unit.test_torchserve_config import ROOT
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_tp.checkpoint.gguf import GGUFReader
+from llama_tp.checkpoint.formats.gguf import GGUFReader
 
 _CONTROL = 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llama_tp.checkpoint.manifest import FileEntry
+from llama_tp.checkpoint.store.manifest import FileEntry
 
 _LARGE = 1 << 20
 """A block of this size is hashed while it is written, a smaller one before."""

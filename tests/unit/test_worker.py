@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from llama_tp.checkpoint.convert import convert
-from llama_tp.serving.start import load_rank
 from llama_tp.text.tokenizer_files import copy_tokenizer
+from llama_tp.torchserve.worker import load_rank
 from tests import tiny_text
 from tests.tiny_checkpoint import ARGS, meta_tensors, write_meta
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from time import perf_counter
 
 from llama_tp.config import EngineConfig, ModelArgs
-from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.request import FinishReason, Request, SamplingParams
+from llama_tp.engine.startup import load_engine
 from llama_tp.parallel.launch import join
 from llama_tp.text.chat import chat_format
 from llama_tp.text.detokenizer import TextStream

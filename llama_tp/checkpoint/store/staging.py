@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llama_tp.checkpoint.manifest import MANIFEST
+from llama_tp.checkpoint.store.manifest import MANIFEST
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

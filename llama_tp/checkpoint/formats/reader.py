@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,21 @@ class CheckpointReader(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorSource]: ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold the weights."""
+        ...
+
+    @property
+    def expected_md5s(self) -> Mapping[Path, frozenset[str]]:
+        """The md5 sums, in hex, that their publisher gives for some or all of `files`; they are not compared yet."""
+        ...
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What the manifest of a converted checkpoint says of its source."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryTensor:
@@ -68,6 +84,9 @@ class MemoryReader:
     args: ModelArgs
     dtype: torch.dtype
     tensors: Mapping[str, TensorSource]
+    files: Sequence[Path] = ()
+    expected_md5s: Mapping[Path, frozenset[str]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=lambda: {"source": "memory"})
 
     @classmethod
     def of(cls, args: ModelArgs, tensors: Mapping[str, Tensor]) -> MemoryReader:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
-from llama_tp.parallel.plan import legal_tp_sizes, why_illegal
+from llama_tp.parallel.sharding import legal_tp_sizes, why_illegal
 from llama_tp.serving.native import NativeDefaults
 from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP, in_json_words, shown
 

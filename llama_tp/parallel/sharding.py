@@ -1,4 +1,4 @@
-"""The tensor-parallel sharding plan, as data, and the sizes it is legal for.
+"""The tensor-parallel sharding plan, as data, the sizes it is legal for, and what one rank holds.
 
 Column-parallel weights are split on their output dim and need no communication; row-parallel ones are split on
 their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). Norms are replicated.
@@ -6,7 +6,11 @@ their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). Norms
 
 from __future__ import annotations
 
+import math
+from fnmatch import fnmatchcase
+
 from llama_tp.config import ModelArgs
+from llama_tp.model.weights import weight_shapes
 
 COLUMN, ROW, VOCAB_IN, VOCAB_OUT = "column", "row", "vocabulary in", "vocabulary out"
 
@@ -49,10 +53,44 @@ def check_tp_size(args: ModelArgs, size: int) -> None:
         raise ValueError(f"tensor_parallel_size={size} {reason}; legal sizes for this model: {legal}")
 
 
+def tp_dim(name: str) -> int | None:
+    """The dim of a weight that the plan splits; None for what it replicates."""
+    sharding = _sharding(name)
+    if sharding is None:
+        return None
+    return 1 if sharding == ROW else 0
+
+
+def shard_length(args: ModelArgs, name: str, length: int, size: int) -> int:
+    """Entries of a weight's `tp_dim` that each rank but the last holds: torch.chunk's rule. A vocabulary need not
+    divide; kv heads are replicated, never split."""
+    if name.endswith((".wk.weight", ".wv.weight")):
+        size = min(size, args.n_kv_heads)
+    assert _sharding(name) in (VOCAB_IN, VOCAB_OUT) or length % size == 0, (name, length, size)
+    return -(-length // size)
+
+
+def local_shapes(args: ModelArgs, size: int) -> dict[str, tuple[int, ...]]:
+    """Every weight as one rank of `size` holds it, with the vocabulary padded so that all ranks hold the same."""
+    return {
+        name: tuple(
+            shard_length(args, name, length, size) if dim == tp_dim(name) else length
+            for dim, length in enumerate(shape)
+        )
+        for name, shape in weight_shapes(args).items()
+    }
+
+
 def num_parameters_of_rank(args: ModelArgs, size: int) -> int:
-    """Weights that one rank of `size` holds: its shares, the replicated norms and kv heads, the padded vocabulary."""
-    kv_heads = max(1, args.n_kv_heads // size)
-    attention = args.dim * args.head_dim * (2 * args.n_heads // size + 2 * kv_heads)
-    block = attention + 3 * args.dim * args.hidden_dim // size + 2 * args.dim
-    vocabularies = 1 if args.tied_embeddings else 2
-    return args.n_layers * block + args.dim + vocabularies * -(-args.vocab_size // size) * args.dim
+    """Parameters that one rank of `size` holds, with replicated norms and kv heads and the padded vocabulary."""
+    return sum(map(math.prod, local_shapes(args, size).values()))
+
+
+def local_kv_heads(args: ModelArgs, size: int) -> int:
+    """The kv heads that live on one rank of `size`."""
+    return max(1, args.n_kv_heads // size)
+
+
+def _sharding(name: str) -> str | None:
+    module = name.removesuffix(".weight")
+    return next((sharding for pattern, sharding in LLAMA_TP_PLAN.items() if fnmatchcase(module, pattern)), None)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.load import load_engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
+from llama_tp.engine.startup import load_engine
 from llama_tp.parallel.agreement import agree, one_line
 from llama_tp.parallel.launch import join, meet
-from llama_tp.serve_config import ModelConfig
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+from llama_tp.torchserve.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

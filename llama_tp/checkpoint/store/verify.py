@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_tp.checkpoint.hash_cache import FileState, remember
-from llama_tp.checkpoint.manifest import MANIFEST, FileEntry, Manifest, hash_file, load_manifest
 from llama_tp.checkpoint.progress import Advance, byte_progress, no_progress
+from llama_tp.checkpoint.store.hash_cache import FileState, remember
+from llama_tp.checkpoint.store.manifest import MANIFEST, FileEntry, Manifest, hash_file, load_manifest
 from llama_tp.file_kind import read_head, why_no_content
 
 WEIGHT_SUFFIXES = (".distcp", ".pth")

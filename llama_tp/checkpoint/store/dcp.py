@@ -1,6 +1,6 @@
 """The sharded form that is served: a PyTorch Distributed Checkpoint, which a plain `dcp.load` reads too.
 
-Every tensor is stored in chunks along its own tensor-parallel dim (`layout.chunk_bounds`), so that each rank, at any
+Every tensor is stored in chunks along its own tensor-parallel dim (`chunks.chunk_bounds`), so that each rank, at any
 legal TP size, reads its own bytes and no others. Writing streams: memory is bounded by one chunk. Reading refuses what
 manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
 """
@@ -44,16 +44,17 @@ from torch.distributed.checkpoint.storage import StorageMeta, WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from llama_tp.checkpoint.dcp_metadata import load_metadata
-from llama_tp.checkpoint.hashing_file import HashingFile
-from llama_tp.checkpoint.layout import chunk_bounds, tp_dim
-from llama_tp.checkpoint.load_verification import LoadVerification
-from llama_tp.checkpoint.manifest import FileEntry
+from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
 from llama_tp.checkpoint.progress import Advance, no_progress
-from llama_tp.checkpoint.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.store.chunks import chunk_bounds
+from llama_tp.checkpoint.store.dcp_metadata import load_metadata
+from llama_tp.checkpoint.store.hashing_file import HashingFile
+from llama_tp.checkpoint.store.load_verification import LoadVerification
+from llama_tp.checkpoint.store.manifest import FileEntry
+from llama_tp.checkpoint.store.verify import verify
 from llama_tp.checkpoint.torch_file import is_about_the_file, why_not_loaded
-from llama_tp.checkpoint.verify import verify
 from llama_tp.parallel.agreement import agree, gather
+from llama_tp.parallel.sharding import tp_dim
 
 FILE_BYTES = 1 << 30
 """A .distcp file is closed once it has this size."""

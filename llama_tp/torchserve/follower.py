@@ -10,8 +10,8 @@ from pathlib import Path
 from llama_tp.config import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
 from llama_tp.parallel.launch import exit_rank
-from llama_tp.serve_config import ModelConfig, TorchrunSection, read_yaml
-from llama_tp.serving.start import LoadedRank, load_rank
+from llama_tp.torchserve.config import ModelConfig, TorchrunSection, read_yaml
+from llama_tp.torchserve.worker import LoadedRank, load_rank
 
 log = logging.getLogger(__name__)
 

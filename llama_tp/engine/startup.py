@@ -11,11 +11,12 @@ import torch
 from llama_tp.checkpoint.load import load_model, resolve_dtype
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.memory import MemoryModel, config_for_measuring, free_memory, measure_step
+from llama_tp.engine.memory import MemoryModel
+from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.parallel.agreement import agree, gather
-from llama_tp.parallel.apply import local_kv_heads
 from llama_tp.parallel.launch import Group
+from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.threads import choose_num_threads, warn_of_spinning
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         torch.set_num_threads(threads)
         warn_of_spinning(threads)
     dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
-    memory = MemoryModel.of(args, config, group.comm.size, dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
+    memory = MemoryModel.of(args, config, group.comm.size, dtype_name, device.type)
     agree(lambda: memory.check(free_memory(device)))
     model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint)
 
@@ -46,22 +48,23 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
 
     step = agree(measure) if device.type == "cuda" else 0
     # Ranks may have different amounts of free memory, but one scheduler plans for all.
-    pages = min(gather(agree(lambda: memory.num_pages(free_memory(device), step, device.type))))
+    pages = min(gather(agree(lambda: memory.num_pages(free_memory(device), step))))
     config = replace(config, cache_pages=pages)
     runner = agree(lambda: make_runner(config))
     if group.comm.is_leader:
         log.info(
-            "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; KV cache of %d tokens (%.1f sequences of "
-            "max_seq_len=%d), %.0f MiB a rank%s",
+            "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; %.0f MiB of weights a rank; KV cache of %d tokens "
+            "(%.1f sequences of max_seq_len=%d), %.0f MiB a rank%s",
             monotonic() - start,
             group.comm.size,
             torch.get_num_threads(),
             device.type,
-            str(dtype).removeprefix("torch."),
+            dtype_name,
+            memory.weights / 2**20,
             config.cache_tokens,
             config.num_pages / config.pages_per_sequence,
             config.max_seq_len,
-            runner.cache.nbytes / 2**20,
+            config.num_pages * memory.page / 2**20,
             f"; {step / 2**20:.0f} MiB are kept free for a step" if step else "",
         )
     return Engine(runner, group.comm, config)

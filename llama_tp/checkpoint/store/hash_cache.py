@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from llama_tp.checkpoint.manifest import HASH_CACHE, MANIFEST
-from llama_tp.checkpoint.staging import replace_file
+from llama_tp.checkpoint.store.manifest import HASH_CACHE, MANIFEST
+from llama_tp.checkpoint.store.staging import replace_file
 from llama_tp.checkpoint.user_cache import cache_folder
 
 _FORMAT_VERSION = 1

@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_tp.checkpoint.checklist import check_original, expected_md5s, listed_shards
-from llama_tp.checkpoint.layout import full_shapes, tp_dim
-from llama_tp.checkpoint.reader import TensorSource
+from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
+from llama_tp.checkpoint.formats.reader import TensorSource
 from llama_tp.checkpoint.torch_file import why_not_loaded
 from llama_tp.config import ModelArgs
 from llama_tp.file_kind import describe_model_folder, describe_weights
+from llama_tp.model.weights import weight_shapes
+from llama_tp.parallel.sharding import tp_dim
 
 EMBEDDING = "tok_embeddings.weight"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +38,8 @@ class FairscaleReader:
     ValueError, one line, names the file, the tensor, what was found and what was expected.
     """
 
-    def __init__(self, folder: str | Path, model_parallel_size: int) -> None:
+    def __init__(self, folder: str | Path, model_parallel_size: int | None = None) -> None:
+        """`model_parallel_size`: the number of shards that there must be. None: any."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
@@ -46,13 +49,15 @@ class FairscaleReader:
         check_original(self.folder / "params.json")
         args = ModelArgs.load(self.folder / "params.json")
         md5s = expected_md5s(self.folder)
-        paths = _shard_paths(self.folder, model_parallel_size, listed_shards(md5s))
-        _check_divisible(args, model_parallel_size)
-        self.expected_md5s = {path: md5s[path.name] for path in paths if path.name in md5s}
-        """What checklist.chk says of the shards. They are not hashed here: see `BackgroundCheck`."""
+        self.files = paths = _shard_paths(self.folder, model_parallel_size, listed_shards(md5s))
+        _check_divisible(args, len(paths))
+        self.expected_md5s: Mapping[Path, frozenset[str]] = {
+            path: md5s[path.name] for path in paths if path.name in md5s
+        }
+        self.about: Mapping[str, Any] = {"source": "fairscale", "model_parallel_size": len(paths)}
         shards = {path: _open_shard(path) for path in paths}
         first = shards[paths[0]]
-        embedding_dim, rows = _embedding_split(args, paths[0], first, model_parallel_size)
+        embedding_dim, rows = _embedding_split(args, paths[0], first, len(paths))
         try:
             args = args.with_vocab_size(rows)
         except ValueError as error:
@@ -131,9 +136,9 @@ def _slice(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim
     return source.read(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
 
 
-def _shard_paths(folder: Path, model_parallel_size: int, listed: list[str]) -> list[Path]:
-    """consolidated.00.pth .. in order. ValueError if one of those `listed` is missing, or there are not exactly as many
-    as said."""
+def _shard_paths(folder: Path, model_parallel_size: int | None, listed: list[str]) -> list[Path]:
+    """consolidated.00.pth .. in order. ValueError if one of those `listed` is missing, or there are not exactly
+    model_parallel_size."""
     found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     if not found:
         raise ValueError(f"{folder} holds no consolidated.*.pth: these are not Meta's original weights")
@@ -144,7 +149,7 @@ def _shard_paths(folder: Path, model_parallel_size: int, listed: list[str]) -> l
     count = int(max([*found, *listed]).split(".")[1]) + 1
     if missing := [name for name in map("consolidated.{:02d}.pth".format, range(count)) if name not in found]:
         raise ValueError(f"{folder / missing[0]} is missing, found {', '.join(found[:4])}: download it again")
-    if count != model_parallel_size:
+    if model_parallel_size not in (None, count):
         raise ValueError(
             f"model_parallel_size={model_parallel_size} but {folder} holds {count} shard{'s' if count > 1 else ''}: "
             f"pass --model_parallel_size {count}, or find the other shards"
@@ -204,7 +209,7 @@ def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], r
 def _join(
     args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int, dtype: torch.dtype
 ) -> dict[str, ShardedTensor]:
-    shapes = full_shapes(args)
+    shapes = weight_shapes(args)
     joined: dict[str, ShardedTensor] = {}
     for path, shard in shards.items():
         _check_names(path, shard, shapes)

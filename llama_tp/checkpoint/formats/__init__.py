@@ -1,0 +1,1 @@
+"""Foreign checkpoints, read one tensor at a time."""

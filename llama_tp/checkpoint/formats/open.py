@@ -1,0 +1,23 @@
+"""The reader of a foreign checkpoint, whose format is found by looking at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader
+from llama_tp.checkpoint.formats.gguf import GGUFReader
+from llama_tp.checkpoint.formats.reader import CheckpointReader
+from llama_tp.file_kind import is_gguf
+
+
+def open_checkpoint(source: str | Path, *, model_parallel_size: int | None = None) -> CheckpointReader:
+    """Meta's shards in a folder, or one GGUF file. ValueError says what is wrong with it, or what it is instead.
+
+    `model_parallel_size`: the number of shards that the source must have, where it has shards. None: any.
+    """
+    path = Path(source)
+    if not is_gguf(path):
+        return FairscaleReader(path, model_parallel_size)
+    if model_parallel_size not in (None, 1):
+        raise ValueError(f"model_parallel_size={model_parallel_size}, but {path} is one GGUF file; leave it out")
+    return GGUFReader(path)

@@ -1,0 +1,1 @@
+"""The `llama-tp` command: one module for each group of commands."""

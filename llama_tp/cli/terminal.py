@@ -1,0 +1,89 @@
+"""Commands that run a model in the terminal."""
+
+from __future__ import annotations
+
+
+def generate(
+    checkpoint: str,
+    prompt: str,
+    tokenizer: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Continue a prompt and print the text as it comes. Under torchrun, on all its ranks.
+
+    Args:
+        checkpoint: a converted checkpoint
+        prompt: text to continue
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
+        max_new_tokens: stop after so many tokens
+        temperature: 0 is greedy
+        top_p: sample from the most probable tokens that add up to this
+        top_k: sample from so many most probable tokens; 0 is all
+        seed: makes sampling reproducible
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        threads: CPU threads of each rank; by default its share of the available cores
+    """
+    from llama_tp.cli.console import run_console
+    from llama_tp.engine.request import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    run_console(
+        checkpoint,
+        lambda console: console.complete(str(prompt), params),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+
+
+def chat(
+    checkpoint: str,
+    tokenizer: str | None = None,
+    system: str | None = None,
+    chat_format: str = "auto",
+    max_new_tokens: int = 512,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    seed: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Talk to a chat model in the terminal; an empty line or Ctrl-D ends it. Under torchrun, on all its ranks.
+
+    Args:
+        checkpoint: a converted checkpoint
+        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
+        system: a system message to begin with
+        chat_format: auto, llama2, llama3, chatml or jinja
+        max_new_tokens: of one answer
+        temperature: 0 is greedy
+        top_p: sample from the most probable tokens that add up to this
+        top_k: sample from so many most probable tokens; 0 is all
+        seed: makes sampling reproducible
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        threads: CPU threads of each rank; by default its share of the available cores
+    """
+    from llama_tp.cli.console import run_console
+    from llama_tp.engine.request import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    run_console(
+        checkpoint,
+        lambda console: console.chat(chat_format, params, system=system),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )

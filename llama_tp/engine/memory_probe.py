@@ -1,0 +1,84 @@
+"""How much memory is free, and how much the largest steps take beside weights and KV cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llama_tp import control_groups
+from llama_tp.config import EngineConfig
+from llama_tp.engine.request import Chunk, Request, SamplingParams, Sequence, StepPlan
+from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampler import Sampler
+
+_FRAGMENTATION = 1.25
+_HEADROOM = 256 << 20
+"""Bytes for what is allocated outside of PyTorch's allocator later: cuBLAS workspaces, NCCL's channels, modules."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this rank can have: of its GPU, or its share of what the host and its control groups leave. None if
+    the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch holds in reserve is free, too
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    if found is None:
+        return None
+    free = min(1024 * int(found[1]), *control_groups.free_memory(), 1 << 62)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
+    """Bytes that the largest steps take on a GPU beside weights and KV cache: measured by computing them.
+    Call it on all ranks.
+
+    `runner` has a cache of `config_for_measuring`.
+    """
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    before = torch.cuda.memory_allocated(runner.device)
+    try:
+        compute_largest_steps(runner, is_leader=is_leader)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"a step of max_batched_tokens={runner.config.max_batched_tokens} tokens does not fit beside the weights; "
+            "lower max_batched_tokens, max_batch_size or max_seq_len, or use more ranks"
+        ) from None
+    torch.cuda.synchronize(runner.device)
+    peak = torch.cuda.max_memory_allocated(runner.device) - before
+    return int(_FRAGMENTATION * peak) + _HEADROOM
+
+
+def config_for_measuring(config: EngineConfig) -> EngineConfig:
+    """The same limits with the least KV cache that the largest steps need."""
+    return replace(config, cache_pages=config.pages_per_sequence + config.max_batch_size)
+
+
+def compute_largest_steps(runner: ModelRunner, *, is_leader: bool) -> None:
+    """A full chunk of prefill at the end of the longest context, and a full batch of decodes, sampled with all that
+    SamplingParams can ask for."""
+    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+    sampler = Sampler()
+    for plan in _largest_plans(runner.config):
+        logits = runner.execute(plan)
+        if is_leader and logits is not None:
+            requests = [Request(str(chunk.row), (0,), params) for chunk in plan.chunks]
+            sampler.sample(logits, [Sequence(request, [0], 0) for request in requests])
+
+
+def _largest_plans(config: EngineConfig) -> Iterator[StepPlan]:
+    count = min(config.max_batched_tokens, config.max_seq_len)
+    prefill = Chunk(0, config.max_seq_len - count, (0,) * count, sample=True)
+    yield StepPlan(1, (prefill,), tuple((0, index, index) for index in range(config.pages_per_sequence)))
+    rows = range(config.max_batch_size)
+    pages = tuple((row, 0, config.pages_per_sequence + row) for row in rows)
+    yield StepPlan(2, tuple(Chunk(row, 0, (0,), sample=True) for row in rows), pages)
+    yield StepPlan(3, (), (), tuple(rows))

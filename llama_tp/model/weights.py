@@ -1,0 +1,70 @@
+"""The weights of a model: their names and shapes, and how linear layers hold them.
+
+A weight format is the seam for quantization: it says what a layer takes in memory and makes the layer from the tensors
+that one rank holds of it. Torch is imported only for that, so that memory can be planned without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from llama_tp.config import ModelArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_tp.model.linear import Linear
+
+
+def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every weight of the model by Meta's name, unsharded. `output.weight` is absent where embeddings are tied."""
+    kv_dim = args.n_kv_heads * args.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for layer in range(args.n_layers):
+        shapes |= {
+            f"layers.{layer}.attention.wq.weight": (args.dim, args.dim),
+            f"layers.{layer}.attention.wk.weight": (kv_dim, args.dim),
+            f"layers.{layer}.attention.wv.weight": (kv_dim, args.dim),
+            f"layers.{layer}.attention.wo.weight": (args.dim, args.dim),
+            f"layers.{layer}.feed_forward.w1.weight": (args.hidden_dim, args.dim),
+            f"layers.{layer}.feed_forward.w2.weight": (args.dim, args.hidden_dim),
+            f"layers.{layer}.feed_forward.w3.weight": (args.hidden_dim, args.dim),
+            f"layers.{layer}.attention_norm.weight": (args.dim,),
+            f"layers.{layer}.ffn_norm.weight": (args.dim,),
+        }
+    shapes["norm.weight"] = (args.dim,)
+    if not args.tied_embeddings:
+        shapes["output.weight"] = (args.vocab_size, args.dim)
+    return shapes
+
+
+class WeightFormat(Protocol):
+    """How linear layers hold their weights."""
+
+    def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
+        """What a layer takes in memory. `itemsize`: bytes of an element of what it computes in."""
+        ...
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
+        """The layer whose output is that of the shards side by side. Each maps the names of a layer's parameters to
+        this rank's part of them."""
+        ...
+
+
+class Dense:
+    """Plain matrices; `weight` is a layer's only parameter."""
+
+    def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
+        return out_features * in_features * itemsize
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
+        import torch
+
+        from llama_tp.model.linear import DenseLinear
+
+        weights = [shard["weight"] for shard in shards]
+        return DenseLinear(weights[0] if len(weights) == 1 else torch.cat(weights))
+
+
+DENSE = Dense()
