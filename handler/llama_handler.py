@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from llama_tp.serving.errors import ApiError
     from llama_tp.serving.reply import Reply
-    from llama_tp.serving.schema import ApiError
     from llama_tp.serving.service import LlamaService
     from llama_tp.torchserve.frontend import Batch, Exchange, Transport, body_in
     from llama_tp.torchserve.worker import start_service

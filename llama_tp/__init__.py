@@ -22,7 +22,7 @@ _PUBLIC = {
     "Completion": "llama_tp.engine.engine",
     "Engine": "llama_tp.engine.engine",
     "EngineLoop": "llama_tp.engine.loop",
-    "SamplingParams": "llama_tp.engine.request",
+    "SamplingParams": "llama_tp.engine.sampling_params",
     "chat_format": "llama_tp.text.chat",
     "convert": "llama_tp.checkpoint.convert",
     "join": "llama_tp.parallel.launch",

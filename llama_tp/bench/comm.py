@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from llama_tp.engine import codec
-from llama_tp.engine.request import Chunk, StepPlan
+from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import join
 from llama_tp.threads import available_cores

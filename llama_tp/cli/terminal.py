@@ -32,7 +32,7 @@ def generate(
         threads: CPU threads of each rank; by default its share of the available cores
     """
     from llama_tp.cli.console import run_console
-    from llama_tp.engine.request import SamplingParams
+    from llama_tp.engine.sampling_params import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     run_console(
@@ -76,7 +76,7 @@ def chat(
         threads: CPU threads of each rank; by default its share of the available cores
     """
     from llama_tp.cli.console import run_console
-    from llama_tp.engine.request import SamplingParams
+    from llama_tp.engine.sampling_params import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     run_console(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 
-from llama_tp.engine.request import Chunk, StepPlan
+from llama_tp.engine.step import Chunk, StepPlan
 
 _HEAD = 7
 

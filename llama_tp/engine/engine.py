@@ -17,11 +17,13 @@ from torch import Tensor
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine import codec
-from llama_tp.engine.request import FinishReason, Logprobs, Request, SamplingParams, StepPlan, TokenEvent
+from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.stats import EngineStats, Histogram
+from llama_tp.engine.step import StepPlan
 from llama_tp.parallel.comm import Comm
 
 DIGEST_EVERY = 64
@@ -146,11 +148,12 @@ class Engine:
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
         ):
-            if others := [token for token in tokens if not isinstance(token, int)]:
+            are_ints = {int, bool}.issuperset(map(type, tokens))  # quick: a prompt may have 100,000 tokens
+            if not are_ints and (others := [token for token in tokens if not isinstance(token, int)]):
                 raise ValueError(f"{name} {others[0]!r} must be an integer")
-            strangers = [token for token in tokens if not 0 <= token < vocab_size]
-            if strangers:
-                raise ValueError(f"{name} {strangers[0]} is outside the vocabulary of {vocab_size}")
+            if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+                outside = next(token for token in tokens if not 0 <= token < vocab_size)
+                raise ValueError(f"{name} {outside} is outside the vocabulary of {vocab_size}")
 
     def _execute(self, plan: StepPlan) -> Tensor | None:
         """The plan, on every rank."""
@@ -203,7 +206,7 @@ class Engine:
         queue = deque(requests)
         while queue or self.num_requests:
             while queue and self.scheduler.can_queue(queue[0]):
-                self.add(queue.popleft())
+                self.scheduler.add(queue.popleft())  # each was checked before the first was added
             for event in self.step():
                 events[event.request_id, event.index].append(event)
         return [_completion(one) for one in events.values()]

@@ -12,9 +12,12 @@ import torch
 
 from llama_tp import control_groups
 from llama_tp.config import EngineConfig
-from llama_tp.engine.request import Chunk, Request, SamplingParams, Sequence, StepPlan
+from llama_tp.engine.request import Request
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.sequence import Sequence
+from llama_tp.engine.step import Chunk, StepPlan
 
 _FRAGMENTATION = 1.25
 _HEADROOM = 256 << 20

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.page_table import PageTable
-from llama_tp.engine.request import Chunk, StepPlan
+from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.attention import AttentionBackend, SequenceTokens, choose_backend
 from llama_tp.model.batch import Batch
 from llama_tp.model.kv_cache import KVCache

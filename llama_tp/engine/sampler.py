@@ -18,7 +18,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from llama_tp.engine.request import Logprobs, SamplingParams, Sequence
+from llama_tp.engine.request import Logprobs
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.sequence import Sequence
 
 
 @dataclass(slots=True)

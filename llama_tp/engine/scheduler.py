@@ -17,7 +17,9 @@ from types import MappingProxyType
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import NO_RESERVATION, BlockManager
-from llama_tp.engine.request import Chunk, FinishReason, Logprobs, Request, Sequence, StepPlan, TokenEvent
+from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
+from llama_tp.engine.sequence import Sequence
+from llama_tp.engine.step import Chunk, StepPlan
 
 _SOON = 16
 """Pages that are reserved for a sequence beyond what it has, if it may need them."""

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
+from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.parallel.sharding import legal_tp_sizes, why_illegal
-from llama_tp.serving.native import NativeDefaults
-from llama_tp.serving.schema import MaxNewTokens, MinP, Seed, Temperature, TopK, TopP, in_json_words, shown
+from llama_tp.serving.encoding import in_json_words, shown
+from llama_tp.serving.fields import KNOB_TYPES, MaxNewTokens, Seed
+from llama_tp.serving.generation import RequestDefaults
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -26,8 +28,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class HandlerSection(_Section):
-    """`handler:` of model-config.yaml. Relative paths are relative to the model's folder in the model store."""
+_DEFAULTS = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.6, "top_p": 0.9}
+"""Of requests and configurations that leave them open: Meta's choice for the two that it makes."""
+_KNOBS: dict[str, Any] = {name: (kind, _DEFAULTS[name]) for name, kind in KNOB_TYPES.items()}
+_SamplingSection = create_model("_SamplingSection", __base__=_Section, **_KNOBS)
+
+
+class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it is a class
+    """`handler:` of model-config.yaml. Relative paths are relative to the model's folder in the model store.
+
+    It has a key for each of the KNOBS of `SamplingParams`, too, for requests that leave it open.
+    """
 
     converted_ckpt_dir: str
     """What `llama-tp convert` wrote."""
@@ -62,11 +73,7 @@ class HandlerSection(_Section):
     """Which files are compared with the manifest's sha256 when the model is loaded: all; those that were not before, or
     have changed since; or only their sizes."""
     max_new_tokens: MaxNewTokens = 128
-    """This and the following: used where a request does not say. Clipped to what fits into max_seq_len."""
-    temperature: Temperature = 0.6
-    top_p: TopP = 0.9
-    top_k: TopK = 0
-    min_p: MinP = 0.0
+    """For requests that leave it open. Clipped to what fits into max_seq_len."""
     manual_seed: Seed | None = None
     """Seed of requests without one of their own; null: every such request is drawn afresh."""
     collective_timeout_s: PositiveSeconds = 20.0
@@ -168,16 +175,13 @@ class ModelConfig(_Section):
             heartbeat_s=handler.heartbeat_s,
         )
 
-    def native_defaults(self) -> NativeDefaults:
+    def request_defaults(self) -> RequestDefaults:
         handler = self.handler
-        return NativeDefaults(
+        return RequestDefaults(
             mode=handler.mode,
             max_new_tokens=handler.max_new_tokens,
-            temperature=handler.temperature,
-            top_p=handler.top_p,
-            top_k=handler.top_k,
-            min_p=handler.min_p,
             seed=handler.manual_seed,
+            sampling={name: getattr(handler, name) for name in KNOB_TYPES},
         )
 
     def _disagreements(self) -> list[str]:

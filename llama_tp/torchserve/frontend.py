@@ -14,8 +14,9 @@ from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
+from llama_tp.serving.encoding import shown
+from llama_tp.serving.errors import ApiError
 from llama_tp.serving.reply import Reply
-from llama_tp.serving.schema import ApiError, shown
 
 PROBE_S = 1.0
 """How often a client that waits for a whole answer is looked for once all places are taken."""

@@ -48,7 +48,7 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
     loop.start()
-    return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.native_defaults())
+    return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.request_defaults())
 
 
 def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:

@@ -28,7 +28,9 @@ from gpu.prototype import errors_against, measure_prototype
 from gpu.report import Report
 from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Chunk, Request, SamplingParams, StepPlan
+from llama_tp.engine.request import Request
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.attention.sdpa import SdpaStep
 from llama_tp.model.transformer import Transformer
 

@@ -16,8 +16,8 @@ from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import SamplingParams
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.model.linear import DenseLinear, Linear
 from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Transformer

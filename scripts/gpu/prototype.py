@@ -17,7 +17,8 @@ from gpu.models import StubComm, build_local_model, model_args, with_roofline
 from gpu.report import Report
 from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer

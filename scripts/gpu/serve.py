@@ -130,7 +130,7 @@ def _prepare(folder: Path) -> str:
     from gpu.models import write_random_checkpoint
     from gpu.start import ALONE_ON_CPU
     from llama_tp.config import EngineConfig, ModelArgs
-    from llama_tp.engine.request import SamplingParams
+    from llama_tp.engine.sampling_params import SamplingParams
     from llama_tp.resources import HANDLER, resource
     from llama_tp.text import load_tokenizer
     from llama_tp.torchserve.archive import build_archive

@@ -22,7 +22,7 @@ from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine import startup as loading
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
-from llama_tp.engine.request import SamplingParams
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
 

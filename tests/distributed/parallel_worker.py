@@ -12,8 +12,9 @@ import torch
 from llama_tp.checkpoint.load import load_model
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.comm import GroupComm
 from llama_tp.parallel.launch import join

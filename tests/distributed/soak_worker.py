@@ -13,8 +13,9 @@ import torch
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import FinishReason, Request, SamplingParams
+from llama_tp.engine.request import FinishReason, Request
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.launch import join
 from llama_tp.parallel.sharding import local_kv_heads

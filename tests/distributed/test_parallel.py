@@ -9,7 +9,7 @@ from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairsca
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
-from llama_tp.engine.request import SamplingParams
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.parallel.sharding import legal_tp_sizes
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun

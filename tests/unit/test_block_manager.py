@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import BlockManager
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import Scheduler
 
 

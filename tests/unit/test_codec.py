@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_tp.engine.codec import decode, encode
-from llama_tp.engine.request import Chunk, StepPlan
+from llama_tp.engine.step import Chunk, StepPlan
 
 words = st.integers(0, 2**31 - 1)
 chunks = st.builds(Chunk, row=words, start=words, tokens=st.lists(words, max_size=40).map(tuple), sample=st.booleans())

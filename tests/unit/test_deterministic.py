@@ -7,8 +7,9 @@ import torch
 
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm

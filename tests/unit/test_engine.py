@@ -11,8 +11,9 @@ import torch
 from llama_tp.config import ConfigError, EngineConfig
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine, GroupDiverged
-from llama_tp.engine.request import FinishReason, Request, SamplingParams
+from llama_tp.engine.request import FinishReason, Request
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import QueueFull
 from llama_tp.model.attention.planner import SdpaCosts
 from llama_tp.model.attention.sdpa import SdpaBackend, SdpaStep

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.serving.errors import ApiError
 from llama_tp.serving.reply import Reply
-from llama_tp.serving.schema import ApiError
 from llama_tp.torchserve.frontend import PROBE_S
 
 FILE = Path(__file__).parents[2] / "handler" / "llama_handler.py"

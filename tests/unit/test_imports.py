@@ -103,8 +103,10 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.engine.scheduler",
         "llama_tp.engine.codec",
         "llama_tp.engine.memory",
-        "llama_tp.serving.schema",
-        "llama_tp.serving.native",
+        "llama_tp.engine.sampling_params",
+        *(f"llama_tp.serving.{name}" for name in ("encoding", "errors", "fields", "strict_json", "strict_model")),
+        *(f"llama_tp.serving.{name}" for name in ("generation", "admission", "output")),
+        *modules_below("llama_tp.serving.dialects"),
         "llama_tp.resources",
         *modules_below("llama_tp.text"),
         *set(modules_below("llama_tp.torchserve")) - {"llama_tp.torchserve.worker", "llama_tp.torchserve.follower"},
@@ -170,15 +172,19 @@ def test_one_module_knows_each_foreign_format():
 @pytest.mark.parametrize(
     ("module", "may_import"),
     [
-        ("llama_tp.engine.request", set()),
-        ("llama_tp.engine.block_manager", set()),
-        ("llama_tp.engine.codec", {"llama_tp.engine.request"}),
-        ("llama_tp.engine.sampler", {"llama_tp.engine.request"}),
-        ("llama_tp.engine.scheduler", {"llama_tp.engine.request", "llama_tp.engine.block_manager", "llama_tp.config"}),
+        ("sampling_params", set()),
+        ("request", {"sampling_params"}),
+        ("sequence", {"request"}),
+        ("step", set()),
+        ("block_manager", set()),
+        ("codec", {"step"}),
+        ("sampler", {"sampling_params", "request", "sequence"}),
+        ("scheduler", {"request", "sequence", "step", "block_manager"}),
     ],
 )
 def test_inside_the_engine_policy_and_sampling_stand_alone(module, may_import):
-    assert {name for name in imports_of(module, also_inside_functions=True) if name in FILES} <= may_import
+    ours = {name for name in imports_of(f"llama_tp.engine.{module}", also_inside_functions=True) if name in FILES}
+    assert ours - {"llama_tp.config"} <= {f"llama_tp.engine.{name}" for name in may_import}
 
 
 def test_text_api_and_engine_meet_only_where_a_service_is_made():
@@ -195,10 +201,19 @@ def test_text_api_and_engine_meet_only_where_a_service_is_made():
     assert meeting == {"llama_tp.serving.service", "llama_tp.torchserve.worker", "llama_tp.cli.console"}
 
 
-def test_the_api_knows_of_the_engine_only_the_types_that_travel():
-    for module in ("llama_tp.serving.schema", "llama_tp.serving.native"):
-        ours = {name for name in imports_of(module, also_inside_functions=True) if name in FILES}
-        assert ours <= {"llama_tp.engine.request", "llama_tp.serving.schema"}
+def test_dialects_and_admission_know_of_the_engine_only_the_types_that_travel():
+    for module in set(modules_below("llama_tp.serving")) - {"llama_tp.serving.service"}:
+        engine = {name for name in imports_of(module, also_inside_functions=True) if name.startswith("llama_tp.engine")}
+        assert engine <= {"llama_tp.engine.request", "llama_tp.engine.sampling_params"}, module
+
+
+@pytest.mark.parametrize("module", modules_below("llama_tp.serving.dialects"))
+def test_a_dialect_knows_nothing_of_limits_and_of_other_dialects(module):
+    ours = {name for name in imports_of(module, also_inside_functions=True) if name in FILES}
+    assert not ours & {"llama_tp.serving.admission", "llama_tp.serving.service", "llama_tp.serving.output"}
+    assert {name for name in ours if name.startswith("llama_tp.serving.dialects.")} <= {
+        "llama_tp.serving.dialects.base"
+    }
 
 
 def test_no_two_modules_import_each_other():

@@ -16,7 +16,9 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EXIT_STEP_FAILED, EngineLoop, EngineThread
-from llama_tp.engine.request import FinishReason, Request, SamplingParams, StepPlan, TokenEvent
+from llama_tp.engine.request import FinishReason, Request, TokenEvent
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import StepPlan
 from llama_tp.parallel.comm import PeerLost
 from tests.tiny_model import MODELS, engine_of, random_model
 from tests.unit.test_engine import RecordingComm, runner_of
@@ -348,7 +350,8 @@ FAILING = """
 import logging, sys, time
 from types import SimpleNamespace
 from llama_tp.engine.loop import EngineLoop
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.engine.sampling_params import SamplingParams
 
 class Broken:
     config = SimpleNamespace(heartbeat_s=1.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_tp.engine.request import Chunk, SamplingParams, StepPlan
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import Chunk, StepPlan
 from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
 
 TOLERANCE = 1e-4  # float32, absolute

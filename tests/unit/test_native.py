@@ -2,39 +2,37 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.engine.request import FinishReason, Logprobs, SamplingParams
-from llama_tp.serving.native import (
+from llama_tp.engine.request import FinishReason, Logprobs
+from llama_tp.engine.sampling_params import KNOBS, SamplingParams
+from llama_tp.serving.dialects import native
+from llama_tp.serving.dialects.native import (
     MAX_ANSWER_BYTES,
     MAX_CHUNK_BYTES,
     MAX_CHUNK_TOKENS,
-    MAX_LOGPROBS,
-    NativeDefaults,
-    NativeRequest,
-    Part,
-    answer,
-    check_answer_size,
-    check_context,
-    check_token_ids,
-    check_vocabulary,
+    NativeReplies,
     chunk_tokens,
-    lines,
     parse_native,
-    stream_error,
     token_logprobs,
-    usage,
 )
-from llama_tp.serving.schema import ApiError
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.text.dialog import Message
 
-DEFAULTS = NativeDefaults(
-    mode="text_completion", max_new_tokens=100, temperature=0.6, top_p=0.9, top_k=7, min_p=0.01, seed=42
-)
-CHAT_DEFAULTS = NativeDefaults(mode="chat", max_new_tokens=100, temperature=0.6, top_p=0.9, top_k=7, min_p=0.0, seed=42)
+
+def defaults(mode: Mode, **sampling: float) -> RequestDefaults:
+    every = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.6, "top_p": 0.9, "top_k": 7} | sampling
+    return RequestDefaults(mode=mode, max_new_tokens=100, seed=42, sampling=every)
+
+
+DEFAULTS = defaults("text_completion", min_p=0.01)
+CHAT_DEFAULTS = defaults("chat")
 HI = [{"role": "user", "content": "Hi"}]
 OPTIONAL = (
     *("mode", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -43,11 +41,11 @@ OPTIONAL = (
 )
 
 
-def parse(defaults: NativeDefaults = DEFAULTS, **fields: Any) -> NativeRequest:
+def parse(defaults: RequestDefaults = DEFAULTS, **fields: Any) -> GenerationRequest:
     return parse_native(json.dumps(fields).encode(), defaults)
 
 
-def refusal(body: object, defaults: NativeDefaults = DEFAULTS) -> ApiError:
+def refusal(body: object, defaults: RequestDefaults = DEFAULTS) -> ApiError:
     with pytest.raises(ApiError) as caught:
         parse_native(body, defaults)
     assert json.loads(caught.value.body().decode())["error"]["code"] == caught.value.code
@@ -56,59 +54,41 @@ def refusal(body: object, defaults: NativeDefaults = DEFAULTS) -> ApiError:
 
 def test_the_originals_sample_text_is_a_completion() -> None:
     body = b'{"prompt": "what is the recipe of mayonnaise?", "max_new_tokens": 50}\n'
-    assert parse_native(body, CHAT_DEFAULTS) == NativeRequest(
-        mode="text_completion",
+    assert parse_native(body, CHAT_DEFAULTS) == GenerationRequest(
         prompt="what is the recipe of mayonnaise?",
-        dialog=None,
-        max_new_tokens=50,
+        sampling=SamplingParams(max_new_tokens=50, temperature=0.6, top_p=0.9, top_k=7, seed=42),
         max_new_tokens_explicit=True,
-        min_new_tokens=0,
-        temperature=0.6,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        logit_bias={},
-        seed=42,
-        stop=(),
-        stop_token_ids=(),
-        ignore_eos=False,
-        logprobs=None,
-        n=1,
-        timeout_s=None,
-        stream=False,
-        continue_final_message=False,
     )
 
 
 def test_the_originals_sample_dialog_is_a_chat() -> None:
     dialog = [{"role": "system", "content": "Be brief."}, *HI]
     request = parse(dialog=dialog, max_new_tokens=50, mode="chat")
-    assert (request.mode, request.prompt) == ("chat", None)
-    assert request.dialog == (("system", "Be brief."), ("user", "Hi"))
+    assert request.prompt is None
+    assert request.dialog == (Message("system", "Be brief."), Message("user", "Hi"))
+
+
+KNOB_VALUES = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": -2,
+    "frequency_penalty": 2,
+}
+
+
+def test_every_sampling_knob_is_a_field() -> None:
+    assert [knob.name for knob in KNOBS] == list(KNOB_VALUES)
 
 
 def test_what_a_request_says_goes_before_the_defaults() -> None:
-    said: dict[str, Any] = {
-        "max_new_tokens": 1,
-        "min_new_tokens": 1,
-        "temperature": 0,
-        "top_p": 1,
-        "top_k": 0,
-        "min_p": 1,
-        "repetition_penalty": 1.1,
-        "presence_penalty": -2,
-        "frequency_penalty": 2,
-        "seed": 0,
-        "ignore_eos": True,
-        "n": 16,
-        "timeout_s": 0.5,
-        "stream": True,
-    }
-    request = parse(prompt="x", stop=["a", "b"], **said)
-    assert {name: getattr(request, name) for name in said} == said
+    sampling: dict[str, Any] = {**KNOB_VALUES, "max_new_tokens": 1, "min_new_tokens": 1, "seed": 0, "n": 16}
+    others: dict[str, Any] = {"ignore_eos": True, "timeout_s": 0.5, "stream": True}
+    request = parse(prompt="x", stop=["a", "b"], **sampling, **others)
+    assert {name: getattr(request.sampling, name) for name in sampling} == sampling
+    assert {name: getattr(request, name) for name in others} == others
     assert request.stop == ("a", "b")
     assert request.max_new_tokens_explicit
 
@@ -126,8 +106,8 @@ def test_only_a_dialog_has_a_final_message_to_continue() -> None:
 
 def test_what_a_request_leaves_open_is_the_defaults() -> None:
     request = parse(prompt="x")
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
-    assert [getattr(request, name) for name in names] == [getattr(DEFAULTS, name) for name in names]
+    assert {knob.name: getattr(request.sampling, knob.name) for knob in KNOBS} == DEFAULTS.sampling
+    assert (request.sampling.max_new_tokens, request.sampling.seed) == (DEFAULTS.max_new_tokens, DEFAULTS.seed)
     assert (request.stop, request.stream, request.max_new_tokens_explicit) == ((), False, False)
 
 
@@ -142,18 +122,18 @@ def test_what_a_request_leaves_open_is_the_defaults() -> None:
     ],
 )
 def test_logprobs_are_reported_where_asked_for(fields: dict[str, Any], logprobs: int | None) -> None:
-    assert parse(prompt="x", **fields).logprobs == logprobs
+    assert parse(prompt="x", **fields).sampling.logprobs == logprobs
 
 
 def test_a_bias_is_by_token_id() -> None:
-    assert parse(prompt="x", logit_bias={"0": -100, "31999": 0.5}).logit_bias == {0: -100.0, 31999: 0.5}
+    assert parse(prompt="x", logit_bias={"0": -100, "31999": 0.5}).sampling.logit_bias == {0: -100.0, 31999: 0.5}
 
 
 def test_min_new_tokens_may_be_max_new_tokens_and_raises_a_default() -> None:
-    assert parse(prompt="x", min_new_tokens=7, max_new_tokens=7).max_new_tokens == 7
+    assert parse(prompt="x", min_new_tokens=7, max_new_tokens=7).sampling.max_new_tokens == 7
     raised = parse(prompt="x", min_new_tokens=DEFAULTS.max_new_tokens + 1)
-    assert (raised.max_new_tokens, raised.max_new_tokens_explicit) == (DEFAULTS.max_new_tokens + 1, False)
-    assert parse(prompt="x", min_new_tokens=1).max_new_tokens == DEFAULTS.max_new_tokens
+    assert (raised.sampling.max_new_tokens, raised.max_new_tokens_explicit) == (DEFAULTS.max_new_tokens + 1, False)
+    assert parse(prompt="x", min_new_tokens=1).sampling.max_new_tokens == DEFAULTS.max_new_tokens
 
 
 def test_fields_that_contradict_each_other_are_both_named() -> None:
@@ -200,8 +180,8 @@ def test_the_body_may_be_parsed_already() -> None:
         ({"dialog": HI, "mode": "chat"}, "chat"),
     ],
 )
-def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: str, defaults: NativeDefaults) -> None:
-    assert parse(defaults, **fields).mode == mode
+def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: str, defaults: RequestDefaults) -> None:
+    assert (parse(defaults, **fields).dialog is not None) == (mode == "chat")
 
 
 @pytest.mark.parametrize(
@@ -389,186 +369,67 @@ def test_hostile_text_is_answered_inside_one_json_string(fields: dict[str, Any])
     assert len(body.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("prompt", "wanted", "explicit", "granted"),
-    [
-        (1, 50, True, 50),
-        (50, 50, True, 50),
-        (99, 1, True, 1),
-        (1, 50, False, 50),
-        (60, 50, False, 40),
-        (99, 50, False, 1),
-        (99, 2**24, False, 1),
-    ],
-)
-def test_what_fits_into_the_context_is_granted(prompt: int, wanted: int, explicit: bool, granted: int) -> None:
-    assert check_context(prompt, wanted, 100, explicit) == granted
-
-
-@pytest.mark.parametrize(
-    ("prompt", "wanted", "explicit", "param", "numbers"),
-    [
-        (100, 1, False, "dialog", ["100"]),
-        (100, 1, True, "dialog", ["100"]),
-        (12345, 1, False, "dialog", ["12345", "100"]),
-        (51, 50, True, "max_new_tokens", ["51", "50", "100", "at most 49"]),
-        (99, 2, True, "max_new_tokens", ["99", "2", "100", "at most 1"]),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    prompt: int, wanted: int, explicit: bool, param: str, numbers: list[str]
-) -> None:
-    with pytest.raises(ApiError) as caught:
-        check_context(prompt, wanted, 100, explicit, "dialog")
-    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "context_length_exceeded", param)
-    assert all(number in caught.value.message for number in numbers)
-
-
-def test_a_default_is_clipped_to_no_less_than_min_new_tokens() -> None:
-    assert check_context(60, 50, 100, explicit=False, min_new_tokens=40) == 40
-    with pytest.raises(ApiError) as caught:
-        check_context(60, 50, 100, explicit=False, min_new_tokens=41)
-    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "min_new_tokens")
-    assert caught.value.message.startswith("min_new_tokens=41 does not fit")
-
-
-def test_the_context_check_speaks_the_callers_dialect() -> None:
-    with pytest.raises(ApiError) as caught:
-        check_context(51, 50, 100, explicit=True, param="messages", limit_param="max_tokens")
-    assert caught.value.param == "max_tokens"
-    assert caught.value.message.startswith("max_tokens=50")
-
-
-@pytest.mark.parametrize("ids", [(), (0,), (0, 31999), [5]])
-def test_ids_of_the_vocabulary_pass(ids: tuple[int, ...]) -> None:
-    check_token_ids(ids, 32000)
-
-
-@pytest.mark.parametrize(("ids", "at"), [((32000,), 0), ((1, 2**70), 1), ((0, 1, -1), 2)])
-def test_an_id_outside_the_vocabulary_is_refused_and_named(ids: tuple[int, ...], at: int) -> None:
-    with pytest.raises(ApiError) as caught:
-        check_token_ids(ids, 32000, "prompt")
-    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "token_out_of_range", f"prompt[{at}]")
-    assert "31999" in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"prompt": [1, 32000]}, "prompt[1]"),
-        ({"prompt": "x", "stop_token_ids": [0, 31999, 32000]}, "stop_token_ids[2]"),
-        ({"prompt": "x", "logit_bias": {"0": 1, "32000": 1}}, "logit_bias.32000"),
-    ],
-)
-def test_an_id_anywhere_outside_the_vocabulary_is_refused(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(ApiError) as caught:
-        check_vocabulary(parse(**fields), 32000)
-    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "token_out_of_range", param)
-    assert "0 to 31999" in caught.value.message
-    check_vocabulary(parse(**fields), 32001)
-
-
-def test_an_answer_in_one_piece_holds_so_many_logprobs_at_most() -> None:
-    fields: dict[str, Any] = {"prompt": "x", "logprobs": True, "top_logprobs": 15, "n": 2}
-    most = MAX_LOGPROBS // (2 * 16)
-    check_answer_size(parse(**fields), most)
-    check_answer_size(parse(**fields, stream=True), most + 1)
-    check_answer_size(parse(prompt="x", n=16), 2**24)
-    with pytest.raises(ApiError) as caught:
-        check_answer_size(parse(**fields), most + 1)
-    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "answer_too_large", "logprobs")
-    assert all(number in caught.value.message for number in ("n=2", str(most + 1), "top_logprobs=15", "stream"))
-
-
-def test_sampling_takes_the_request_the_stop_ids_and_what_fits() -> None:
-    request = parse(prompt="x", temperature=0, seed=3)
-    params = request.sampling_params(stop_ids=frozenset({2}), max_new_tokens=5)
-    assert params == SamplingParams(
-        max_new_tokens=5, temperature=0.0, top_p=0.9, top_k=7, min_p=0.01, seed=3, stop_ids=frozenset({2})
-    )
-
-
-def test_sampling_takes_everything_that_a_request_may_ask_for() -> None:
-    fields: dict[str, Any] = {
-        "min_new_tokens": 2,
-        "repetition_penalty": 1.3,
-        "presence_penalty": 0.5,
-        "frequency_penalty": -0.5,
-        "n": 3,
-    }
-    request = parse(prompt="x", logit_bias={"9": 1.5}, logprobs=True, top_logprobs=4, **fields)
-    params = request.sampling_params(stop_ids=frozenset(), max_new_tokens=5)
-    assert {name: getattr(params, name) for name in fields} == fields
-    assert (params.logit_bias, params.logprobs) == ({9: 1.5}, 4)
-
-
-@pytest.mark.parametrize(
-    ("fields", "stop_ids"),
-    [
-        ({}, {2}),
-        ({"stop_token_ids": [7, 8, 7]}, {2, 7, 8}),
-        ({"ignore_eos": True}, set()),
-        ({"ignore_eos": True, "stop_token_ids": [2, 7]}, {2, 7}),
-    ],
-)
-def test_what_ends_an_answer_is_the_format_s_and_the_request_s_to_say(
-    fields: dict[str, Any], stop_ids: set[int]
-) -> None:
-    request = parse(prompt="x", **fields)
-    assert request.sampling_params(stop_ids=frozenset({2}), max_new_tokens=5).stop_ids == stop_ids
-
-
-def part(text: str = "", ids: Sequence[int] = (), finish_reason: FinishReason | None = None, **others: Any) -> Part:
-    return Part(
-        **{"index": None, "logprobs": None, "error": None, **others}, text=text, ids=ids, finish_reason=finish_reason
-    )
-
-
-USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-FAILED = ApiError(500, "nan_logits", "not finite")
-
-
-def test_an_answer_is_one_object_on_one_line() -> None:
-    reply = answer([part("Grüße\n😀", (1, 2), FinishReason.STOP)], usage(5, 2))
-    assert reply.endswith(b"}\n")
-    assert reply.count(b"\n") == 1
-    assert "Grüße\\n😀".encode() in reply
-    assert json.loads(reply) == {"text": "Grüße\n😀", "finish_reason": "stop", "usage": USAGE}
-
-
-def test_a_stream_is_lines_of_json_and_the_last_says_why_it_ended() -> None:
-    stream = lines([part("a\n", (1,))]) + lines([part()]) + lines([part("b", [2], FinishReason.LENGTH)], USAGE)
-    assert [json.loads(line) for line in stream.splitlines()] == [
-        {"text": "a\n", "ids": [1]},
-        {"text": "", "ids": []},
-        {"text": "b", "ids": [2], "finish_reason": "length", "usage": USAGE},
-    ]
-
-
-def test_an_answer_of_several_outputs_is_a_list_of_choices() -> None:
-    parts = [part("a", (1,), FinishReason.STOP, index=0), part("", (), FinishReason.ERROR, index=1, error=FAILED)]
-    assert json.loads(answer(parts, USAGE)) == {
-        "choices": [
-            {"index": 0, "text": "a", "finish_reason": "stop"},
-            {"index": 1, "text": "", "finish_reason": "error", "error": FAILED.fields()},
-        ],
-        "usage": USAGE,
-    }
-
-
-def test_the_usage_of_several_outputs_is_in_the_last_of_all_lines() -> None:
-    stream = lines([part("a", (1,), FinishReason.STOP, index=1), part("b", (2,), FinishReason.STOP, index=0)], USAGE)
-    assert [json.loads(line) for line in stream.splitlines()] == [
-        {"index": 1, "text": "a", "ids": [1], "finish_reason": "stop"},
-        {"index": 0, "text": "b", "ids": [2], "finish_reason": "stop", "usage": USAGE},
-    ]
+def delta(
+    text: str = "", ids: Sequence[int] = (), finish_reason: FinishReason | None = None, **others: Any
+) -> OutputDelta:
+    fields = {"index": 0, "logprobs": None, "error": None, **others}
+    return OutputDelta(text=text, ids=ids, finish_reason=finish_reason, **fields)
 
 
 WORDS = {5: b" fox", 6: "é".encode()[:1], 7: b""}
 
 
+def replies(**fields: Any) -> NativeReplies:
+    return NativeReplies(parse(prompt="x", **fields), WORDS.__getitem__, 16)
+
+
+ONE, TWO = replies(), replies(n=2)
+USAGE = Usage(5, 2)
+USAGE_FIELDS = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+FAILED = ApiError(500, "nan_logits", "not finite")
+
+
+def test_an_answer_is_one_object_on_one_line() -> None:
+    reply = ONE.answer([delta("Grüße\n😀", (1, 2), FinishReason.STOP)], USAGE)
+    assert reply.endswith(b"}\n")
+    assert reply.count(b"\n") == 1
+    assert "Grüße\\n😀".encode() in reply
+    assert json.loads(reply) == {"text": "Grüße\n😀", "finish_reason": "stop", "usage": USAGE_FIELDS}
+
+
+def test_a_stream_is_lines_of_json_and_the_last_says_why_it_ended() -> None:
+    stream = ONE.chunk([delta("a\n", (1,))]) + ONE.chunk([delta()])
+    stream += ONE.chunk([delta("b", [2], FinishReason.LENGTH)], USAGE)
+    assert [json.loads(line) for line in stream.splitlines()] == [
+        {"text": "a\n", "ids": [1]},
+        {"text": "", "ids": []},
+        {"text": "b", "ids": [2], "finish_reason": "length", "usage": USAGE_FIELDS},
+    ]
+
+
+def test_an_answer_of_several_outputs_is_a_list_of_choices() -> None:
+    deltas = [delta("a", (1,), FinishReason.STOP), delta("", (), FinishReason.ERROR, index=1, error=FAILED)]
+    assert json.loads(TWO.answer(deltas, USAGE)) == {
+        "choices": [
+            {"index": 0, "text": "a", "finish_reason": "stop"},
+            {"index": 1, "text": "", "finish_reason": "error", "error": FAILED.fields()},
+        ],
+        "usage": USAGE_FIELDS,
+    }
+
+
+def test_the_usage_of_several_outputs_is_in_the_last_of_all_lines() -> None:
+    deltas = [delta("a", (1,), FinishReason.STOP, index=1), delta("b", (2,), FinishReason.STOP, index=0)]
+    stream = TWO.chunk(deltas, USAGE)
+    assert [json.loads(line) for line in stream.splitlines()] == [
+        {"index": 1, "text": "a", "ids": [1], "finish_reason": "stop"},
+        {"index": 0, "text": "b", "ids": [2], "finish_reason": "stop", "usage": USAGE_FIELDS},
+    ]
+
+
 def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
-    record = token_logprobs(5, Logprobs(-0.5, ((5, -0.5), (6, -2.0), (7, float("-inf")))), WORDS.__getitem__)
+    logprobs = Logprobs(-0.5, ((5, -0.5), (6, -2.0), (7, float("-inf"))))
+    record = token_logprobs(5, logprobs, WORDS.__getitem__)
     assert record == {
         "id": 5,
         "token": " fox",
@@ -580,8 +441,10 @@ def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
             {"id": 7, "token": "", "bytes": [], "logprob": -9999.0},
         ],
     }
-    assert json.loads(answer([part("a", (5,), FinishReason.STOP, logprobs=[record])], USAGE))["logprobs"] == [record]
-    assert json.loads(lines([part("a", (5,), logprobs=[record])]))["logprobs"] == [record]
+    assert json.loads(ONE.answer([delta("a", (5,), FinishReason.STOP, logprobs=[logprobs])], USAGE))["logprobs"] == [
+        record
+    ]
+    assert json.loads(ONE.chunk([delta("a", (5,), logprobs=[logprobs])]))["logprobs"] == [record]
 
 
 @pytest.mark.parametrize("longest", [1, 16, 128])
@@ -590,16 +453,16 @@ def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
 def test_so_many_tokens_fit_into_a_line_however_long_they_are(
     fields: dict[str, Any], longest: int, byte: bytes
 ) -> None:
-    request = parse(prompt="x", stream=True, **fields)
-    count = chunk_tokens(request, longest)
+    request = parse(prompt="x", stream=True, n=2, **fields)
+    formatter = NativeReplies(request, lambda _: byte * longest, longest)
+    count = formatter.chunk_tokens
     assert 1 <= count <= MAX_CHUNK_TOKENS
     logprob = -1.2345678901234567e-05
-    logprobs = Logprobs(logprob, ((2**17, logprob),) * (request.logprobs or 0))
-    record = token_logprobs(2**17, logprobs, lambda _: byte * longest)
+    logprobs = Logprobs(logprob, ((2**17, logprob),) * (request.sampling.logprobs or 0))
     text = (byte * longest * count).decode("utf-8", "replace") + "\0" * 256
-    records = None if request.logprobs is None else [record] * count
-    line = part(text, [2**17] * count, FinishReason.LENGTH, index=15, logprobs=records)
-    assert len(lines([line], usage(2**17, 2**17))) <= MAX_CHUNK_BYTES
+    each = None if request.sampling.logprobs is None else [logprobs] * count
+    line = delta(text, [2**17] * count, FinishReason.LENGTH, index=15, logprobs=each)
+    assert len(formatter.chunk([line], Usage(2**17, 2**17))) <= MAX_CHUNK_BYTES
 
 
 def test_plain_chunks_hold_64_tokens() -> None:
@@ -608,26 +471,26 @@ def test_plain_chunks_hold_64_tokens() -> None:
 
 def test_an_answer_over_the_limit_is_refused_with_the_remedy() -> None:
     with pytest.raises(ApiError) as caught:
-        answer([part("x" * MAX_ANSWER_BYTES, (1,), FinishReason.LENGTH)], USAGE)
+        ONE.answer([delta("x" * MAX_ANSWER_BYTES, (1,), FinishReason.LENGTH)], USAGE)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "answer_too_large", "stream")
 
 
 def test_a_stream_that_fails_says_so_in_its_last_line() -> None:
-    line = stream_error(ApiError(500, "nan_logits", "the model produced numbers that are not finite"))
+    line = ONE.error(ApiError(500, "nan_logits", "the model produced numbers that are not finite"))
     assert line.endswith(b"\n")
     assert json.loads(line)["error"]["type"] == "server_error"
 
 
 def test_replies_are_valid_utf8_even_for_text_that_is_not() -> None:
-    for reply in (answer([part("\ud800", (), FinishReason.STOP)], USAGE), lines([part("\udfff", (1,))])):
+    for reply in (ONE.answer([delta("\ud800", (), FinishReason.STOP)], USAGE), ONE.chunk([delta("\udfff", (1,))])):
         assert json.loads(reply.decode())["text"] == "?"
 
 
 def test_a_chunk_over_the_limit_is_a_broken_promise() -> None:
-    frame = len(lines([part("", (1,))]))
-    assert len(lines([part("x" * (MAX_CHUNK_BYTES - frame), (1,))])) == MAX_CHUNK_BYTES
+    frame = len(ONE.chunk([delta("", (1,))]))
+    assert len(ONE.chunk([delta("x" * (MAX_CHUNK_BYTES - frame), (1,))])) == MAX_CHUNK_BYTES
     with pytest.raises(AssertionError):
-        lines([part("é" * ((MAX_CHUNK_BYTES - frame) // 2 + 1), (1,))])
+        ONE.chunk([delta("é" * ((MAX_CHUNK_BYTES - frame) // 2 + 1), (1,))])
 
 
 FIELDS = ("prompt", "dialog", "mode", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
@@ -659,7 +522,7 @@ near_requests = st.dictionaries(st.sampled_from([*FIELDS, "x"]), json_values, ma
 )
 
 
-def outcome(body: object) -> NativeRequest | ApiError:
+def outcome(body: object) -> GenerationRequest | ApiError:
     try:
         return parse_native(body, DEFAULTS)
     except ApiError as error:
@@ -682,6 +545,11 @@ def test_anything_is_a_request_or_refused_with_400(body: object) -> None:
         assert json.loads(result.body().decode())["error"]["code"] == result.code
         assert len(result.body().splitlines()) == 1
     else:
-        assert (result.prompt is None) == (result.mode == "chat")
-        assert (result.dialog is None) == (result.mode == "text_completion")
-        result.sampling_params(stop_ids=frozenset(), max_new_tokens=result.max_new_tokens)
+        assert (result.prompt is None) == (result.dialog is not None)
+
+
+def test_every_field_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/requests.md").read_text()
+    table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert not [name for name in ("prompt", "dialog", *OPTIONAL) if f"`{name}`" not in table]
+    assert {*OPTIONAL, "prompt", "dialog"} == native._Body.model_fields.keys()

@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_tp
-from llama_tp.engine.request import Chunk, Request, SamplingParams, StepPlan
+from llama_tp.engine.request import Request
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import Chunk, StepPlan
 from tests.tiny_model import MODELS, engine_of, random_model
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)

@@ -12,8 +12,10 @@ import re
 import pytest
 import torch
 
-from llama_tp.engine.request import Request, SamplingParams, Sequence
+from llama_tp.engine.request import Request
 from llama_tp.engine.sampler import Sampler, probabilities
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.sequence import Sequence
 
 NAN, INF = float("nan"), float("inf")
 

@@ -13,7 +13,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine.request import FinishReason, Request, SamplingParams, TokenEvent
+from llama_tp.engine.request import FinishReason, Request, TokenEvent
+from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import QueueFull, Scheduler
 
 STOP_ID = 7

@@ -13,17 +13,17 @@ import torch
 
 from llama_tp.config import ModelArgs
 from llama_tp.engine.loop import EngineLoop
-from llama_tp.serving import native
-from llama_tp.serving.native import NativeDefaults
-from llama_tp.serving.schema import ApiError
+from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.serving.dialects import native
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import RequestDefaults
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import chat_format
 from tests.tiny_model import engine_of, random_model
 from tests.unit.text_fixtures import tiny
 
-DEFAULTS = NativeDefaults(
-    mode="text_completion", max_new_tokens=24, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=None
-)
+GREEDY = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.0}
+DEFAULTS = RequestDefaults(mode="text_completion", max_new_tokens=24, seed=None, sampling=GREEDY)
 MAX_SEQ_LEN = 512
 PATIENCE_S = 60.0
 NEVER_S = 3600.0

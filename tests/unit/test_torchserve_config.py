@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llama_tp.config import ConfigError, ModelArgs
+from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.torchserve.config import HandlerSection, ModelConfig, TorchrunSection
 from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B
 
@@ -65,12 +66,21 @@ def test_what_is_shipped_for_the_frontend_keeps_every_address_on_this_host(name)
     assert {address.removeprefix("http://").partition(":")[0] for address in addresses.values()} == {"127.0.0.1"}
 
 
+EXPLAINED_BY_NAME_OR_NEIGHBOUR = {"model_args_path", "top_p", "min_p", "presence_penalty", "frequency_penalty"}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_configuration_sets_every_key_of_the_handler_with_a_comment(name):
     lines = (ROOT / name).read_text().splitlines()
     for key in HandlerSection.model_fields:
         (line,) = [line for line in lines if line.strip().startswith(f"{key}:")]
-        if key not in ("model_args_path", "top_p", "min_p"):  # these are explained by their neighbours or their names
+        if key not in (
+            "model_args_path",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+        ):  # these are explained by their neighbours or their names
             assert "#" in line, key
 
 
@@ -82,11 +92,13 @@ def test_the_default_configuration_sets_every_key_that_the_frontend_reads(values
 
 
 def test_what_the_default_configuration_sets_is_what_a_request_gets_by_default(values):
-    values["handler"].update(max_new_tokens=7, temperature=0.25, top_p=0.5, top_k=3, min_p=0.125, manual_seed=11)
-    values["handler"]["mode"] = "chat"
-    defaults = ModelConfig.of(values).native_defaults()
-    assert (defaults.mode, defaults.max_new_tokens, defaults.temperature) == ("chat", 7, 0.25)
-    assert (defaults.top_p, defaults.top_k, defaults.min_p, defaults.seed) == (0.5, 3, 0.125, 11)
+    sampling = {"temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5}
+    sampling |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
+    assert list(sampling) == [knob.name for knob in KNOBS]
+    values["handler"].update(max_new_tokens=7, manual_seed=11, mode="chat", **sampling)
+    defaults = ModelConfig.of(values).request_defaults()
+    assert (defaults.mode, defaults.max_new_tokens, defaults.seed) == ("chat", 7, 11)
+    assert defaults.sampling == sampling
 
 
 def test_the_model_s_own_limits_hold_where_the_handler_sets_none(values):
@@ -323,3 +335,9 @@ def test_what_the_engine_is_told_is_what_the_file_says(values):
     engine = ModelConfig.of(values).engine_config(TINY)
     assert (engine.max_waiting, engine.deterministic, engine.prefix_cache, engine.page_size) == (7, True, False, 32)
     assert engine.verify_checkpoint == "always"
+
+
+def test_every_key_of_the_handler_is_in_the_documentation():
+    page = (ROOT / "docs/configuration.md").read_text()
+    table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert not [key for key in HandlerSection.model_fields if f"`{key}`" not in table]

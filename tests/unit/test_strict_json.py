@@ -11,36 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import FailFast
 
-from llama_tp.serving.schema import (
+from llama_tp.serving.encoding import MAX_ECHO, shown, to_json
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.fields import (
     ABSENT,
+    KNOB_TYPES,
     MAX_BIASES,
-    MAX_DEPTH,
-    MAX_ECHO,
     MAX_NEW_TOKENS,
     MAX_STOP_IDS,
-    MAX_TOP_K,
-    ApiError,
     LogitBias,
     MaxNewTokens,
     MinNewTokens,
-    MinP,
     NumOutputs,
-    Penalty,
-    RepetitionPenalty,
     Seed,
     StopStrings,
     StopTokenIds,
-    StrictModel,
-    Temperature,
     TimeoutS,
-    TopK,
     TopLogprobs,
-    TopP,
-    parse_json,
-    shown,
-    to_json,
-    validate,
 )
+from llama_tp.serving.strict_json import MAX_DEPTH, parse_json
+from llama_tp.serving.strict_model import StrictModel, validate
+
+MAX_TOP_K = 2**31 - 1
+Temperature, TopP, TopK, MinP = (KNOB_TYPES[name] for name in ("temperature", "top_p", "top_k", "min_p"))
+RepetitionPenalty, Penalty = KNOB_TYPES["repetition_penalty"], KNOB_TYPES["presence_penalty"]
 
 
 def refusal(body: object) -> ApiError:

@@ -1,0 +1,44 @@
+"""One output of a request while it is generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llama_tp.engine.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One output of a request on its way: the one mutable thing. Only the scheduler changes it."""
+
+    request: Request
+    tokens: list[int]
+    """Prompt, then everything sampled."""
+    index: int = 0
+    """Which of the request's n outputs this is."""
+    forks: list[Sequence] = field(default_factory=list)
+    """The request's other outputs, while they wait for this one to have computed their prompt."""
+    row: int = -1
+    """Its row in every rank's page table; -1 while it holds no cache."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    pages: list[int] = field(default_factory=list)
+    reservation: range = range(0)
+    """Pages that are free for it to grow into."""
+    num_shared: int = 0
+    """Pages, from the first, that it found in the cache."""
+    num_registered: int = 0
+    """Pages, from the first, that prompts which begin alike can find."""
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to feed before the next one can be sampled: the prompt's rest in prefill, 1 in decode."""
+        return len(self.tokens) - self.num_computed

@@ -1,0 +1,153 @@
+"""The one check of a request against the model and the server's limits, and its way into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import GenerationRequest
+from llama_tp.text.chat import ChatFormat
+from llama_tp.text.dialog import ChatError
+from llama_tp.text.tokenizer import Tokenizer
+
+MAX_LOGPROBS = 2**15
+"""Log probabilities in an answer that does not stream: at about 100 bytes each, half of what TorchServe can carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine can take."""
+
+    vocab_size: int
+    max_seq_len: int
+    """Prompt plus generated tokens of one output."""
+    max_waiting: int
+    """Outputs that may wait at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request as the engine takes it."""
+
+    prompt: list[int]
+    params: SamplingParams
+
+
+class Admission:
+    """Admits or refuses requests. `chat` is the model's chat format, or the reason why it has none."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | str, limits: Limits, *, longest_token: int) -> None:
+        """`longest_token`: most bytes of a token."""
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._limits = limits
+        self._longest_token = longest_token
+
+    def admit(self, request: GenerationRequest) -> Admitted:
+        """ApiError if the request can never run here."""
+        limits = self._limits
+        check_vocabulary(request, limits.vocab_size)
+        check_outputs(request, limits.max_waiting)
+        prompt, stop_ids = self._encode(request)
+        max_new_tokens = fit_context(request, len(prompt), limits.max_seq_len)
+        check_answer_size(request, max_new_tokens)
+        end_ids = frozenset() if request.ignore_eos else stop_ids
+        params = request.sampling.but(
+            max_new_tokens=max_new_tokens, stop_ids=end_ids | frozenset(request.stop_token_ids)
+        )
+        return Admitted(prompt, params)
+
+    def _encode(self, request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
+        """Prompt ids, and the ids that end the answer."""
+        if isinstance(request.prompt, tuple):
+            return list(request.prompt), self._tokenizer.stop_ids
+        if request.prompt is not None:
+            self._check_length([request.prompt], request)
+            return self._tokenizer.encode(request.prompt, bos=self._tokenizer.adds_bos), self._tokenizer.stop_ids
+        dialog = request.dialog or ()
+        self._check_length([message.content for message in dialog], request)
+        if isinstance(self._chat, str):
+            raise ApiError(400, "chat_not_supported", f"this model cannot chat: {self._chat}", request.names.dialog)
+        try:
+            ids = self._chat.encode(dialog, continue_final_message=request.continue_final_message)
+            return ids, self._chat.stop_ids
+        except ChatError as error:
+            raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
+
+    def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
+        """Texts that cannot fit, however they are tokenized, are not tokenized: that would take seconds."""
+        fewest = sum(map(len, texts)) // self._longest_token
+        if fewest >= self._limits.max_seq_len:
+            raise ApiError(
+                400,
+                "context_length_exceeded",
+                f"{request.prompt_name} has at least {fewest} tokens, but the context holds "
+                f"{self._limits.max_seq_len} tokens, prompt and answer together",
+                request.prompt_name,
+            )
+
+
+def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int) -> int:
+    """The max_new_tokens to use. ApiError if prompt and generated tokens do not fit; a default is clipped instead, to
+    no less than min_new_tokens."""
+    remaining = max_seq_len - num_prompt_tokens
+    if remaining < 1:
+        message = (
+            f"{request.prompt_name} has {num_prompt_tokens} tokens, but the context of {max_seq_len} tokens must hold "
+            f"at least one generated token as well; send at most {max_seq_len - 1}"
+        )
+        raise ApiError(400, "context_length_exceeded", message, request.prompt_name)
+    wanted, name = request.sampling.min_new_tokens, request.names.min_new_tokens
+    if request.max_new_tokens_explicit:
+        wanted, name = request.sampling.max_new_tokens, request.names.max_new_tokens
+    if wanted > remaining:
+        message = (
+            f"{name}={wanted} does not fit after {request.prompt_name} of {num_prompt_tokens} tokens into the "
+            f"context of {max_seq_len} tokens; ask for at most {remaining}"
+        )
+        raise ApiError(400, "context_length_exceeded", message, name)
+    return min(request.sampling.max_new_tokens, remaining)
+
+
+def check_outputs(request: GenerationRequest, max_waiting: int) -> None:
+    """ApiError if the request's outputs could never all wait at a time."""
+    if (n := request.sampling.n) > max_waiting:
+        name = request.names.n
+        message = f"{name}={n} must be at most {max_waiting}, the outputs that may wait here (handler.max_waiting)"
+        raise ApiError(400, "invalid_value", message, name)
+
+
+def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
+    """ApiError for the first id in a request that is not in the vocabulary."""
+    if isinstance(request.prompt, tuple):
+        _check_token_ids(request.prompt, vocab_size, request.names.prompt)
+    _check_token_ids(request.stop_token_ids, vocab_size, request.names.stop_token_ids)
+    for token, bias in request.sampling.logit_bias.items():
+        if token >= vocab_size:
+            name = f"{request.names.logit_bias}.{token}"
+            message = f"{name}={bias} is not for a token id; the vocabulary is 0 to {vocab_size - 1}"
+            raise ApiError(400, "token_out_of_range", message, name)
+
+
+def _check_token_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        at = next(index for index, token in enumerate(ids) if not 0 <= token < vocab_size)
+        message = f"{name}[{at}]={ids[at]} is not a token id; the vocabulary is 0 to {vocab_size - 1}"
+        raise ApiError(400, "token_out_of_range", message, f"{name}[{at}]")
+
+
+def check_answer_size(request: GenerationRequest, max_new_tokens: int) -> None:
+    """ApiError if an answer in one piece may hold too many log probabilities."""
+    n, top, names = request.sampling.n, request.sampling.logprobs, request.names
+    if request.stream or top is None:
+        return
+    most = n * max_new_tokens * (1 + top)
+    if most > MAX_LOGPROBS:
+        message = (
+            f"{names.n}={n} outputs of {names.max_new_tokens}={max_new_tokens} tokens with {names.top_logprobs}={top} "
+            f"are up to {most} log probabilities, but one answer holds at most {MAX_LOGPROBS}; set stream, or ask for "
+            "less"
+        )
+        raise ApiError(400, "answer_too_large", message, names.logprobs)

@@ -1,0 +1,1 @@
+"""The APIs that clients speak: bytes in, `GenerationRequest`s; output in, bytes. Nothing else."""

@@ -1,0 +1,269 @@
+"""The dialect of /predictions/llama: one JSON object in, one JSON object or one JSON line per chunk out.
+
+    {"prompt": "The capital of France is", "max_new_tokens": 50}
+    {"dialog": [{"role": "user", "content": "Hi"}], "max_new_tokens": 50, "mode": "chat"}
+
+The prompt may be text or token ids. A field that is null is not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, FailFast, create_model
+from pydantic_core import PydanticCustomError
+
+from llama_tp.engine.request import Logprobs
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.serving.encoding import shown, to_json
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.fields import (
+    ABSENT,
+    KNOB_TYPES,
+    LogitBias,
+    MaxNewTokens,
+    MinNewTokens,
+    NumOutputs,
+    Seed,
+    StopStrings,
+    StopTokenIds,
+    TimeoutS,
+    TopLogprobs,
+    must_be_text,
+    token_ids,
+)
+from llama_tp.serving.generation import GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.strict_json import parse_json
+from llama_tp.serving.strict_model import StrictModel, validate
+from llama_tp.text.dialog import Message
+from llama_tp.text.tokenizer import Tokenizer
+
+MAX_CHUNK_BYTES = 64 * 1024
+"""Bytes of one line of a stream."""
+MAX_CHUNK_TOKENS = 64
+"""Tokens of one line of a stream; fewer where each of them takes many bytes."""
+MAX_ANSWER_BYTES = 6 * 2**20
+"""Bytes of an answer that does not stream: a longer one than its max_response_size would end TorchServe's worker."""
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks, as it does in OpenAI's API."""
+
+
+class NativeDialect:
+    """The Dialect of the model's own route."""
+
+    def __init__(self, defaults: RequestDefaults) -> None:
+        self._defaults = defaults
+
+    def parse(self, body: object) -> GenerationRequest:
+        return parse_native(body, self._defaults)
+
+    def replies(self, request: GenerationRequest, tokenizer: Tokenizer, longest_token: int) -> NativeReplies:
+        return NativeReplies(request, tokenizer.token_bytes, longest_token)
+
+    def error(self, error: ApiError) -> bytes:
+        return error.body()
+
+
+def _text_or_ids(prompt: object) -> str | tuple[int, ...]:
+    if not isinstance(prompt, (str, list)):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
+    if not prompt:
+        raise PydanticCustomError("empty_prompt", "must not be empty")
+    return prompt if isinstance(prompt, str) else token_ids(prompt)
+
+
+_TO_CHAT = 'to chat, send the messages as dialog, as in {"dialog": [{"role": "user", "content": "Hi"}]}'
+_ELSEWHERE = {
+    "messages": _TO_CHAT,
+    "model": f"leave it out, the URL names the model; {_TO_CHAT}",
+    "system": "make it the first message of dialog, with the role system",
+    "max_completion_tokens": "did you mean max_new_tokens?",
+    **dict.fromkeys(("input", "inputs", "text"), "send the text as prompt"),
+}
+"""What the fields of other APIs are called here, where the names do not tell."""
+
+
+class _Message(StrictModel):
+    role: str
+    content: str
+
+
+def _some_messages(messages: list[_Message]) -> tuple[Message, ...]:
+    if not messages:
+        raise PydanticCustomError("empty_messages", "must hold at least one message")
+    return tuple(Message(message.role, message.content) for message in messages)
+
+
+class _Fields(StrictModel):
+    hints = _ELSEWHERE
+
+    prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
+    dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
+    mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
+    continue_final_message: bool = False
+    max_new_tokens: MaxNewTokens = ABSENT
+    min_new_tokens: MinNewTokens = 0
+    logit_bias: LogitBias = ABSENT
+    seed: Seed = ABSENT
+    stop: StopStrings = ABSENT
+    stop_token_ids: StopTokenIds = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+    n: NumOutputs = 1
+    timeout_s: TimeoutS = ABSENT
+    stream: bool = False
+
+
+_KNOBS: dict[str, Any] = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
+_Body = create_model("_Body", __base__=_Fields, **_KNOBS)
+
+
+def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
+    """The request in a body (bytes, text, or already parsed JSON). ApiError with status 400 if it is none.
+
+    A prompt is text_completion and a dialog is chat; `mode` may say so too, but may not say otherwise.
+    """
+    payload = parse_json(body)
+    fields = validate(_Body, payload)
+    given: dict[str, Any] = {name: getattr(fields, name) for name in fields.model_fields_set}
+    _check_pairs(given)
+    _check_mode(payload, given, defaults.mode)
+    sampling = SamplingParams(
+        max_new_tokens=given.get("max_new_tokens", max(defaults.max_new_tokens, fields.min_new_tokens)),
+        min_new_tokens=fields.min_new_tokens,
+        **{name: given.get(name, defaults.sampling[name]) for name in KNOB_TYPES},
+        logit_bias=given.get("logit_bias", {}),
+        seed=given.get("seed", defaults.seed),
+        n=fields.n,
+        logprobs=fields.top_logprobs if fields.logprobs else None,
+    )
+    return GenerationRequest(
+        prompt=given.get("prompt"),
+        dialog=given.get("dialog"),
+        continue_final_message=fields.continue_final_message,
+        sampling=sampling,
+        max_new_tokens_explicit="max_new_tokens" in given,
+        stop=tuple(given.get("stop", ())),
+        stop_token_ids=fields.stop_token_ids,
+        ignore_eos=fields.ignore_eos,
+        timeout_s=fields.timeout_s,
+        stream=fields.stream,
+    )
+
+
+def _check_mode(payload: Mapping[str, Any], given: dict[str, Any], default: Mode) -> None:
+    """ApiError unless there is either a prompt or a dialog, and mode agrees with it."""
+    if "prompt" in given and "dialog" in given:
+        raise ApiError(400, "conflicting_fields", "prompt and dialog are both given; send one of them", "dialog")
+    if "prompt" not in given and "dialog" not in given:
+        if null := next((name for name in ("prompt", "dialog") if name in payload), None):
+            message = f"{null} must not be null; send a prompt, or a dialog to chat"
+            raise ApiError(400, "invalid_type", message, null)
+        needed = "dialog" if given.get("mode", default) == "chat" else "prompt"
+        raise ApiError(400, "missing_field", f"{needed} is missing; send a prompt, or a dialog to chat", needed)
+    present = "dialog" if "dialog" in given else "prompt"
+    mode = "chat" if present == "dialog" else "text_completion"
+    if given.get("mode", mode) != mode:
+        message = f"mode={shown(given['mode'])} contradicts {present}, which is for {shown(mode)}; leave mode out"
+        raise ApiError(400, "conflicting_fields", message, "mode")
+
+
+def _check_pairs(given: dict[str, Any]) -> None:
+    """ApiError where two fields contradict each other."""
+    least, most = given.get("min_new_tokens", 0), given.get("max_new_tokens")
+    if most is not None and least > most:
+        message = f"min_new_tokens={least} must be at most max_new_tokens={most}"
+        raise ApiError(400, "invalid_value", message, "min_new_tokens")
+    if given.get("continue_final_message") and "dialog" not in given:
+        message = "continue_final_message=true needs a dialog; a prompt is continued anyway"
+        raise ApiError(400, "conflicting_fields", message, "continue_final_message")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
+        raise ApiError(400, "conflicting_fields", message, "top_logprobs")
+
+
+class NativeReplies:
+    """The Replies to one request."""
+
+    chunk_type = "application/jsonl"
+
+    def __init__(self, request: GenerationRequest, token_bytes: Callable[[int], bytes], longest_token: int) -> None:
+        self.chunk_tokens = chunk_tokens(request, longest_token)
+        self._has_index = request.sampling.n > 1
+        self._token_bytes = token_bytes
+
+    def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None = None) -> bytes:
+        """Lines of a stream: new text and the ids of the new tokens, either of which may be empty. usage ends the
+        last."""
+        records = [self._record(delta) for delta in deltas]
+        if usage is not None:
+            records[-1]["usage"] = _usage(usage)
+        return b"".join(map(_line, records))
+
+    def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
+        choices = [self._record(output) for output in outputs]
+        for choice in choices:
+            del choice["ids"]
+        body = to_json({**({"choices": choices} if self._has_index else choices[0]), "usage": _usage(usage)}) + b"\n"
+        if len(body) > MAX_ANSWER_BYTES:
+            message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; set stream to get it"
+            raise ApiError(400, "answer_too_large", message, "stream")
+        return body
+
+    def error(self, error: ApiError) -> bytes:
+        """One line, also as the end of a stream that has failed after its status was sent."""
+        return error.body() + b"\n"
+
+    def _record(self, delta: OutputDelta) -> dict[str, Any]:
+        """An output as a line of a stream has it."""
+        logprobs = None
+        if delta.logprobs is not None:
+            pairs = zip(delta.ids, delta.logprobs, strict=True)
+            logprobs = [token_logprobs(token, one, self._token_bytes) for token, one in pairs]
+        fields = {
+            "index": delta.index if self._has_index else None,
+            "text": delta.text,
+            "ids": delta.ids,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "error": delta.error and delta.error.fields(),
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def chunk_tokens(request: GenerationRequest, longest_token: int) -> int:
+    """How many tokens of at most `longest_token` bytes fit into a line of a stream in any case.
+
+    A byte is a control character's \\u0000 in a text and a number of three digits in a list. Space is left for what was
+    held back of a stop string.
+    """
+    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs
+    num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
+    return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
+
+
+def token_logprobs(token_id: int, logprobs: Logprobs, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    """What a reply says of how probable a token was, with the names of OpenAI's chat API."""
+
+    def record(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = token_bytes(token_id)
+        text = raw.decode("utf-8", "replace")
+        return {"id": token_id, "token": text, "bytes": list(raw), "logprob": max(logprob, MIN_LOGPROB)}
+
+    return {**record(token_id, logprobs.chosen), "top_logprobs": [record(*one) for one in logprobs.top]}
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    line = to_json(record) + b"\n"
+    assert len(line) <= MAX_CHUNK_BYTES, f"a chunk of {len(line)} bytes: the text layer must emit sooner"
+    return line

@@ -1,0 +1,58 @@
+"""Values as compact JSON, and as error messages quote them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_ECHO = 64
+"""Characters of the user's text that an error repeats."""
+
+Path = tuple[str | int, ...]
+"""Keys and indices that lead from the body to a value."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode_in_pieces = json.JSONEncoder(ensure_ascii=False).iterencode
+
+
+def to_json(value: Any) -> bytes:
+    """One line of compact JSON, always valid UTF-8: a lone surrogate becomes a question mark."""
+    return _encode(value).encode("utf-8", "replace")
+
+
+def cut(text: str, limit: int) -> str:
+    """At most `limit` characters of the text, the last three of them dots where something is missing."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """A value as an error message repeats it: as JSON, printable, on one line, at most MAX_ECHO characters."""
+    try:
+        text = _beginning_of_json(value[: MAX_ECHO + 1] if isinstance(value, str) else value)
+    except (TypeError, ValueError):  # YAML has values that JSON lacks, such as dates
+        text = repr(value)
+    escaped = (char if char.isprintable() else json.dumps(char)[1:-1] for char in text[: MAX_ECHO + 1])
+    return cut("".join(escaped), MAX_ECHO)
+
+
+def _beginning_of_json(value: object) -> str:
+    """The value's JSON, or more than MAX_ECHO characters of it: a long list is not encoded to its end."""
+    text = ""
+    for piece in _encode_in_pieces(value):
+        text += piece
+        if len(text) > MAX_ECHO:
+            break
+    return text
+
+
+def in_json_words(expected: str) -> str:
+    """The choices of a Literal, which pydantic lists as Python writes them, as JSON writes them."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    return re.sub("True|False|None|'([^']*)'", lambda match: words.get(match[0], f'"{match[1]}"'), expected)
+
+
+def param_of(path: Path) -> str:
+    """A path as users write it: dialog[1].role"""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{cut(part, MAX_ECHO)}" for part in path)
+    return cut("".join(parts).removeprefix("."), MAX_ECHO)

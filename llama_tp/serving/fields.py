@@ -1,0 +1,105 @@
+"""The types of the fields that dialects and configuration share."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from llama_tp.engine.sampling_params import KNOBS, Knob
+
+MAX_NEW_TOKENS = 2**24
+"""More than any model's context; what a given model can do is checked by `admission.fit_context`."""
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_BIAS = 100
+
+ABSENT: Any = None
+"""Default of a model's field that may be left out."""
+
+
+def _judge_a_huge_float_by_its_value(value: object) -> object:
+    """1e9 is out of range before it is of the wrong type: so the user learns what is wrong with 1000000000, too."""
+    if isinstance(value, float) and value > MAX_NEW_TOKENS:
+        raise PydanticCustomError("invalid_value", f"must be an integer of at most {MAX_NEW_TOKENS}")
+    return value
+
+
+def _list_of_stops(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
+    if len(value) > MAX_STOPS:
+        raise PydanticCustomError("too_many_stops", f"must have at most {MAX_STOPS} entries")
+    return value
+
+
+def token_ids(value: object) -> tuple[int, ...]:
+    """AfterValidator for a list of token ids, of which only the upper bound is left to check."""
+    # Not a list of pydantic's: that makes an error of each of a hundred thousand wrong ids.
+    if not isinstance(value, list):
+        raise PydanticCustomError("invalid_type", "must be a list of token ids")
+    for at, token in enumerate(value):
+        if type(token) is not int:  # a bool is an int, too
+            raise PydanticCustomError("invalid_type", "must be an integer", {"at": at})
+        if token < 0:
+            raise PydanticCustomError("token_out_of_range", "is negative, which no token id is", {"at": at})
+    return tuple(value)
+
+
+def _few_token_ids(value: object) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > MAX_STOP_IDS:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_STOP_IDS} entries")
+    return token_ids(value)
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("invalid_type", "must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_BIASES} entries")
+    for key, bias in value.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,18}", key):
+            raise PydanticCustomError("invalid_value", 'must have a token id as its key, such as "42"', {"at": key})
+        if type(bias) not in (int, float):
+            raise PydanticCustomError("invalid_type", "must be a number", {"at": key})
+        if abs(bias) > MAX_BIAS:
+            raise PydanticCustomError("invalid_value", f"must be from -{MAX_BIAS} to {MAX_BIAS}", {"at": key})
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def must_be_text(value: object) -> object:
+    """BeforeValidator for a Literal: a value of another type is of the wrong type, not just none of the choices."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("invalid_type", "must be a string")
+    return value
+
+
+MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
+MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
+LogitBias = Annotated[Any, AfterValidator(_biases)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
+]
+StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+NumOutputs = Annotated[int, Field(ge=1, le=16)]
+TimeoutS = Annotated[float, Field(gt=0, le=3600)]
+
+
+def _type_of(knob: Knob) -> Any:
+    """The knob's kind, within the interval that the APIs accept."""
+    low, high = (int(end) if end.is_integer() else end for end in (float(knob.api.low), float(knob.api.high)))
+    bounds: dict[str, Any] = {"gt" if knob.api.excludes_low else "ge": low}
+    bounds["lt" if knob.api.excludes_high else "le"] = high
+    return Annotated[knob.kind, Field(**bounds)]
+
+
+KNOB_TYPES: dict[str, Any] = {knob.name: _type_of(knob) for knob in KNOBS}
+"""Of each parameter of `SamplingParams` that requests and configuration can set, by name."""

@@ -1,0 +1,84 @@
+"""One of a request's outputs on its way from tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_tp.engine.request import FinishReason, Logprobs, TokenEvent
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import GenerationRequest, OutputDelta
+from llama_tp.text.detokenizer import TextStream
+from llama_tp.text.tokenizer import Tokenizer
+
+
+class Output:
+    """Takes the engine's events and gives out deltas. The deltas' texts, joined, are the output's text."""
+
+    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, index: int, after: Sequence[int]) -> None:
+        """`after`: the ids whose text it continues."""
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.error: ApiError | None = None
+        self.is_emitted = False
+        """Whether the last delta has been given out."""
+        self._index = index
+        min_tokens = request.sampling.min_new_tokens
+        self._stream = TextStream(tokenizer, request.stop, min_tokens=min_tokens, after=after)
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._logprobs: list[Logprobs] | None = None if request.sampling.logprobs is None else []
+
+    @property
+    def has_delta(self) -> bool:
+        return bool(self._ids) or (self.finish_reason is not None and not self.is_emitted)
+
+    def push(self, event: TokenEvent) -> None:
+        """Take what a step meant for this output, which must not have ended."""
+        if event.token_id is not None:
+            self.num_tokens += 1
+            self._ids.append(event.token_id)
+            self._text.append(self._stream.push(event.token_id))
+            if self._logprobs is not None and event.logprobs is not None:
+                self._logprobs.append(event.logprobs)
+            if self._stream.stopped:
+                self.finish_reason = FinishReason.STOP
+        if event.finish_reason is not None and self.finish_reason is None:
+            self._text.append(self._stream.flush())
+            self.error = _error_in(event)
+            self.finish_reason = event.finish_reason if self.error is None else FinishReason.ERROR
+
+    def next_delta(self, max_tokens: int) -> OutputDelta:
+        """The oldest output not yet given out. It ends the output if no token is left afterwards."""
+        ids, self._ids = self._ids[:max_tokens], self._ids[max_tokens:]
+        self.is_emitted = self.finish_reason is not None and not self._ids
+        # A token's text is where its push put it; what flush added belongs to the last delta.
+        num_texts = len(self._text) if self.is_emitted else len(ids)
+        text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
+        logprobs = self._logprobs
+        if logprobs is not None:
+            logprobs, self._logprobs = logprobs[:max_tokens], logprobs[max_tokens:]
+        return OutputDelta(
+            index=self._index,
+            text=text,
+            ids=ids,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason if self.is_emitted else None,
+            error=self.error if self.is_emitted else None,
+        )
+
+
+def _error_in(event: TokenEvent) -> ApiError | None:
+    """Why an output failed."""
+    if event.finish_reason is FinishReason.CANCELLED:
+        return ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
+    if event.finish_reason is FinishReason.ERROR:
+        code = event.error or "internal_error"
+        return ApiError(429 if code == "queue_full" else 500, code, _MESSAGES.get(code, _MESSAGES["internal_error"]))
+    return None
+
+
+_MESSAGES = {
+    "nan_logits": "the model produced numbers that are not finite for this request; other requests are not affected",
+    "queue_full": "too many requests are waiting already; try again later",
+    "internal_error": "the engine could not run this request",
+}

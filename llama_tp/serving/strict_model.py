@@ -1,0 +1,112 @@
+"""JSON objects to typed ones: known fields of exactly the declared types, and one error for whatever is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from llama_tp.serving.encoding import MAX_ECHO, Path, in_json_words, param_of, shown
+from llama_tp.serving.errors import ApiError
+
+
+class StrictModel(BaseModel):
+    """An object with known fields of exactly the declared JSON types: no conversion, no extras.
+
+    null for a field that may be left out means that it is left out, as clients mean it that send every field they know.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What to do instead, for names that other APIs give their fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_field(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        # Not pydantic's extra="forbid": that makes an error of each of a million keys, and suggests nothing.
+        for key in value:
+            if key not in cls.model_fields:
+                hint = cls.hints.get(key) or _nearest(key, cls.model_fields)
+                raise PydanticCustomError("unknown_field", "is not a known field; {hint}", {"at": key, "hint": hint})
+        return {key: item for key, item in value.items() if item is not None or cls.model_fields[key].is_required()}
+
+
+def _nearest(key: str, fields: Collection[str]) -> str:
+    close = difflib.get_close_matches(key[:MAX_ECHO], fields, n=1)
+    return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(fields)}"
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def validate(model: type[Model], payload: Mapping[str, Any]) -> Model:
+    """The payload as `model`, or the first thing wrong with it as an ApiError.
+
+    A list of models or numbers should carry FailFast(): one error is enough.
+    """
+    try:
+        return model.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    raise _api_error(first, payload)
+
+
+# Every kind of error that pydantic finds in our models: its code, and the constraint as the message says it. A
+# PydanticCustomError is not listed: its type is the code, its message the constraint, and its context may hold as "at"
+# the key or index that it is about.
+_RULES = {
+    "missing": ("missing_field", "is missing"),
+    "model_type": ("invalid_type", "must be an object"),
+    "dict_type": ("invalid_type", "must be an object"),
+    "list_type": ("invalid_type", "must be a list"),
+    "string_type": ("invalid_type", "must be a string"),
+    "bool_type": ("invalid_type", "must be true or false"),
+    "int_type": ("invalid_type", "must be an integer"),
+    "float_type": ("invalid_type", "must be a number"),
+    "literal_error": ("invalid_value", "must be {expected}"),
+    "greater_than": ("invalid_value", "must be greater than {gt}"),
+    "greater_than_equal": ("invalid_value", "must be at least {ge}"),
+    "less_than": ("invalid_value", "must be less than {lt}"),
+    "less_than_equal": ("invalid_value", "must be at most {le}"),
+    "string_too_short": ("invalid_value", "must have at least {min_length} characters"),
+    "string_too_long": ("invalid_value", "must have at most {max_length} characters"),
+    "too_short": ("invalid_value", "must have at least {min_length} entries"),
+    "too_long": ("invalid_value", "must have at most {max_length} entries"),
+}
+
+
+def _api_error(error: ErrorDetails, payload: object) -> ApiError:
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    path = _path_in(payload, error["loc"])
+    if "at" in context:
+        path, value = (*path, context["at"]), value[context["at"]]
+    code, constraint = _RULES.get(kind, (kind, error["msg"]))
+    if kind == "missing":  # a field of the request is asked for; one of an object inside makes that object malformed
+        code = code if len(path) == 1 else "invalid_type"
+        given = param_of(path)
+    else:
+        given = f"{param_of(path)}={shown(value)}"
+    if kind == "literal_error":
+        context = {"expected": in_json_words(context["expected"])}
+    constraint = constraint.format(**context) if kind in _RULES else constraint
+    return ApiError(400, code, f"{given} {constraint}", param_of(path))
+
+
+def _path_in(payload: object, location: tuple[int | str, ...]) -> Path:
+    """A pydantic location without the steps that are not in the payload: tags of unions, index of a lone string."""
+    path: list[str | int] = []
+    for part in location:
+        if isinstance(payload, dict) and isinstance(part, str):
+            payload = payload.get(part)
+        elif isinstance(payload, list) and isinstance(part, int):
+            payload = payload[part]
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
