@@ -20,6 +20,7 @@ from llama_tp.file_kind import describe_model_folder, why_no_content
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 VERIFY_CHECKPOINT = ("always", "once", "size")
+ROPE_SCALINGS = ("llama3", "linear")
 
 # params.json keys that say nothing about the weights of a text model.
 _HARMLESS_PARAMS = frozenset(
@@ -49,8 +50,14 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths (https://arxiv.org/abs/2407.21783, section 3.4)."""
+    """How the rotary wavelengths are stretched for a longer context.
 
+    llama3: the long ones only (https://arxiv.org/abs/2407.21783, section 3.4). linear: all, as if positions were closer
+    to each other (https://arxiv.org/abs/2306.15595); the fields behind `factor` are of no effect.
+    """
+
+    kind: str = "llama3"
+    """llama3 | linear."""
     factor: float
     """How much longer the context became. It differs between models, so it has no default."""
     low_freq_factor: float = 1.0
@@ -59,7 +66,10 @@ class RopeScaling:
     """The context that the model was first trained with."""
 
     def __post_init__(self) -> None:
-        problems = [
+        problems = []
+        if self.kind not in ROPE_SCALINGS:
+            problems.append(f"rope_scaling.kind={_shown(self.kind)} must be one of {', '.join(ROPE_SCALINGS)}")
+        problems += [
             f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number of more than 0"
             for name in ("factor", "low_freq_factor", "high_freq_factor")
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
@@ -79,7 +89,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
-    """The architecture of a Llama model, in Meta's names (params.json), plus the two limits the converter records."""
+    """The architecture of a Llama model, in Meta's names (params.json), plus the two limits the converter records.
+
+    What Meta's own models do without has a name of ours, and is off by default.
+    """
 
     dim: int
     n_layers: int
@@ -92,11 +105,23 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     ffn_hidden_dim: int | None = None
     """The FFN hidden size where Meta's rule does not give it (models that did not come from Meta)."""
+    attention_head_dim: int | None = None
+    """The size of a head where it is not dim / n_heads."""
+    qkv_bias: bool = False
+    """Whether wq, wk and wv add a bias."""
+    wo_bias: bool = False
+    ffn_bias: bool = False
+    """Whether w1, w2 and w3 add a bias."""
+    qk_norm: bool = False
+    """Whether each head's query and key pass an RMSNorm before they are rotated."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     """The output projection is the embedding matrix."""
+    context_limit: int | None = None
+    """The most tokens that max_seq_len may be: the sliding window of a model that has one, or the context behind which
+    its rotary frequencies change with the length. Neither is computed."""
     max_seq_len: int = 2048
     """Default limit of prompt plus generated tokens of one sequence."""
     max_batch_size: int = 32
@@ -112,23 +137,42 @@ class ModelArgs:
             problems.append(
                 f"vocab_size={_shown(self.vocab_size)} must be a positive integer, or -1 for 'as the embedding has it'"
             )
-        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "ffn_hidden_dim"):
+        for name in (
+            "norm_eps",
+            "rope_theta",
+            "ffn_dim_multiplier",
+            "ffn_hidden_dim",
+            "attention_head_dim",
+            "context_limit",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(f"{name}={_shown(value)} must be more than 0, and finite")
         if not problems:
-            if self.dim % self.n_heads:
+            if self.attention_head_dim is None and self.dim % self.n_heads:
                 problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
             elif self.head_dim % 2:
-                problems.append(f"dim / n_heads = {self.head_dim} must be even: rotary embedding turns pairs")
+                source = "dim / n_heads = " if self.attention_head_dim is None else "attention_head_dim="
+                problems.append(f"{source}{self.head_dim} must be even: rotary embedding turns pairs")
             if self.n_heads % self.n_kv_heads:
                 problems.append(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+            if reason := self.why_too_long(self.max_seq_len):
+                problems.append(reason)
         if problems:
             raise ConfigError(problems)
 
+    def why_too_long(self, max_seq_len: int) -> str | None:
+        """The reason why sequences of this model cannot become so long; None if they can."""
+        if self.context_limit is None or max_seq_len <= self.context_limit:
+            return None
+        return (
+            f"max_seq_len={max_seq_len} must not be more than context_limit={self.context_limit}: behind that the "
+            "model has a sliding window or changes its rotary frequencies, which is not computed; lower max_seq_len"
+        )
+
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.dim // self.n_heads if self.attention_head_dim is None else self.attention_head_dim
 
     @property
     def hidden_dim(self) -> int:

@@ -39,6 +39,39 @@ MODELS = {
 }
 
 
+VARIANTS = {
+    "attention bias": ModelArgs(
+        dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=96, ffn_hidden_dim=96, qkv_bias=True
+    ),
+    "biases everywhere": ModelArgs(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=4,
+        vocab_size=99,
+        multiple_of=16,
+        qkv_bias=True,
+        wo_bias=True,
+        ffn_bias=True,
+    ),
+    "head norms, wide heads": ModelArgs(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=16, attention_head_dim=32, qk_norm=True
+    ),
+    "linear rope scaling, narrow heads": ModelArgs(
+        dim=96,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=4,
+        vocab_size=128,
+        multiple_of=32,
+        attention_head_dim=6,
+        rope_scaling=RopeScaling(kind="linear", factor=2.5),
+        tied_embeddings=True,
+    ),
+}
+"""What Meta's own models do not have, and others of their kind do."""
+
+
 def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
     """Weights large enough that attention and logits are far from uniform."""
     torch.manual_seed(seed)

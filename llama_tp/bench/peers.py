@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_tp.config import ModelArgs
+from llama_tp.config import ModelArgs, RopeScaling
 
 _NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -18,6 +18,8 @@ _NAMES = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -26,40 +28,68 @@ _TOP = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_ROTATED = ("wq", "wk", "q_norm", "k_norm")
+"""Modules whose outputs are rotated, or multiply what is."""
 
 
 def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """A transformers LlamaForCausalLM with the given weights (Meta's names and rotary layout), in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A transformers model with the given weights (Meta's names and rotary layout), in eval mode.
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
-        }
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=max(args.max_seq_len, 512),
-        tie_word_embeddings=args.tied_embeddings,
-    )
-    model: Any = LlamaForCausalLM(config)
+    ValueError for a combination of features that none of its Llama-like models has.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_config(_config(args))
     model = model.to(dtype).eval().requires_grad_(False)
     theirs = {_their_name(name): _their_layout(name, weight, args) for name, weight in weights.items()}
     if args.tied_embeddings:
         theirs.setdefault("lm_head.weight", theirs["model.embed_tokens.weight"])
     model.load_state_dict(theirs)
     return model
+
+
+def _config(args: ModelArgs) -> Any:
+    """Of LlamaForCausalLM, or of Qwen's models where only they have what `args` asks for."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    biases: dict[str, Any] = {"attention_bias": args.qkv_bias, "mlp_bias": args.ffn_bias}
+    if args.qkv_bias and not (args.wo_bias or args.ffn_bias or args.qk_norm):
+        return Qwen2Config(**_common(args))
+    if args.qkv_bias != args.wo_bias or (args.qk_norm and args.ffn_bias):
+        names = ("qkv_bias", "wo_bias", "ffn_bias", "qk_norm")
+        found = ", ".join(f"{name}={getattr(args, name)}" for name in names)
+        raise ValueError(f"transformers has no Llama-like model with {found}")
+    return Qwen3Config(**_common(args), **biases) if args.qk_norm else LlamaConfig(**_common(args), **biases)
+
+
+def _common(args: ModelArgs) -> dict[str, Any]:
+    return {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "rms_norm_eps": args.norm_eps,
+        "rope_parameters": {"rope_theta": args.rope_theta, **_rope_scaling(args.rope_scaling)},
+        "max_position_embeddings": max(args.max_seq_len, 512),
+        "tie_word_embeddings": args.tied_embeddings,
+    }
+
+
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
 
 
 def _their_name(name: str) -> str:
@@ -72,6 +102,6 @@ def _their_name(name: str) -> str:
 
 def _their_layout(name: str, weight: Tensor, args: ModelArgs) -> Tensor:
     """Hugging Face rotates the two halves of a head against each other, Meta neighbouring elements."""
-    if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+    if name.split(".")[-2] not in _ROTATED:
         return weight
     return weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group) -> Engine:
-    """This rank's engine. ValueError, on every rank, for a checkpoint that is damaged or another model's, for too
-    little memory, and for whatever else goes wrong on any rank."""
+    """This rank's engine. ValueError, on every rank, for a checkpoint that is damaged or another model's, for
+    sequences that it cannot compute, for too little memory, and for whatever else goes wrong on any rank."""
+    if reason := args.why_too_long(config.max_seq_len):
+        raise ValueError(reason)
     start = monotonic()
     device = group.device
     if device.type == "cuda":

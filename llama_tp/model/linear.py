@@ -1,4 +1,4 @@
-"""Linear layers for inference: no bias, no gradient, the weight laid out once for the device it is on.
+"""Linear layers for inference: no gradient, the weight laid out once for the device it is on.
 
 On CPUs oneDNN reorders a weight into blocks at every call unless it finds it in that layout already. Done once, at
 load, this reads a weight 2 to 4 times as fast in decode (measured: docs/performance.md).
@@ -22,7 +22,7 @@ _PIECE = 1 << 20
 
 
 class Linear(nn.Module):
-    """y = x W^T, where W is (out, in), in whatever format a subclass holds W."""
+    """y = x W^T + b, where W is (out, in), in whatever format a subclass holds W. Most layers have no b."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Linear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What the weight takes in memory."""
+        """What weight and bias take in memory."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,10 +45,11 @@ class Linear(nn.Module):
 class DenseLinear(Linear):
     """Takes ownership of the weight: the caller should drop its own reference."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(*weight.shape)
         self._in_pieces = needs_fp32(weight)
         self._packed = not self._in_pieces and _can_pack(weight)
+        self._bias = None if bias is None else bias.detach()
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if self._packed else weight.detach()
@@ -56,19 +57,21 @@ class DenseLinear(Linear):
 
     @property
     def num_bytes(self) -> int:
-        return self._weight.nbytes
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         if self._in_pieces:
-            return _multiply_in_pieces(x, self._weight)
-        return F.linear(x, self._weight)
+            return _multiply_in_pieces(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self._bias)
 
     def dense_weight(self) -> Tensor:
+        if not self._packed:
+            return self._weight
         # A packed weight can be read only by multiplying with it: each element is multiplied by 1 and added to zeros.
         identity = torch.eye(self.in_features, dtype=self._weight.dtype)
-        return self(identity).t().contiguous() if self._packed else self._weight
+        return torch.ops.mkldnn._linear_pointwise(identity, self._weight, None, "none", [], "").t().contiguous()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={self._packed}"
@@ -83,17 +86,20 @@ def _can_pack(weight: Tensor) -> bool:
     return is_on_cpu and weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def _multiply_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for x (T, in), added up in float32."""
+def _multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for x (T, in), added up in float32."""
     if x.size(0) == 1:
-        return torch.mv(weight, x[0]).unsqueeze(0)
+        vector = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
+        return vector.unsqueeze(0)
     if x.size(0) < _FP32_MIN_TOKENS:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     num_out, num_in = weight.shape
     columns = x.float().t()
     out = x.new_empty(x.size(0), num_out)
     step = max(1, _PIECE // num_in)
     for start in range(0, num_out, step):
-        (piece,) = upcast(weight[start : start + step])
-        out[:, start : start + step] = torch.mm(piece, columns).t()
+        rows = slice(start, start + step)
+        (piece,) = upcast(weight[rows])
+        product = torch.mm(piece, columns).t()
+        out[:, rows] = product if bias is None else product + bias[rows]
     return out

@@ -27,3 +27,16 @@ class Norm(nn.Module):
         # Fewer passes and operators than F.rms_norm: sqrt(D (mean + eps)) is the hypotenuse of |x| and a constant.
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(size, self._floor)).mul_(self._scaled).to(self.dtype)
+
+
+class HeadNorm(nn.Module):
+    """The same for each head by itself, with a weight of its own: x (T, H, d), weight (H, d)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.dtype = weight.dtype
+        self.eps = eps
+        self._weight = weight.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self._weight.shape[-1:], eps=self.eps).mul_(self._weight).to(self.dtype)

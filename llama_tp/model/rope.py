@@ -24,7 +24,10 @@ def rope_table(args: ModelArgs, max_seq_len: int, device: torch.device | str) ->
 
 
 def scale_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Linear: all wavelengths are stretched by `factor`. Llama 3.1: long ones are, short ones kept, those between
+    interpolated."""
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
     wavelengths = 2 * math.pi / freqs
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((scaling.original_max_seq_len / wavelengths - low) / (high - low)).clamp(0, 1)

@@ -64,15 +64,21 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions (arXiv:2305.13245, arXiv:2104.09864)."""
+    """Grouped-query attention with rotary positions (arXiv:2305.13245, arXiv:2104.09864).
+
+    In some models each head's query and key are normalised before they are rotated (arXiv:2010.04245).
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=args.wo_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         qk, v = self.project(x)  # (T, H + K, d), (T, K, d)
@@ -83,7 +89,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side, for one rotation: (T, H + K, d); values (T, K, d)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        return torch.cat((q, k), dim=1), v
+        return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), v
 
 
 class FeedForward(nn.Module):
@@ -91,9 +97,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=args.ffn_bias)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=args.ffn_bias)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=args.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
@@ -105,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (arXiv:1910.07467), from float32 to the model's dtype."""
+    """Root mean square layer normalisation (arXiv:1910.07467), computed in float32, to the model's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -113,4 +119,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)

@@ -19,24 +19,41 @@ if TYPE_CHECKING:
 
 def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Every weight of the model by Meta's name, unsharded. `output.weight` is absent where embeddings are tied."""
-    kv_dim = args.n_kv_heads * args.head_dim
+    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     for layer in range(args.n_layers):
         shapes |= {
-            f"layers.{layer}.attention.wq.weight": (args.dim, args.dim),
+            f"layers.{layer}.attention.wq.weight": (q_dim, args.dim),
             f"layers.{layer}.attention.wk.weight": (kv_dim, args.dim),
             f"layers.{layer}.attention.wv.weight": (kv_dim, args.dim),
-            f"layers.{layer}.attention.wo.weight": (args.dim, args.dim),
+            f"layers.{layer}.attention.wo.weight": (args.dim, q_dim),
             f"layers.{layer}.feed_forward.w1.weight": (args.hidden_dim, args.dim),
             f"layers.{layer}.feed_forward.w2.weight": (args.dim, args.hidden_dim),
             f"layers.{layer}.feed_forward.w3.weight": (args.hidden_dim, args.dim),
             f"layers.{layer}.attention_norm.weight": (args.dim,),
             f"layers.{layer}.ffn_norm.weight": (args.dim,),
         }
+        shapes |= {f"layers.{layer}.{name}": (size,) for name, size in _optional_vectors(args).items()}
     shapes["norm.weight"] = (args.dim,)
     if not args.tied_embeddings:
         shapes["output.weight"] = (args.vocab_size, args.dim)
     return shapes
+
+
+def _optional_vectors(args: ModelArgs) -> dict[str, int]:
+    """What a layer of some models has and Meta's have not: the biases, and the norms of query and key heads."""
+    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    sizes: dict[str, int] = {}
+    if args.qkv_bias:
+        sizes |= {"attention.wq.bias": q_dim, "attention.wk.bias": kv_dim, "attention.wv.bias": kv_dim}
+    if args.wo_bias:
+        sizes["attention.wo.bias"] = args.dim
+    if args.ffn_bias:
+        sizes |= {f"feed_forward.{name}.bias": args.hidden_dim for name in ("w1", "w3")}
+        sizes["feed_forward.w2.bias"] = args.dim
+    if args.qk_norm:
+        sizes |= {f"attention.{name}.weight": args.head_dim for name in ("q_norm", "k_norm")}
+    return sizes
 
 
 class WeightFormat(Protocol):
@@ -53,18 +70,21 @@ class WeightFormat(Protocol):
 
 
 class Dense:
-    """Plain matrices; `weight` is a layer's only parameter."""
+    """Plain matrices: `weight`, and `bias` where a layer has one."""
 
     def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
         return out_features * in_features * itemsize
 
     def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
-        import torch
-
         from llama_tp.model.linear import DenseLinear
 
-        weights = [shard["weight"] for shard in shards]
-        return DenseLinear(weights[0] if len(weights) == 1 else torch.cat(weights))
+        return DenseLinear(**{name: _join([shard[name] for shard in shards]) for name in shards[0]})
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 DENSE = Dense()

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from llama_tp.model.norm import Norm
+from llama_tp.config import ModelArgs
+from llama_tp.model.norm import HeadNorm, Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from llama_tp.model.weights import DENSE, WeightFormat
 from llama_tp.parallel.comm import Comm
@@ -40,8 +41,9 @@ class ReplicatedHeads(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def shard(_name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
-            weight = distribute_tensor(cast(Tensor, linear.weight), mesh, [Shard(0), Replicate()])
-            linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+            for name, parameter in list(linear.named_parameters(recurse=False)):
+                shards = distribute_tensor(parameter, mesh, [Shard(0), Replicate()])
+                linear.register_parameter(name, nn.Parameter(shards, requires_grad=False))
 
         def to_mesh(_module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
             return DTensor.from_local(inputs[0], mesh, [Replicate(), Replicate()], run_check=False)
@@ -89,15 +91,10 @@ def localize(model: Transformer, comm: Comm, weight_format: WeightFormat = DENSE
         attention, feed_forward = block.attention, block.feed_forward
         assert isinstance(attention, Attention)
         assert isinstance(feed_forward, FeedForward)
-        block.attention = FusedAttention(
-            wqkv=weight_format.linear([_take_shard(w) for w in (attention.wq, attention.wk, attention.wv)]),
-            wo=RowLinear(weight_format.linear([_take_shard(attention.wo)]), comm),
-            num_kv_heads=local_kv_heads(model.args, comm.size),
-            head_dim=model.args.head_dim,
-        )
+        block.attention = _fused_attention(attention, model.args, comm, weight_format)
         block.feed_forward = FusedFeedForward(
             w13=weight_format.linear([_take_shard(w) for w in (feed_forward.w1, feed_forward.w3)]),
-            w2=RowLinear(weight_format.linear([_take_shard(feed_forward.w2)]), comm),
+            w2=_row_linear(feed_forward.w2, comm, weight_format),
         )
         block.attention_norm = _norm(block.attention_norm)  # type: ignore[assignment]
         block.ffn_norm = _norm(block.ffn_norm)  # type: ignore[assignment]
@@ -121,6 +118,32 @@ def _local(weight: Tensor) -> Tensor:
 def _norm(norm: nn.Module) -> Norm:
     assert isinstance(norm, RMSNorm)
     return Norm(_local(norm.weight), norm.eps)
+
+
+def _fused_attention(attention: Attention, args: ModelArgs, comm: Comm, weight_format: WeightFormat) -> FusedAttention:
+    wqkv = weight_format.linear([_take_shard(w) for w in (attention.wq, attention.wk, attention.wv)])
+    num_kv_heads = local_kv_heads(args, comm.size)
+    num_heads = wqkv.out_features // args.head_dim - 2 * num_kv_heads
+    return FusedAttention(
+        wqkv=wqkv,
+        wo=_row_linear(attention.wo, comm, weight_format),
+        num_kv_heads=num_kv_heads,
+        head_dim=args.head_dim,
+        qk_norm=_qk_norm(attention, num_heads, num_kv_heads, args.norm_eps) if args.qk_norm else None,
+    )
+
+
+def _qk_norm(attention: Attention, num_heads: int, num_kv_heads: int, eps: float) -> HeadNorm:
+    """One norm for all local query and key heads side by side."""
+    norms = (attention.q_norm, num_heads), (attention.k_norm, num_kv_heads)
+    return HeadNorm(torch.cat([_local(cast(Tensor, norm.weight)).expand(heads, -1) for norm, heads in norms]), eps)
+
+
+def _row_linear(linear: nn.Module, comm: Comm, weight_format: WeightFormat) -> RowLinear:
+    """Its bias, which every rank has in full, belongs to the sum over the ranks."""
+    shard = _take_shard(linear)
+    bias = shard.pop("bias", None)
+    return RowLinear(weight_format.linear([shard]), comm, bias)
 
 
 def _take_shard(linear: nn.Module) -> dict[str, Tensor]:

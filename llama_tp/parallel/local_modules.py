@@ -9,36 +9,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_tp.model.linear import Linear
+from llama_tp.model.norm import HeadNorm
 from llama_tp.model.transformer import Attention, FeedForward
 from llama_tp.parallel.comm import Comm
 
 
 class RowLinear(nn.Module):
-    """A linear layer whose input dim is split over the ranks: one all-reduce completes it."""
+    """A linear layer whose input dim is split over the ranks: one all-reduce completes it, and then a bias is added."""
 
-    def __init__(self, linear: Linear, comm: Comm) -> None:
+    def __init__(self, linear: Linear, comm: Comm, bias: Tensor | None = None) -> None:
         super().__init__()
         self.linear = linear
         self.comm = comm
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.comm.all_reduce(self.linear(x))
+        y = self.comm.all_reduce(self.linear(x))
+        return y if self.bias is None else y + self.bias
 
 
 class FusedAttention(Attention):
-    """Attention with one projection for queries, keys and values; wqkv is (H*d + 2*K*d, D)."""
+    """Attention with one projection for queries, keys and values; wqkv is (H*d + 2*K*d, D), qk_norm has H + K heads."""
 
-    def __init__(self, *, wqkv: Linear, wo: RowLinear, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, *, wqkv: Linear, wo: RowLinear, num_kv_heads: int, head_dim: int, qk_norm: HeadNorm | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.wqkv = wqkv
         self.wo = wo  # type: ignore[assignment]
+        self.qk_norm = qk_norm
         self.head_dim = head_dim
         num_heads = wqkv.out_features // head_dim
         self.split = (num_heads - num_kv_heads, num_kv_heads)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         qk, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=1)
-        return qk, v
+        return qk if self.qk_norm is None else self.qk_norm(qk), v
 
 
 class FusedFeedForward(FeedForward):

@@ -1,7 +1,8 @@
 """The tensor-parallel sharding plan, as data, the sizes it is legal for, and what one rank holds.
 
 Column-parallel weights are split on their output dim and need no communication; row-parallel ones are split on
-their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). Norms are replicated.
+their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bias is split as the output is: with a
+column-parallel weight, not with a row-parallel one. Norms are replicated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LLAMA_TP_PLAN = {
     "layers.*.feed_forward.w3": COLUMN,
     "output": VOCAB_OUT,
 }
-"""Module pattern -> how its weight is sharded. What is not named is replicated."""
+"""Module pattern -> how its weight and bias are sharded. What is not named is replicated."""
 
 
 def why_illegal(args: ModelArgs, size: int) -> str | None:
@@ -54,17 +55,19 @@ def check_tp_size(args: ModelArgs, size: int) -> None:
 
 
 def tp_dim(name: str) -> int | None:
-    """The dim of a weight that the plan splits; None for what it replicates."""
+    """The dim of a weight or bias that the plan splits; None for what it replicates."""
     sharding = _sharding(name)
     if sharding is None:
         return None
-    return 1 if sharding == ROW else 0
+    if sharding == ROW:
+        return None if name.endswith(".bias") else 1
+    return 0
 
 
 def shard_length(args: ModelArgs, name: str, length: int, size: int) -> int:
     """Entries of a weight's `tp_dim` that each rank but the last holds: torch.chunk's rule. A vocabulary need not
     divide; kv heads are replicated, never split."""
-    if name.endswith((".wk.weight", ".wv.weight")):
+    if _module(name).endswith((".wk", ".wv")):
         size = min(size, args.n_kv_heads)
     assert _sharding(name) in (VOCAB_IN, VOCAB_OUT) or length % size == 0, (name, length, size)
     return -(-length // size)
@@ -92,5 +95,10 @@ def local_kv_heads(args: ModelArgs, size: int) -> int:
 
 
 def _sharding(name: str) -> str | None:
-    module = name.removesuffix(".weight")
+    module = _module(name)
     return next((sharding for pattern, sharding in LLAMA_TP_PLAN.items() if fnmatchcase(module, pattern)), None)
+
+
+def _module(name: str) -> str:
+    """Of a weight or a bias."""
+    return name.rpartition(".")[0]

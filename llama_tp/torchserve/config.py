@@ -150,6 +150,9 @@ class ModelConfig(_Section):
             problems.append(
                 f"torchrun.nproc-per-node: tensor-parallel size {size} {reason}; legal sizes for this model: {legal}"
             )
+        max_seq_len = handler.max_seq_len or args.max_seq_len
+        if reason := args.why_too_long(max_seq_len):
+            problems.append(f"handler.{reason}")
         max_batch_size = handler.max_batch_size or args.max_batch_size
         if self.batchSize > max_batch_size:
             problems.append(
@@ -159,7 +162,7 @@ class ModelConfig(_Section):
         if problems:
             raise ConfigError(problems)
         return EngineConfig(
-            max_seq_len=handler.max_seq_len or args.max_seq_len,
+            max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             max_batched_tokens=max(handler.max_batched_tokens, max_batch_size),
             page_size=handler.page_size,

@@ -21,7 +21,7 @@ from llama_tp.parallel.launch import join
 from llama_tp.parallel.sharding import legal_tp_sizes, local_kv_heads
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 from tests.distributed.torchrun import exit_rank
-from tests.tiny_model import MODELS, random_model
+from tests.tiny_model import MODELS, VARIANTS, random_model
 
 TOKENS = tuple(range(3, 43))
 PROMPTS = [[5, 6, 7], list(range(40)), [1], [9, 8] * 11]
@@ -34,7 +34,7 @@ def main() -> None:
     assert isinstance(group.comm, SharedMemoryComm)
     config = EngineConfig(max_seq_len=128, max_batch_size=4)
     results = {}
-    for name, args in MODELS.items():
+    for name, args in {**MODELS, **VARIANTS}.items():
         if group.comm.size not in legal_tp_sizes(args):
             continue
         for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):

@@ -13,7 +13,10 @@ from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.parallel.sharding import legal_tp_sizes
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun
-from tests.tiny_model import MODELS, engine_of, random_model
+from tests.tiny_model import MODELS as META_MODELS
+from tests.tiny_model import VARIANTS, engine_of, random_model
+
+MODELS = {**META_MODELS, **VARIANTS}
 
 pytestmark = pytest.mark.distributed
 

@@ -12,6 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
 from llama_tp.model.rope import rope_table
+from llama_tp.model.transformer import Transformer
+from llama_tp.model.weights import weight_shapes
+from tests.tiny_model import VARIANTS
 
 LLAMA_2_7B = '{"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}'
 LLAMA_2_13B = '{"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05, "vocab_size": -1}'
@@ -126,6 +129,35 @@ def test_a_hidden_size_that_meta_s_rule_does_not_give_can_be_said_outright():
     assert ModelArgs.from_params({**TINY, "dim": 576, "n_heads": 9, "ffn_hidden_dim": 1536}).hidden_dim == 1536
 
 
+def test_a_head_size_need_not_be_that_of_the_width():
+    """Qwen3 4B: 32 heads of 128 at a width of 2560."""
+    args = ModelArgs.from_params({**TINY, "dim": 2560, "n_heads": 32, "attention_head_dim": 128})
+    assert args.head_dim == 128
+    assert weight_shapes(args)["layers.0.attention.wq.weight"] == (4096, 2560)
+    assert weight_shapes(args)["layers.0.attention.wo.weight"] == (2560, 4096)
+    assert ModelArgs.from_params({**TINY, "dim": 100, "n_heads": 8, "attention_head_dim": 16}).head_dim == 16
+
+
+@pytest.mark.parametrize("args", VARIANTS.values(), ids=VARIANTS)
+def test_what_meta_s_models_do_not_have_survives_model_args_json(args, tmp_path):
+    args.save(tmp_path / "model_args.json")
+    assert ModelArgs.load_converted(tmp_path / "model_args.json") == args
+
+
+@pytest.mark.parametrize("args", VARIANTS.values(), ids=VARIANTS)
+def test_the_weights_are_those_that_the_model_has(args):
+    expected = {name: tuple(weight.shape) for name, weight in Transformer(args).named_parameters()}  # a tied one once
+    assert weight_shapes(args) == expected
+
+
+def test_a_context_beyond_what_is_computed_is_refused_with_the_remedy():
+    """A window of 64 tokens hides nothing from a sequence of 64."""
+    assert ModelArgs.from_params({**TINY, "context_limit": 64, "max_seq_len": 64}).context_limit == 64
+    (problem,) = problems_of(ModelArgs.from_params, {**TINY, "context_limit": 64, "max_seq_len": 65})
+    assert problem.startswith("max_seq_len=65 must not be more than context_limit=64")
+    assert problem.endswith("lower max_seq_len")
+
+
 def test_keys_that_say_nothing_about_the_weights_are_passed_over():
     assert ModelArgs.from_params({**TINY, "model_parallel_size": 8}) == ModelArgs.from_params(TINY)
 
@@ -178,6 +210,10 @@ def test_several_problems_are_said_at_once():
         ("ffn_hidden_dim", 1.5),
         ("ffn_hidden_dim", 0),
         ("tied_embeddings", 1),
+        ("attention_head_dim", 0),
+        ("context_limit", 0),
+        ("qkv_bias", 1),
+        ("qk_norm", "yes"),
         ("rope_scaling", 8),
     ],
 )
@@ -196,6 +232,7 @@ def test_a_wrong_value_is_named_with_its_key(key, value):
         {"use_scaled_rope": True, "rope_scaling_factor": 8, "rope_low_freq_factor": True},
         {"use_scaled_rope": True, "rope_scaling_factor": 0},
         {"rope_scaling": {"factor": "8"}},
+        {"rope_scaling": {"factor": 8.0, "kind": "yarn"}},
         {"rope_scaling": {"factor": -8.0}},
         {"rope_scaling": {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
         {"rope_scaling": {"factor": 8.0, "original_max_seq_len": 0}},
@@ -218,9 +255,10 @@ def test_an_unknown_key_in_rope_scaling_is_named():
     [
         ({"dim": 65}, ("dim=65", "n_heads=4")),
         ({"dim": 12}, ("3", "even")),
+        ({"attention_head_dim": 15}, ("attention_head_dim=15", "even")),
         ({"n_kv_heads": 3}, ("n_heads=4", "n_kv_heads=3")),
     ],
-    ids=["dim and heads", "odd head", "heads and kv heads"],
+    ids=["dim and heads", "odd head", "odd head of its own", "heads and kv heads"],
 )
 def test_fields_that_do_not_go_together_are_both_named(params, words):
     (problem,) = problems_of(ModelArgs.from_params, {**TINY, **params})

@@ -36,6 +36,21 @@ def test_every_layout_multiplies_as_float64_does(dtype, num_tokens, shape):
     assert ((y.double() - exact).abs() <= RELATIVE[dtype] * exact.abs() + size).all()
 
 
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 33])
+def test_every_layout_adds_a_bias(dtype, num_tokens):
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((100, 64), (100,), (num_tokens, 64)))
+    linear = DenseLinear(weight.clone(), bias)
+    exact = x.double() @ weight.double().t() + bias.double()
+    # Some kernels round the product before they add: half of the last place of a number of up to |product| + |bias|.
+    size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
+    assert ((linear(x).double() - exact).abs() <= RELATIVE[dtype] * (exact.abs() + size)).all()
+    assert torch.equal(linear.dense_weight(), weight)
+    assert linear.num_bytes == weight.nbytes + bias.nbytes
+
+
 def test_x_may_be_a_view():
     weight = torch.randn(50, 32).bfloat16()
     wide = torch.randn(9, 64).bfloat16()

@@ -18,8 +18,9 @@ from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.linear import Linear
 from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.torchserve.config import ModelConfig
-from tests.tiny_model import MODELS, engine_of, random_model
+from tests.tiny_model import MODELS, VARIANTS, engine_of, random_model
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -49,6 +50,22 @@ def test_the_needs_are_what_a_loaded_rank_holds(args, dtype):
     num_norms = (2 * args.n_layers + 1) * args.dim
     memory = MemoryModel.of(args, CONFIG, 1, dtype, "cpu")
     assert memory.weights - num_norms * ITEMSIZE[dtype] == layers + model.tok_embeddings.weight.nbytes
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("args", VARIANTS.values(), ids=VARIANTS)
+def test_the_needs_include_biases_and_the_norms_of_heads(args, size):
+    memory = MemoryModel.of(args, CONFIG, size, "float32", "cuda")
+    vectors = (2 * args.n_layers + 1) * args.dim
+    wqkv_rows = args.n_heads * args.head_dim // size + 2 * local_kv_heads(args, size) * args.head_dim
+    vectors += args.n_layers * wqkv_rows * args.qkv_bias
+    vectors += args.n_layers * args.dim * args.wo_bias
+    vectors += args.n_layers * (2 * args.hidden_dim // size + args.dim) * args.ffn_bias
+    vectors += args.n_layers * 2 * args.head_dim * args.qk_norm
+    matrices = args.n_layers * args.dim * (wqkv_rows + args.n_heads * args.head_dim // size)
+    matrices += args.n_layers * 3 * args.dim * args.hidden_dim // size
+    matrices += (1 if args.tied_embeddings else 2) * -(-args.vocab_size // size) * args.dim
+    assert memory.weights == 4 * (vectors + matrices)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read():

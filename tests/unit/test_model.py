@@ -1,4 +1,4 @@
-"""The model's logits are those of transformers' LlamaForCausalLM, however the tokens are fed to it."""
+"""The model's logits are those that transformers computes, however the tokens are fed to it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import Chunk, StepPlan
-from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
+from tests.tiny_model import MODELS, VARIANTS, engine_of, random_model, transformers_twin
 
 TOLERANCE = 1e-4  # float32, absolute
 
 
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(params=[*MODELS, *VARIANTS], scope="module")
 def pair(request):
-    model = random_model(MODELS[request.param])
+    model = random_model({**MODELS, **VARIANTS}[request.param])
     return model, transformers_twin(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -261,6 +262,15 @@ def test_an_illegal_number_of_ranks_names_the_legal_ones(values):
     values["torchrun"].update({"nproc-per-node": 3, "nnodes": 2, "rdzv-endpoint": "first:29500"})
     with pytest.raises(ConfigError, match=r"size 6 does not divide n_heads=4; .*: 1, 2, 4$"):
         ModelConfig.of({**values, "batchSize": 4}).engine_config(TINY)
+
+
+def test_a_context_that_the_model_is_not_computed_for_is_refused(values):
+    model = dataclasses.replace(TINY, context_limit=512)
+    values["handler"]["max_seq_len"] = 513
+    with pytest.raises(ConfigError, match=r"^handler.max_seq_len=513 must not be more than context_limit=512"):
+        ModelConfig.of({**values, "batchSize": 4}).engine_config(model)
+    values["handler"]["max_seq_len"] = 512
+    assert ModelConfig.of({**values, "batchSize": 4}).engine_config(model).max_seq_len == 512
 
 
 def test_what_does_not_fit_the_model_is_said_at_once(values):
