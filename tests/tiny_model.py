@@ -72,6 +72,15 @@ VARIANTS = {
 """What Meta's own models do not have, and others of their kind do."""
 
 
+UNEVEN = {
+    f"{heads} heads, {kv_heads} kv": ModelArgs(
+        dim=heads * 8, n_layers=2, n_heads=heads, n_kv_heads=kv_heads, vocab_size=101, multiple_of=40
+    )
+    for heads, kv_heads in ((8, 4), (9, 3), (6, 6), (8, 1))
+}
+"""Heads, hidden dims and a vocabulary that few numbers of ranks divide."""
+
+
 def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
     """Weights large enough that attention and logits are far from uniform."""
     torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder, replace_file
 from llama_tp.config import ModelArgs
@@ -39,11 +40,12 @@ def convert(
     max_seq_len: int = 2048,
     max_batch_size: int = 32,
     model_args_path: str = "./model_args.json",
+    tp_max: int = DEFAULT_TP_MAX,
     overwrite: bool = False,
 ) -> None:
     """Convert original weights, and write model_args.json into the checkpoint and to `model_args_path`.
 
-    Under torchrun each rank writes its share. The result loads at any legal tensor-parallel size. If any rank fails:
+    Under torchrun each rank writes its share. The result loads at any tensor-parallel size. If any rank fails:
     ValueError (or OSError) on all, and nothing is left behind.
 
     Args:
@@ -54,8 +56,11 @@ def convert(
         max_seq_len: goes into model_args.json, as the context to serve by default
         max_batch_size: likewise, as the sequences to compute together
         model_args_path: file to write the model's arguments to once more
+        tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
         overwrite: replace what is in save_checkpoint_dir
     """
+    if isinstance(tp_max, bool) or not isinstance(tp_max, int) or tp_max < 1:
+        raise ValueError(f"tp_max={tp_max!r} must be an integer of at least 1")
     with _process_group():
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
@@ -63,7 +68,7 @@ def convert(
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
-                _write(reader, args, staged, str(tokenizer_path))
+                _write(reader, args, staged, str(tokenizer_path), tp_max)
                 agree(lambda: check.finish(show_progress=_is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
             if _is_leader():
@@ -104,10 +109,10 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
         )
 
 
-def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str) -> None:
+def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str, tp_max: int) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=_is_leader()) as advance:
-        files = dcp.save(reader, staged.path, advance=advance)
+        files = dcp.save(reader, staged.path, tp_max=tp_max, advance=advance)
     about = {**reader.about, "dtype": str(reader.dtype).removeprefix("torch.")}
 
     def describe() -> None:

@@ -46,6 +46,7 @@ def make_demo(folder: str | Path) -> tuple[Path, Path]:
         str(checkpoint),
         max_seq_len=2048,
         max_batch_size=8,
+        tp_max=3,  # the chunks of so small a model would be tiny
         model_args_path=str(checkpoint / MODEL_ARGS),
     )
     return weights, checkpoint

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from llama_tp.checkpoint.store import dcp
 from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
+from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.agreement import agree
 from llama_tp.parallel.apply import localize, parallelize
+from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.launch import Group
-from llama_tp.parallel.sharding import check_tp_size
+from llama_tp.parallel.sharding import check_tp_size, shard, tp_dim
 
 
 def load_model(
@@ -28,16 +31,30 @@ def load_model(
         parallelize(model, group.mesh)
     agree(lambda: model.to_empty(device=group.device))
     model.tie_embeddings()  # to_empty gave each of the two names a tensor of its own
-    weights = model.state_dict()
-    if args.tied_embeddings:
-        del weights["output.weight"]  # the checkpoint has it once
-    dcp.load(weights, folder, verify_files=verify_files)
-    del weights  # it would keep every original alive while localize() makes the local ones
+    dcp.load(_slices(model, group.comm), folder, verify_files=verify_files)
     return agree(lambda: localize(model, group.comm))
 
 
-_FEW = 2
-"""Sequences at a time for which a CPU with AVX2 computes faster in bfloat16 than in float32 (docs/performance.md)."""
+def _slices(model: Transformer, comm: Comm) -> dict[str, dcp.Slices]:
+    """Where each weight of the checkpoint goes. What is padding becomes zero."""
+    parameters = dict(model.named_parameters())
+    slices = {}
+    for name, shape in weight_shapes(model.args).items():
+        parameter = parameters[name].detach()
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if (dim := tp_dim(name)) is None:
+            slices[name] = dcp.Slices.whole(local)
+            continue
+        parts = shard(model.args, name, comm.size, comm.rank).parts
+        if sum(len(entries) for _, entries in parts) < local.size(dim):
+            local.zero_()
+        targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]
+        slices[name] = dcp.Slices(dim, targets, shape)
+    return slices
+
+
+_AVX2_BF16_MAX_BATCH = 2
+"""Sequences at a time up to which a CPU with AVX2 computes faster in bfloat16 than in float32 (docs/performance.md)."""
 
 
 def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
@@ -52,7 +69,7 @@ def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: 
 def _reads_faster(dtype: torch.dtype, device: torch.device, max_batch_size: int) -> bool:
     """Whether a step is so small that reading the weights decides, of which half precision has half the bytes."""
     is_measured = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _FEW
+    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _AVX2_BF16_MAX_BATCH
 
 
 def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:

@@ -38,6 +38,7 @@ def convert(
     max_seq_len: int = 2048,
     max_batch_size: int = 32,
     model_args_path: str | None = None,
+    tp_max: int = 8,
     overwrite: bool = False,
 ) -> None:
     """Convert original weights to the checkpoint that is served. Under torchrun each rank writes its share.
@@ -50,6 +51,7 @@ def convert(
         max_seq_len: goes into model_args.json, as the context to serve by default
         max_batch_size: likewise, as the sequences to compute together
         model_args_path: file to write model_args.json to once more, beside the one in the destination
+        tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
         overwrite: replace what is in the destination
     """
     from llama_tp.checkpoint import convert as conversion
@@ -62,6 +64,7 @@ def convert(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
+        tp_max=tp_max,
         overwrite=overwrite,
     )
 
@@ -78,33 +81,40 @@ def verify(checkpoint: str) -> None:
     print(f"{checkpoint}: {len(manifest.files)} files are as they were written")
 
 
-def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16") -> None:
-    """Print the legal tensor-parallel sizes of a model, what a rank holds at each, and how many tokens fit beside it.
+def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16", max_ranks: int = 16) -> None:
+    """Print what the busiest rank holds at each tensor-parallel size, and how many tokens fit beside it.
 
     Args:
         model_args: model_args.json or Meta's params.json (with a vocab_size)
         memory: of one rank's device, such as 24GiB
         dtype: of weights and cache: bfloat16, float16 or float32, as the start-up log says
+        max_ranks: last size to print
     """
     from llama_tp.config import EngineConfig, ModelArgs, parse_memory
     from llama_tp.engine.memory import ITEMSIZE, MemoryModel
-    from llama_tp.parallel.sharding import legal_tp_sizes, num_parameters_of_rank
+    from llama_tp.parallel.sharding import num_parameters_of_rank
 
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(ITEMSIZE)}")
     args = ModelArgs.load_converted(model_args)
-    print(f"{num_parameters_of_rank(args, 1) / 1e9:.2f} billion parameters. One rank holds, in {dtype}:")
     try:
         size_of_memory = parse_memory(memory)
     except ValueError as error:
         raise ValueError(f"memory={memory!r} {error}") from None
     if isinstance(size_of_memory, float):
         raise ValueError(f"memory={memory!r} must be a size such as 24GiB")
+    if isinstance(max_ranks, bool) or not isinstance(max_ranks, int) or max_ranks < 1:
+        raise ValueError(f"max_ranks={max_ranks!r} must be an integer of at least 1")
+    whole = num_parameters_of_rank(args, 1, 0)
+    print(f"{whole / 1e9:.2f} billion parameters. The busiest rank holds, in {dtype}:")
     fitting = f"tokens that fit in {memory}"
-    print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {'... of one full context':>24}   {fitting}")
-    for size in legal_tp_sizes(args):
-        rank = MemoryModel.of(args, EngineConfig(max_seq_len=args.max_seq_len), size, dtype, "cuda")
-        context = rank.token * args.max_seq_len
-        tokens = max(0, size_of_memory - rank.weights) // rank.token
-        row = f"{size:>6} {rank.weights / 2**30:>8.2f} GiB {rank.token / 2**10:>17.1f} KiB {context / 2**20:>20.1f} MiB"
-        print(f"{row}   {tokens:>{len(fitting)}}")
+    columns = f"{'weights':>12} {'of an even share':>17} {'KV cache of a token':>21} {'... of one full context':>24}"
+    print(f"{'ranks':>6} {columns}   {fitting}")
+    config = EngineConfig(max_seq_len=args.max_seq_len)
+    for size in range(1, min(max_ranks, args.n_heads) + 1):
+        ranks = [MemoryModel.of(args, config, size, rank, dtype, "cuda") for rank in range(size)]
+        weights, token = max(rank.weights for rank in ranks), max(rank.token for rank in ranks)
+        tokens = min(max(0, size_of_memory - rank.weights) // rank.token for rank in ranks)
+        uneven = weights * size / (whole * ITEMSIZE[dtype])
+        row = f"{size:>6} {weights / 2**30:>8.2f} GiB {uneven:>16.2f}x {token / 2**10:>17.1f} KiB"
+        print(f"{row} {token * args.max_seq_len / 2**20:>20.1f} MiB   {tokens:>{len(fitting)}}")

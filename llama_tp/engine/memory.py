@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, ModelArgs, parse_memory
-from llama_tp.model.weights import DENSE, WeightFormat
-from llama_tp.parallel.sharding import local_kv_heads, local_shapes
+from llama_tp.model.weights import DENSE, WeightFormat, layer_shapes
+from llama_tp.parallel.sharding import local_kv_heads, local_shape
 
 DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Of the memory that weights and steps leave free, the most that the KV cache takes by default. A host has other uses
@@ -38,14 +38,15 @@ class MemoryModel:
         args: ModelArgs,
         config: EngineConfig,
         size: int,
+        rank: int,
         dtype: str,
         device_type: str,
         weight_format: WeightFormat = DENSE,
     ) -> MemoryModel:
         """For one rank of `size` that computes in `dtype`."""
         itemsize = ITEMSIZE[dtype]
-        weights = _weight_bytes(local_shapes(args, size), itemsize, weight_format, device_type)
-        page = 2 * args.n_layers * config.page_size * local_kv_heads(args, size) * args.head_dim * itemsize
+        weights = _weight_bytes(args, size, rank, itemsize, weight_format, device_type)
+        page = 2 * args.n_layers * config.page_size * local_kv_heads(args, size, rank) * args.head_dim * itemsize
         return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
 
     @property
@@ -117,22 +118,22 @@ class MemoryModel:
 
 
 def _weight_bytes(
-    shapes: dict[str, tuple[int, ...]], itemsize: int, weight_format: WeightFormat, device_type: str
+    args: ModelArgs, size: int, rank: int, itemsize: int, weight_format: WeightFormat, device_type: str
 ) -> int:
-    """What the weights of these shapes take once they are laid out for the device."""
-    embedding = shapes["tok_embeddings.weight"]
-    total = 0
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            total += shape[0] * itemsize
-        elif name == "tok_embeddings.weight":
-            total += math.prod(shape) * itemsize
-        else:
-            total += weight_format.num_bytes(shape[0], shape[1], itemsize)
-    if "output.weight" not in shapes and device_type == "cpu":
+    """What a rank's weights take once they are laid out for the device."""
+
+    def num_bytes(name: str, shape: tuple[int, ...]) -> int:
+        shape = local_shape(args, name, shape, size, rank)
+        if len(shape) == 1 or name == "tok_embeddings.weight":
+            return math.prod(shape) * itemsize
+        return weight_format.num_bytes(shape[0], shape[1], itemsize)
+
+    layer, other = layer_shapes(args)
+    if args.tied_embeddings and device_type == "cpu":
         # A CPU multiplies with a packed copy of the matrix, and looks tokens up in the plain one.
-        total += weight_format.num_bytes(embedding[0], embedding[1], itemsize)
-    return total
+        other["output.weight"] = other["tok_embeddings.weight"]
+    of_layers = args.n_layers * sum(num_bytes(*one) for one in layer.items())
+    return of_layers + sum(num_bytes(*one) for one in other.items())
 
 
 def _gib(num_bytes: int) -> str:

@@ -37,12 +37,12 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         warn_of_spinning(threads)
     dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
     dtype_name = str(dtype).removeprefix("torch.")
-    memory = MemoryModel.of(args, config, group.comm.size, dtype_name, device.type)
+    memory = MemoryModel.of(args, config, group.comm.size, group.comm.rank, dtype_name, device.type)
     agree(lambda: memory.check(free_memory(device)))
     model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
-        kv_heads = local_kv_heads(args, group.comm.size)
+        kv_heads = local_kv_heads(args, group.comm.size, group.comm.rank)
         return ModelRunner(model, config, num_kv_heads=kv_heads, dtype=dtype, device=device)
 
     def measure() -> int:

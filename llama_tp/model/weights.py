@@ -17,27 +17,38 @@ if TYPE_CHECKING:
     from llama_tp.model.linear import Linear
 
 
-def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model by Meta's name, unsharded. `output.weight` is absent where embeddings are tied."""
+Shapes = dict[str, tuple[int, ...]]
+"""Of weights, unsharded, by Meta's names."""
+
+
+def weight_shapes(args: ModelArgs) -> Shapes:
+    """Every weight of the model. `output.weight` is absent where embeddings are tied."""
+    layer, other = layer_shapes(args)
+    shapes = {"tok_embeddings.weight": other.pop("tok_embeddings.weight")}
+    for index in range(args.n_layers):
+        shapes |= {f"layers.{index}.{name.removeprefix('layers.0.')}": shape for name, shape in layer.items()}
+    return shapes | other
+
+
+def layer_shapes(args: ModelArgs) -> tuple[Shapes, Shapes]:
+    """(the weights of the first layer, which has those of every other, the weights outside of the layers)."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
-    for layer in range(args.n_layers):
-        shapes |= {
-            f"layers.{layer}.attention.wq.weight": (q_dim, args.dim),
-            f"layers.{layer}.attention.wk.weight": (kv_dim, args.dim),
-            f"layers.{layer}.attention.wv.weight": (kv_dim, args.dim),
-            f"layers.{layer}.attention.wo.weight": (args.dim, q_dim),
-            f"layers.{layer}.feed_forward.w1.weight": (args.hidden_dim, args.dim),
-            f"layers.{layer}.feed_forward.w2.weight": (args.dim, args.hidden_dim),
-            f"layers.{layer}.feed_forward.w3.weight": (args.hidden_dim, args.dim),
-            f"layers.{layer}.attention_norm.weight": (args.dim,),
-            f"layers.{layer}.ffn_norm.weight": (args.dim,),
-        }
-        shapes |= {f"layers.{layer}.{name}": (size,) for name, size in _optional_vectors(args).items()}
-    shapes["norm.weight"] = (args.dim,)
+    layer: Shapes = {
+        "attention.wq.weight": (q_dim, args.dim),
+        "attention.wk.weight": (kv_dim, args.dim),
+        "attention.wv.weight": (kv_dim, args.dim),
+        "attention.wo.weight": (args.dim, q_dim),
+        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
+        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
+        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
+        "attention_norm.weight": (args.dim,),
+        "ffn_norm.weight": (args.dim,),
+    }
+    layer |= {name: (size,) for name, size in _optional_vectors(args).items()}
+    other: Shapes = {"tok_embeddings.weight": (args.vocab_size, args.dim), "norm.weight": (args.dim,)}
     if not args.tied_embeddings:
-        shapes["output.weight"] = (args.vocab_size, args.dim)
-    return shapes
+        other["output.weight"] = (args.vocab_size, args.dim)
+    return {f"layers.0.{name}": shape for name, shape in layer.items()}, other
 
 
 def _optional_vectors(args: ModelArgs) -> dict[str, int]:

@@ -8,12 +8,13 @@ are the same `Transformer`, and a test holds them to the same logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from llama_tp.config import ModelArgs
@@ -28,47 +29,50 @@ from llama_tp.parallel.local_modules import (
     VocabEmbedding,
     VocabLinear,
 )
-from llama_tp.parallel.sharding import COLUMN, LLAMA_TP_PLAN, ROW, VOCAB_IN, VOCAB_OUT, check_tp_size, local_kv_heads
-
-
-class ReplicatedHeads(ParallelStyle):
-    """Column-parallel over fewer heads than ranks: each kv head lives on `replicas` neighbouring ranks."""
-
-    def __init__(self, num_kv_heads: int, mesh: DeviceMesh) -> None:
-        super().__init__()
-        shape = (num_kv_heads, mesh.size() // num_kv_heads)
-        self.mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("kv_head", "replica"))
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shard(_name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
-            for name, parameter in list(linear.named_parameters(recurse=False)):
-                shards = distribute_tensor(parameter, mesh, [Shard(0), Replicate()])
-                linear.register_parameter(name, nn.Parameter(shards, requires_grad=False))
-
-        def to_mesh(_module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
-            return DTensor.from_local(inputs[0], mesh, [Replicate(), Replicate()], run_check=False)
-
-        def to_local(_module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> Tensor:
-            return output.to_local()
-
-        # distribute_module's annotation has its hooks return None; their results are what counts.
-        return distribute_module(module, self.mesh, shard, cast(Any, to_mesh), cast(Any, to_local))
+from llama_tp.parallel.sharding import (
+    COLUMN,
+    LLAMA_TP_PLAN,
+    ROW,
+    VOCAB_IN,
+    VOCAB_OUT,
+    check_tp_size,
+    local_kv_heads,
+    padded_length,
+    shard,
+    tp_dim,
+    vocab_shard,
+)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """Make every weight that the plan names a DTensor over a one-dimensional mesh. ValueError for an illegal size.
 
-    The vocabulary is split as torch.chunk splits: the last ranks may hold fewer rows.
+    DTensor splits evenly, so shares of different sizes are padded with zeros to the largest, which changes no result:
+    a head of zeros adds nothing to the output, nor does a hidden column. The vocabulary is split as torch.chunk splits:
+    the last ranks may hold fewer rows.
     """
     args = model.args
     check_tp_size(args, mesh.size())
-    styles = {pattern: _STYLES[sharding]() for pattern, sharding in LLAMA_TP_PLAN.items()}
-    if mesh.size() > args.n_kv_heads:
-        heads = ReplicatedHeads(args.n_kv_heads, mesh)
-        styles |= {pattern: heads for pattern in styles if pattern.endswith((".wk", ".wv"))}
-    parallelize_module(model, mesh, styles)
+    for name, parameter in list(model.named_parameters()):
+        if tp_dim(name) is not None and name.startswith("layers."):
+            module, _, attribute = name.rpartition(".")
+            padded = nn.Parameter(_evenly_split(parameter, args, name, mesh.size()), requires_grad=False)
+            model.get_submodule(module).register_parameter(attribute, padded)
+    parallelize_module(model, mesh, {pattern: _STYLES[sharding]() for pattern, sharding in LLAMA_TP_PLAN.items()})
     model.tie_embeddings()
     return model
+
+
+def _evenly_split(weight: Tensor, args: ModelArgs, name: str, size: int) -> Tensor:
+    """The padded shards of all ranks one after the other."""
+    dim = cast(int, tp_dim(name))
+    length = padded_length(args, name, size)
+    padded = weight.new_zeros([length * size if axis == dim else full for axis, full in enumerate(weight.shape)])
+    for rank in range(size):
+        for position, entries in shard(args, name, size, rank).parts:
+            held = weight.narrow(dim, entries.start, len(entries))
+            padded.narrow(dim, rank * length + position, len(entries)).copy_(held)
+    return padded
 
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -86,28 +90,20 @@ def localize(model: Transformer, comm: Comm, weight_format: WeightFormat = DENSE
     wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. The originals
     are freed layer by layer.
     """
-    for block in model.layers:
+    local = _Localizer(model.args, comm, weight_format)
+    for index, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock)
-        attention, feed_forward = block.attention, block.feed_forward
-        assert isinstance(attention, Attention)
-        assert isinstance(feed_forward, FeedForward)
-        block.attention = _fused_attention(attention, model.args, comm, weight_format)
-        block.feed_forward = FusedFeedForward(
-            w13=weight_format.linear([_take_shard(w) for w in (feed_forward.w1, feed_forward.w3)]),
-            w2=_row_linear(feed_forward.w2, comm, weight_format),
-        )
+        block.attention = local.attention(block.attention, f"layers.{index}.attention")
+        block.feed_forward = local.feed_forward(block.feed_forward, f"layers.{index}.feed_forward")
         block.attention_norm = _norm(block.attention_norm)  # type: ignore[assignment]
         block.ffn_norm = _norm(block.ffn_norm)  # type: ignore[assignment]
     model.norm = _norm(model.norm)  # type: ignore[assignment]
-    vocab_size = model.args.vocab_size
-    rows = -(-vocab_size // comm.size)
+    rows = vocab_shard(model.args, comm.size)
     embedding = _padded(_local(model.tok_embeddings.weight), rows)
-    if model.args.tied_embeddings:
-        output = {"weight": embedding}
-    else:
-        output = {name: _padded(part, rows) for name, part in _take_shard(model.output).items()}
+    output = embedding if model.args.tied_embeddings else _padded(_local(model.output.weight), rows)
     model.tok_embeddings = VocabEmbedding(embedding, comm)  # type: ignore[assignment]
-    model.output = VocabLinear(weight_format.linear([output]), comm, vocab_size)  # type: ignore[assignment]
+    linear = weight_format.linear([{"weight": output}])
+    model.output = VocabLinear(linear, comm, model.args.vocab_size)  # type: ignore[assignment]
     return model
 
 
@@ -120,38 +116,61 @@ def _norm(norm: nn.Module) -> Norm:
     return Norm(_local(norm.weight), norm.eps)
 
 
-def _fused_attention(attention: Attention, args: ModelArgs, comm: Comm, weight_format: WeightFormat) -> FusedAttention:
-    wqkv = weight_format.linear([_take_shard(w) for w in (attention.wq, attention.wk, attention.wv)])
-    num_kv_heads = local_kv_heads(args, comm.size)
-    num_heads = wqkv.out_features // args.head_dim - 2 * num_kv_heads
-    return FusedAttention(
-        wqkv=wqkv,
-        wo=_row_linear(attention.wo, comm, weight_format),
-        num_kv_heads=num_kv_heads,
-        head_dim=args.head_dim,
-        qk_norm=_qk_norm(attention, num_heads, num_kv_heads, args.norm_eps) if args.qk_norm else None,
-    )
+@dataclass(frozen=True, slots=True)
+class _Localizer:
+    """Makes the local modules of one rank out of those that hold its shards, which let go of them."""
+
+    args: ModelArgs
+    comm: Comm
+    weight_format: WeightFormat
+
+    def attention(self, attention: Attention, name: str) -> FusedAttention:
+        wqkv = self.weight_format.linear([self._take(attention, name, layer) for layer in ("wq", "wk", "wv")])
+        num_kv_heads = local_kv_heads(self.args, self.comm.size, self.comm.rank)
+        num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
+        return FusedAttention(
+            wqkv=wqkv,
+            wo=self._row_linear(attention, name, "wo"),
+            num_kv_heads=num_kv_heads,
+            head_dim=self.args.head_dim,
+            qk_norm=_qk_norm(attention, num_heads, num_kv_heads, self.args.norm_eps) if self.args.qk_norm else None,
+        )
+
+    def feed_forward(self, feed_forward: FeedForward, name: str) -> FusedFeedForward:
+        return FusedFeedForward(
+            w13=self.weight_format.linear([self._take(feed_forward, name, layer) for layer in ("w1", "w3")]),
+            w2=self._row_linear(feed_forward, name, "w2"),
+        )
+
+    def _row_linear(self, owner: nn.Module, name: str, layer: str) -> RowLinear:
+        """Its bias, which every rank has in full, belongs to the sum over the ranks."""
+        local = self._take(owner, name, layer)
+        bias = local.pop("bias", None)
+        return RowLinear(self.weight_format.linear([local]), self.comm, bias)
+
+    def _take(self, owner: nn.Module, name: str, layer: str) -> dict[str, Tensor]:
+        """A layer's local parameters, without padding; the layer lets go of them."""
+        linear = owner.get_submodule(layer)
+        local = {}
+        for kind, parameter in list(linear.named_parameters(recurse=False)):
+            local[kind] = _unpadded(_local(parameter), self.args, f"{name}.{layer}.{kind}", self.comm)
+            delattr(linear, kind)
+        return local
+
+
+def _unpadded(local: Tensor, args: ModelArgs, name: str, comm: Comm) -> Tensor:
+    """A rank's part of a weight as the rank computes with it."""
+    dim = tp_dim(name)
+    if dim is None:
+        return local
+    kept = [local.narrow(dim, one.start, len(one)) for one in shard(args, name, comm.size, comm.rank).kept]
+    return kept[0].contiguous() if len(kept) == 1 else torch.cat(kept, dim)
 
 
 def _qk_norm(attention: Attention, num_heads: int, num_kv_heads: int, eps: float) -> HeadNorm:
     """One norm for all local query and key heads side by side."""
     norms = (attention.q_norm, num_heads), (attention.k_norm, num_kv_heads)
     return HeadNorm(torch.cat([_local(cast(Tensor, norm.weight)).expand(heads, -1) for norm, heads in norms]), eps)
-
-
-def _row_linear(linear: nn.Module, comm: Comm, weight_format: WeightFormat) -> RowLinear:
-    """Its bias, which every rank has in full, belongs to the sum over the ranks."""
-    shard = _take_shard(linear)
-    bias = shard.pop("bias", None)
-    return RowLinear(weight_format.linear([shard]), comm, bias)
-
-
-def _take_shard(linear: nn.Module) -> dict[str, Tensor]:
-    """A layer's local parameters; the layer lets go of them."""
-    shard = {name: _local(parameter) for name, parameter in linear.named_parameters(recurse=False)}
-    for name in shard:
-        delattr(linear, name)
-    return shard
 
 
 def _padded(weight: Tensor, rows: int) -> Tensor:

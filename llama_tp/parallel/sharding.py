@@ -1,17 +1,23 @@
-"""The tensor-parallel sharding plan, as data, the sizes it is legal for, and what one rank holds.
+"""The tensor-parallel sharding plan, as data, and what one rank of any number holds of each weight.
 
 Column-parallel weights are split on their output dim and need no communication; row-parallel ones are split on
 their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bias is split as the output is: with a
 column-parallel weight, not with a row-parallel one. Norms are replicated.
+
+Nothing has to divide: the query heads are split where that costs least, each with its kv head, the feed-forward in
+steps, and the vocabulary is padded.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple
 
 from llama_tp.config import ModelArgs
-from llama_tp.model.weights import weight_shapes
+from llama_tp.model.weights import layer_shapes, weight_shapes
 
 COLUMN, ROW, VOCAB_IN, VOCAB_OUT = "column", "row", "vocabulary in", "vocabulary out"
 
@@ -28,30 +34,27 @@ LLAMA_TP_PLAN = {
 }
 """Module pattern -> how its weight and bias are sharded. What is not named is replicated."""
 
+NOMINAL_CONTEXT = 16384
+"""Tokens in the KV cache for which a step of decode is made cheapest: 16 sequences of 1,024."""
+MAX_STEP = 32
+"""Columns of the feed-forward by which ranks' shares may differ: a group of quantized weights is never cut."""
+_STEP_TOLERANCE = 1.05
+"""The share of the busiest rank may exceed an even one by this factor before the step is made smaller."""
+
 
 def why_illegal(args: ModelArgs, size: int) -> str | None:
     """The reason why a model cannot run at this tensor-parallel size; None if it can."""
     if size < 1:
         return "must be at least 1"
-    if args.n_heads % size:
-        return f"does not divide n_heads={args.n_heads}"
-    if args.n_kv_heads % size and size % args.n_kv_heads:
-        return f"neither divides n_kv_heads={args.n_kv_heads} nor is a multiple of it"
-    if args.hidden_dim % size:
-        return f"does not divide the feed-forward hidden size {args.hidden_dim}"
+    if size > args.n_heads:
+        return f"exceeds n_heads={args.n_heads}: every rank needs a query head"
     return None
 
 
-def legal_tp_sizes(args: ModelArgs) -> list[int]:
-    """Every tensor-parallel size that this model can run at, ascending."""
-    return [size for size in range(1, args.n_heads + 1) if why_illegal(args, size) is None]
-
-
 def check_tp_size(args: ModelArgs, size: int) -> None:
-    """ValueError with the reason and the legal sizes if the model cannot run at this size."""
+    """ValueError with the reason if the model cannot run at this size."""
     if reason := why_illegal(args, size):
-        legal = ", ".join(map(str, legal_tp_sizes(args)))
-        raise ValueError(f"tensor_parallel_size={size} {reason}; legal sizes for this model: {legal}")
+        raise ValueError(f"tensor_parallel_size={size} {reason}; this model runs at any size from 1 to {args.n_heads}")
 
 
 def tp_dim(name: str) -> int | None:
@@ -64,34 +67,178 @@ def tp_dim(name: str) -> int | None:
     return 0
 
 
-def shard_length(args: ModelArgs, name: str, length: int, size: int) -> int:
-    """Entries of a weight's `tp_dim` that each rank but the last holds: torch.chunk's rule. A vocabulary need not
-    divide; kv heads are replicated, never split."""
-    if _module(name).endswith((".wk", ".wv")):
-        size = min(size, args.n_kv_heads)
-    assert _sharding(name) in (VOCAB_IN, VOCAB_OUT) or length % size == 0, (name, length, size)
-    return -(-length // size)
+class Segment(NamedTuple):
+    """Query heads of one rank that attend to the same kv head."""
+
+    kv_head: int
+    queries: range
 
 
-def local_shapes(args: ModelArgs, size: int) -> dict[str, tuple[int, ...]]:
-    """Every weight as one rank of `size` holds it, with the vocabulary padded so that all ranks hold the same."""
-    return {
-        name: tuple(
-            shard_length(args, name, length, size) if dim == tp_dim(name) else length
-            for dim, length in enumerate(shape)
-        )
-        for name, shape in weight_shapes(args).items()
-    }
+Heads = tuple[Segment, ...]
+"""The attention heads of one rank. It computes as many query heads for each of its kv heads as the largest segment has:
+the others are filled up with heads of zeros."""
 
 
-def num_parameters_of_rank(args: ModelArgs, size: int) -> int:
-    """Parameters that one rank of `size` holds, with replicated norms and kv heads and the padded vocabulary."""
-    return sum(map(math.prod, local_shapes(args, size).values()))
+def heads(args: ModelArgs, size: int, rank: int) -> Heads:
+    """The heads of one rank of `size`."""
+    return _split_heads(args.n_heads, args.n_kv_heads, args.dim, size)[rank]
 
 
-def local_kv_heads(args: ModelArgs, size: int) -> int:
-    """The kv heads that live on one rank of `size`."""
-    return max(1, args.n_kv_heads // size)
+def local_kv_heads(args: ModelArgs, size: int, rank: int) -> int:
+    """The kv heads that live on one rank of `size`. Others may have them, too."""
+    return len(heads(args, size, rank))
+
+
+@cache
+def _split_heads(n_heads: int, n_kv_heads: int, dim: int, size: int) -> tuple[Heads, ...]:
+    """The split of the heads that makes a step of decode cheapest on the busiest rank.
+
+    To share the queries of a kv head among ranks spreads them more evenly, but copies the kv head's weights and cache.
+    """
+    per_kv_head = n_heads // n_kv_heads
+    # Each kv head's queries in a number of units, and the units in equal shares; or each kv head to ranks of its own.
+    splits = [
+        [_flatten([units[unit] for unit in _share(len(units), rank, size)]) for rank in range(size)]
+        for num_parts in range(1, per_kv_head + 1)
+        if len(units := _units([num_parts] * n_kv_heads, per_kv_head)) >= size
+    ]
+    if size >= n_kv_heads:
+        splits.append(_units([len(_share(size, kv_head, n_kv_heads)) for kv_head in range(n_kv_heads)], per_kv_head))
+
+    def cost(split: list[range]) -> int:
+        # Elements that a step reads: wq, wo, wk and wv, then keys and values; all of it divided by 2 head_dim.
+        num_heads = [(len(of_rank), _group(of_rank)) for of_rank in (_segments(one, per_kv_head) for one in split)]
+        return max(kv_heads * (dim * (group + 1) + NOMINAL_CONTEXT) for kv_heads, group in num_heads)
+
+    possible = [split for split in splits if all(split)]
+    return tuple(_segments(queries, per_kv_head) for queries in min(possible, key=cost))
+
+
+def _units(num_parts: list[int], per_kv_head: int) -> list[range]:
+    """The query heads of each kv head, in as many parts as are given for it."""
+    return [
+        _shifted(_share(per_kv_head, part, parts), kv_head * per_kv_head)
+        for kv_head, parts in enumerate(num_parts)
+        for part in range(parts)
+    ]
+
+
+def _segments(queries: range, per_kv_head: int) -> Heads:
+    """These query heads by kv head."""
+    first, last = queries[0] // per_kv_head, queries[-1] // per_kv_head
+    every = (range(kv_head * per_kv_head, (kv_head + 1) * per_kv_head) for kv_head in range(first, last + 1))
+    return tuple(
+        Segment(one.start // per_kv_head, range(max(queries.start, one.start), min(queries.stop, one.stop)))
+        for one in every
+    )
+
+
+def _group(of_rank: Heads) -> int:
+    """Query heads that a rank computes for each of its kv heads."""
+    return max(len(segment.queries) for segment in of_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a rank holds of a weight, along its `tp_dim`."""
+
+    parts: tuple[tuple[int, range], ...]
+    """(position in the padded shard, entries of the weight), ascending. The rest of the padded shard is zeros."""
+    kept: tuple[range, ...]
+    """The positions that the rank computes with; the others are there only to make all padded shards alike."""
+
+    @property
+    def length(self) -> int:
+        """Entries that the rank computes with."""
+        return sum(map(len, self.kept))
+
+
+def shard(args: ModelArgs, name: str, size: int, rank: int) -> Shard:
+    """A rank's shard of a weight or bias that the plan splits. That of a vocabulary may be empty."""
+    module = _module(name)
+    if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
+        length = vocab_shard(args, size)
+        start = min(rank * length, args.vocab_size)
+        return _plain(range(start, min(start + length, args.vocab_size)))
+    if ".feed_forward." in module:
+        step = feed_forward_step(args.hidden_dim, size)
+        return _plain(_scaled(_share(args.hidden_dim // step, rank, size), step))
+    local, width = heads(args, size, rank), args.head_dim
+    if module.endswith((".wk", ".wv")):
+        kv_heads = range(local[0].kv_head, local[-1].kv_head + 1)
+        return _plain(_scaled(kv_heads, width))
+    stride = width * max(_group(heads(args, size, other)) for other in range(size))
+    parts = tuple((index * stride, _scaled(segment.queries, width)) for index, segment in enumerate(local))
+    return Shard(parts, tuple(range(start, start + width * _group(local)) for start, _ in parts))
+
+
+def padded_length(args: ModelArgs, name: str, size: int) -> int:
+    """Entries of the padded shards, which all ranks' have."""
+    return max(shard(args, name, size, rank).kept[-1].stop for rank in range(size))
+
+
+def _plain(entries: range) -> Shard:
+    return Shard(((0, entries),), (range(len(entries)),))
+
+
+def feed_forward_step(hidden_dim: int, size: int) -> int:
+    """The columns by which the shares of `size` ranks may differ: a power of two."""
+    step = math.gcd(hidden_dim, MAX_STEP)
+    while step > 1 and -(-hidden_dim // step // size) * step > _STEP_TOLERANCE * hidden_dim / size:
+        step //= 2
+    return step
+
+
+def vocab_shard(args: ModelArgs, size: int) -> int:
+    """Rows of the embedding and of the output that every rank holds, padding included."""
+    return -(-args.vocab_size // size)
+
+
+def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], size: int, rank: int) -> tuple[int, ...]:
+    """A weight as a rank computes with it: a vocabulary is padded, so that all ranks hold the same."""
+    split = tp_dim(name)
+    if split is None:
+        return shape
+    if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
+        length = vocab_shard(args, size)
+    else:
+        length = shard(args, name, size, rank).length
+    return tuple(length if dim == split else full for dim, full in enumerate(shape))
+
+
+def local_shapes(args: ModelArgs, size: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Every weight as one rank computes with it."""
+    return {name: local_shape(args, name, shape, size, rank) for name, shape in weight_shapes(args).items()}
+
+
+def num_parameters_of_rank(args: ModelArgs, size: int, rank: int) -> int:
+    """Parameters that a rank holds, with replicated norms, copies of kv heads and the padded vocabulary."""
+    layer, other = layer_shapes(args)
+
+    def count(shapes: dict[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(local_shape(args, name, shape, size, rank)) for name, shape in shapes.items())
+
+    return args.n_layers * count(layer) + count(other)
+
+
+def _share(count: int, rank: int, ranks: int) -> range:
+    """A rank's share of `count` things: one more or less than the others'. Cuts at equal fractions are the same for all
+    numbers of ranks, so that a stored tensor has few chunks."""
+    return range(-(-rank * count // ranks), -(-(rank + 1) * count // ranks))
+
+
+def _scaled(things: range, width: int) -> range:
+    """The entries of things of `width` entries each."""
+    return range(width * things.start, width * things.stop)
+
+
+def _shifted(things: range, by: int) -> range:
+    return range(things.start + by, things.stop + by)
+
+
+def _flatten(neighbours: list[range]) -> range:
+    """Ranges one after the other as one."""
+    return range(neighbours[0].start, neighbours[-1].stop) if neighbours else range(0)
 
 
 def _sharding(name: str) -> str | None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
 from llama_tp.engine.sampling_params import KNOBS
-from llama_tp.parallel.sharding import legal_tp_sizes, why_illegal
+from llama_tp.parallel.sharding import why_illegal
 from llama_tp.serving.encoding import in_json_words, shown
 from llama_tp.serving.fields import KNOB_TYPES, MaxNewTokens, Seed
 from llama_tp.serving.generation import RequestDefaults
@@ -146,9 +146,9 @@ class ModelConfig(_Section):
         problems = []
         size = self.torchrun.nnodes * self.torchrun.nproc_per_node
         if reason := why_illegal(args, size):
-            legal = ", ".join(map(str, legal_tp_sizes(args)))
             problems.append(
-                f"torchrun.nproc-per-node: tensor-parallel size {size} {reason}; legal sizes for this model: {legal}"
+                f"torchrun.nproc-per-node: tensor-parallel size {size} {reason}; this model runs at any size from 1 to "
+                f"{args.n_heads}"
             )
         max_seq_len = handler.max_seq_len or args.max_seq_len
         if reason := args.why_too_long(max_seq_len):

@@ -24,7 +24,7 @@ from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.comm import Comm, SingleComm
 from llama_tp.parallel.local_modules import FusedAttention, FusedFeedForward, RowLinear, VocabEmbedding, VocabLinear
-from llama_tp.parallel.sharding import local_kv_heads, num_parameters_of_rank
+from llama_tp.parallel.sharding import local_kv_heads, local_shapes, num_parameters_of_rank
 
 _MODELS: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000},
@@ -77,8 +77,9 @@ def build_local_model(
     """One rank's model of local modules with random weights, made on the device: no checkpoint, no copy."""
     comm = comm or SingleComm()
     size, dim, d = comm.size, args.dim, args.head_dim
-    heads, kv_heads = args.n_heads // size, local_kv_heads(args, size)
-    hidden, vocab = args.hidden_dim // size, -(-args.vocab_size // size)
+    shapes = local_shapes(args, size, comm.rank)
+    heads, kv_heads = shapes["layers.0.attention.wq.weight"][0] // d, local_kv_heads(args, size, comm.rank)
+    hidden, vocab = shapes["layers.0.feed_forward.w1.weight"][0], shapes["tok_embeddings.weight"][0]
 
     def weight(*shape: int, std: float = 0.02) -> Tensor:
         return torch.empty(*shape, device=device, dtype=dtype).normal_(0, std)
@@ -171,12 +172,12 @@ def write_random_checkpoint(folder: Path, args: ModelArgs, dtype: torch.dtype = 
 
 def weight_bytes(args: ModelArgs, size: int = 1) -> int:
     """What a decode step reads of the weights: all but the embedding."""
-    return 2 * (num_parameters_of_rank(args, size) - -(-args.vocab_size // size) * args.dim)
+    return 2 * (num_parameters_of_rank(args, size, 0) - -(-args.vocab_size // size) * args.dim)
 
 
 def kv_bytes(args: ModelArgs, size: int = 1) -> int:
     """What a decode step reads of one token of context."""
-    return 2 * 2 * args.n_layers * local_kv_heads(args, size) * args.head_dim
+    return 2 * 2 * args.n_layers * local_kv_heads(args, size, 0) * args.head_dim
 
 
 def with_roofline(report: Report, found: dict[str, Any], args: ModelArgs, size: int = 1) -> dict[str, Any]:

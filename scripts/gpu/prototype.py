@@ -149,7 +149,7 @@ class _Bed:
             n_layers=self.args.n_layers,
             num_pages=most * _PAGES,
             page_size=_PAGE_SIZE,
-            num_kv_heads=local_kv_heads(self.args, tp),
+            num_kv_heads=local_kv_heads(self.args, tp, 0),
             head_dim=self.args.head_dim,
             dtype=DTYPE,
             device=DEVICE,

@@ -1,4 +1,4 @@
-"""Two ranks load a checkpoint into DTensors and compare with what torch.chunk gives; then one of them cannot."""
+"""Ranks load a checkpoint into DTensors, as PyTorch does by itself, and as slices; then one of them cannot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from llama_tp.checkpoint.store import dcp
 from llama_tp.parallel.launch import exit_rank
-from llama_tp.parallel.sharding import tp_dim
-from tests.tiny_checkpoint import meta_tensors
+from llama_tp.parallel.sharding import shard, tp_dim
+from tests.tiny_checkpoint import ARGS, meta_tensors
 
 
 def main(folder: str) -> None:
@@ -26,16 +27,31 @@ def main(folder: str) -> None:
         dim = tp_dim(name)
         placement = Replicate() if dim is None else Shard(dim)
         target[name] = distribute_tensor(torch.zeros_like(tensor), mesh, [placement])
-    dcp.load(target, folder)
+    torch_dcp.load(target, checkpoint_id=folder)
     for name, tensor in tensors.items():
         dim = tp_dim(name)
-        expected = tensor if dim is None else tensor.chunk(size, dim)[rank]
-        assert torch.equal(target[name].to_local(), expected), name
+        chunk = tensor if dim is None else tensor.chunk(size, dim)[rank]
+        assert torch.equal(target[name].to_local(), chunk), name
+
+    slices, expected = {}, {}
+    for name, tensor in tensors.items():
+        dim = tp_dim(name)
+        if dim is None:
+            slices[name] = dcp.Slices.whole(torch.zeros_like(tensor))
+            expected[name] = [tensor]
+        else:
+            held = [entries for _, entries in shard(ARGS, name, size, rank).parts]
+            expected[name] = [tensor.narrow(dim, one.start, len(one)) for one in held]
+            targets = [torch.zeros_like(one) for one in expected[name]]
+            slices[name] = dcp.Slices(dim, list(zip(held, targets, strict=True)), tuple(tensor.shape))
+    dcp.load(slices, folder)
+    for name, one in slices.items():
+        assert all(torch.equal(target, want) for (_, target), want in zip(one.parts, expected[name], strict=True)), name
 
     if rank == 1:
-        del target["norm.weight"]
+        del slices["norm.weight"]
     with pytest.raises(ValueError, match=r"norm\.weight is in the checkpoint but not in the model"):
-        dcp.load(target, folder)
+        dcp.load(slices, folder)
     dist.destroy_process_group()
     exit_rank()
 

@@ -31,7 +31,7 @@ def run(group: Group, comm: Comm, dtype: torch.dtype, settings: dict, others: li
     assert group.mesh is not None
     config = EngineConfig(**{"max_seq_len": 256, "max_batch_size": 4, **settings})
     model = localize(parallelize(random_model(ARGS).to(dtype), group.mesh), comm)
-    kv_heads = local_kv_heads(ARGS, comm.size)
+    kv_heads = local_kv_heads(ARGS, comm.size, comm.rank)
     runner = ModelRunner(model, config, num_kv_heads=kv_heads, dtype=dtype, device=group.device)
     engine = Engine(runner, comm, config)
     if not comm.is_leader:

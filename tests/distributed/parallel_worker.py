@@ -18,10 +18,10 @@ from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.comm import GroupComm
 from llama_tp.parallel.launch import join
-from llama_tp.parallel.sharding import legal_tp_sizes, local_kv_heads
+from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 from tests.distributed.torchrun import exit_rank
-from tests.tiny_model import MODELS, VARIANTS, random_model
+from tests.tiny_model import MODELS, UNEVEN, VARIANTS, random_model
 
 TOKENS = tuple(range(3, 43))
 PROMPTS = [[5, 6, 7], list(range(40)), [1], [9, 8] * 11]
@@ -34,20 +34,18 @@ def main() -> None:
     assert isinstance(group.comm, SharedMemoryComm)
     config = EngineConfig(max_seq_len=128, max_batch_size=4)
     results = {}
-    for name, args in {**MODELS, **VARIANTS}.items():
-        if group.comm.size not in legal_tp_sizes(args):
+    for name, args in {**MODELS, **VARIANTS, **UNEVEN}.items():
+        if group.comm.size > args.n_heads:
             continue
         for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):
             model = parallelize(random_model(args), group.mesh)
-            options = {
-                "num_kv_heads": local_kv_heads(args, comm.size),
-                "dtype": torch.float32,
-                "device": torch.device("cpu"),
-            }
+            options = {"dtype": torch.float32, "device": torch.device("cpu")}
+            options["num_kv_heads"] = local_kv_heads(args, comm.size, comm.rank)
             if comm is group.comm:
                 read = load_model(f"{sys.argv[1]}/{name}", args, group, torch.float32)
                 loaded = ModelRunner(read, config, **options).execute(PLAN)
-            runner = ModelRunner(model, config, **options)
+            padded = max(local_kv_heads(args, comm.size, rank) for rank in range(comm.size))
+            runner = ModelRunner(model, config, **{**options, "num_kv_heads": padded})
             for row, index, page in PLAN.page_updates:
                 runner.page_table[row].set(index, page)
             with torch.no_grad():

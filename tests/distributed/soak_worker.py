@@ -89,7 +89,7 @@ def main() -> None:
     group = join("cpu")
     assert group.mesh is not None
     model = localize(parallelize(random_model(ARGS), group.mesh), group.comm)
-    kv_heads = local_kv_heads(ARGS, group.comm.size)
+    kv_heads = local_kv_heads(ARGS, group.comm.size, group.comm.rank)
     runner = ModelRunner(model, CONFIG, num_kv_heads=kv_heads, dtype=torch.float32, device=group.device)
     engine = Engine(runner, group.comm, CONFIG)
     if engine.is_leader:

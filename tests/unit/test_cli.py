@@ -130,24 +130,27 @@ def test_the_help_of_all_names_every_command(run):
         assert name in out + err
 
 
-def test_plan_lists_the_legal_sizes_and_what_a_rank_holds(run, params):
+def test_plan_lists_what_the_busiest_rank_holds_at_each_size(run, params):
     code, out, err = run("plan", params({**json.loads(LLAMA_3_1_8B), "max_seq_len": 8192}))
     assert (code, err) == (0, "")
     head, columns, *rows = out.splitlines()
     assert head.startswith("8.03 billion parameters")
     assert "ranks" in columns
-    assert [row.split()[0] for row in rows] == ["1", "2", "4", "8", "16", "32"]
+    assert [row.split()[0] for row in rows] == [str(size) for size in range(1, 17)]
     # 8.03e9 * 2 bytes; 32 layers * (keys and values) * 8 heads * 128 * 2 bytes
-    assert rows[0].split()[1:5] == ["14.96", "GiB", "128.0", "KiB"]
-    assert rows[0].split()[5:7] == ["1024.0", "MiB"]
-    assert rows[0].split()[7:] == [str((80 * 2**30 - 2 * 8_030_261_248) // 2**17)]
-    assert rows[3].split()[3:5] == rows[4].split()[3:5] == ["16.0", "KiB"]  # one kv head, and a copy of it
+    assert rows[0].split()[1:6] == ["14.96", "GiB", "1.00x", "128.0", "KiB"]
+    assert rows[0].split()[6:8] == ["1024.0", "MiB"]
+    assert rows[0].split()[8:] == [str((80 * 2**30 - 2 * 8_030_261_248) // 2**17)]
+    assert rows[7].split()[4:6] == rows[15].split()[4:6] == ["16.0", "KiB"]  # one kv head, and a copy of it
+    assert rows[2].split()[4:6] == ["48.0", "KiB"]  # three of eight
 
 
-def test_plan_of_the_demo_lists_one_and_three_ranks(run, params):
+def test_plan_lists_no_more_ranks_than_a_model_has_heads_or_was_asked_for(run, params):
     _, out, _ = run("plan", params({**DEMO, "tied_embeddings": True}))
     assert out.startswith("0.13 billion parameters")
-    assert [row.split()[0] for row in out.splitlines()[2:]] == ["1", "3"]
+    assert [row.split()[0] for row in out.splitlines()[2:]] == [str(size) for size in range(1, 10)]
+    assert len(run("plan", params(DEMO), "--max_ranks", "2")[1].splitlines()) == 2 + 2
+    assert "max_ranks=0 must be" in run("plan", params(DEMO), "--max_ranks", "0")[2]
 
 
 def test_plan_counts_the_tokens_that_a_device_has_room_for(run, params):

@@ -22,7 +22,7 @@ from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
 from llama_tp.checkpoint.store.verify import verify
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
-from llama_tp.parallel.sharding import legal_tp_sizes, tp_dim
+from llama_tp.parallel.sharding import shard, tp_dim
 from tests.tiny_checkpoint import ARGS, Evil, meta_tensors, write_meta
 
 LAYOUTS = {
@@ -40,12 +40,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
-def test_the_slice_of_each_rank_at_each_legal_tp_size_is_a_union_of_whole_chunks(model):
+def test_the_share_of_each_rank_at_each_tp_size_is_a_union_of_whole_chunks(model):
     args = LAYOUTS[model]
-    sizes = [size for size in legal_tp_sizes(args) if size <= 16]
-    assert len(sizes) >= 2
     for name, shape in weight_shapes(args).items():
-        chunks = chunk_bounds(args, name, shape)
+        chunks = chunk_bounds(args, name, shape, 8)
         dim = tp_dim(name)
         starts = {start for start, _ in chunks} | {shape[dim or 0]}
         assert [start for start, _ in chunks] == [sum(length for _, length in chunks[:i]) for i in range(len(chunks))]
@@ -53,23 +51,23 @@ def test_the_slice_of_each_rank_at_each_legal_tp_size_is_a_union_of_whole_chunks
         if dim is None:
             assert len(chunks) == 1
             continue
-        for ranks in sizes:
-            # torch.chunk is the oracle; kv heads are not split further than their number.
-            parts = min(ranks, args.n_kv_heads) if name.endswith(("wk.weight", "wv.weight")) else ranks
-            for piece in torch.arange(shape[dim]).chunk(parts):
-                assert {int(piece[0]), int(piece[-1]) + 1} <= starts, (name, ranks)
+        for size in range(1, min(8, args.n_heads) + 1):
+            for rank in range(size):
+                for _, one in shard(args, name, size, rank).parts:
+                    assert {one.start, one.stop} <= starts, (name, size, rank)
 
 
-@pytest.mark.parametrize(("model", "chunks"), [("7B", 16), ("8B", 16), ("SmolLM2", 3)])
-def test_there_are_no_more_chunks_than_the_largest_tp_size_needs(model, chunks):
+@pytest.mark.parametrize(
+    ("model", "tp_max", "hidden", "kv"),
+    [("7B", 1, 1, 1), ("7B", 2, 2, 2), ("7B", 4, 6, 6), ("8B", 8, 22, 8), ("SmolLM2", 3, 4, 3)],
+)
+def test_there_are_no_more_chunks_than_the_sizes_up_to_the_largest_need(model, tp_max, hidden, kv):
+    """At most the distinct fractions k / n for n up to tp_max: 1, 2, 4, 6, 10, 12, 18, 22."""
     args = LAYOUTS[model]
     shapes = weight_shapes(args)
-    assert (
-        len(chunk_bounds(args, "layers.0.feed_forward.w2.weight", shapes["layers.0.feed_forward.w2.weight"])) == chunks
-    )
-    assert len(chunk_bounds(args, "tok_embeddings.weight", shapes["tok_embeddings.weight"])) == chunks
-    wk = "layers.0.attention.wk.weight"
-    assert len(chunk_bounds(args, wk, shapes[wk])) == min(chunks, args.n_kv_heads)
+    for name, count in (("feed_forward.w2", hidden), ("attention.wk", kv)):
+        name = f"layers.0.{name}.weight"
+        assert len(chunk_bounds(args, name, shapes[name], tp_max)) == count
 
 
 @pytest.fixture(scope="module")

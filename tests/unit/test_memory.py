@@ -31,7 +31,7 @@ PER_SEQUENCE = 4096 // 16
 
 
 def model_of(dtype="bfloat16", device="cuda", **changes):
-    return MemoryModel.of(LLAMA2_7B, dataclasses.replace(CONFIG, **changes), 1, dtype, device)
+    return MemoryModel.of(LLAMA2_7B, dataclasses.replace(CONFIG, **changes), 1, 0, dtype, device)
 
 
 def test_the_needs_are_those_of_the_published_model():
@@ -48,16 +48,16 @@ def test_the_needs_are_what_a_loaded_rank_holds(args, dtype):
     model = localize(random_model(args).to(getattr(torch, dtype)), SingleComm())
     layers = sum(module.num_bytes for module in model.modules() if isinstance(module, Linear))
     num_norms = (2 * args.n_layers + 1) * args.dim
-    memory = MemoryModel.of(args, CONFIG, 1, dtype, "cpu")
+    memory = MemoryModel.of(args, CONFIG, 1, 0, dtype, "cpu")
     assert memory.weights - num_norms * ITEMSIZE[dtype] == layers + model.tok_embeddings.weight.nbytes
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("args", VARIANTS.values(), ids=VARIANTS)
 def test_the_needs_include_biases_and_the_norms_of_heads(args, size):
-    memory = MemoryModel.of(args, CONFIG, size, "float32", "cuda")
+    memory = MemoryModel.of(args, CONFIG, size, 0, "float32", "cuda")
     vectors = (2 * args.n_layers + 1) * args.dim
-    wqkv_rows = args.n_heads * args.head_dim // size + 2 * local_kv_heads(args, size) * args.head_dim
+    wqkv_rows = args.n_heads * args.head_dim // size + 2 * local_kv_heads(args, size, 0) * args.head_dim
     vectors += args.n_layers * wqkv_rows * args.qkv_bias
     vectors += args.n_layers * args.dim * args.wo_bias
     vectors += args.n_layers * (2 * args.hidden_dim // size + args.dim) * args.ffn_bias
@@ -133,7 +133,7 @@ def test_the_demo_s_configuration_runs_32_short_requests_at_once(ranks):
     demo = ModelArgs(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, ffn_hidden_dim=1536)
     model_config = ModelConfig.load(ROOT / "configs/demo-cpu.yaml")
     config = model_config.engine_config(demo)
-    memory = MemoryModel.of(demo, config, ranks, "float32", "cpu")
+    memory = MemoryModel.of(demo, config, ranks, 0, "float32", "cpu")
     config = dataclasses.replace(config, cache_pages=memory.num_pages(4 * GIB, 0))
     scheduler = Scheduler(config)
     for number in range(32):

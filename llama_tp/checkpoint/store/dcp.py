@@ -1,15 +1,15 @@
 """The sharded form that is served: a PyTorch Distributed Checkpoint, which a plain `dcp.load` reads too.
 
 Every tensor is stored in chunks along its own tensor-parallel dim (`chunks.chunk_bounds`), so that each rank, at any
-legal TP size, reads its own bytes and no others. Writing streams: memory is bounded by one chunk. Reading refuses what
-manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
+TP size up to a limit, reads its own bytes and no others. Writing streams: memory is bounded by one chunk. Reading
+refuses what manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
 
 # The one private name: a FileSystemReader finds each chunk by an object of this class, which nothing public makes.
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -32,8 +38,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
+    LoadItemType,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
@@ -46,7 +54,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
 from llama_tp.checkpoint.progress import Advance, no_progress
-from llama_tp.checkpoint.store.chunks import chunk_bounds
+from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX, chunk_bounds
 from llama_tp.checkpoint.store.dcp_metadata import load_metadata
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.load_verification import LoadVerification
@@ -68,30 +76,49 @@ class WeightsError(ValueError):
     """What was read is not fit to be a checkpoint: the reader's or a file's fault, not the disk's."""
 
 
-def save(reader: CheckpointReader, folder: str | Path, *, advance: Advance = no_progress) -> dict[str, FileEntry]:
+def save(
+    reader: CheckpointReader, folder: str | Path, *, tp_max: int = DEFAULT_TP_MAX, advance: Advance = no_progress
+) -> dict[str, FileEntry]:
     """Write all tensors of `reader` into a folder as one checkpoint; every rank of the process group writes its share.
 
-    Returns size and hash of the files that were written, those of all ranks. `advance` hears of this rank's bytes.
+    At any tensor-parallel size up to `tp_max` each rank will read its own bytes and no others. Returns size and hash of
+    the files that were written, those of all ranks. `advance` hears of this rank's bytes.
     ValueError on all ranks if any failed: what is then in the folder is no checkpoint.
     """
     writer = _StreamingWriter(folder)
     with _one_line_errors(f"cannot write to {folder}"), _lean_writing():
-        torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader, advance))
+        torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader, tp_max, advance))
     return {name: entry for entries in gather(writer.written) for name, entry in entries.items()}
 
 
-def load(state_dict: dict[str, Any], folder: str | Path, *, verify_files: str = "size") -> None:
-    """Fill a state dict of tensors and DTensors, on any device, in place; each rank reads its own slices only.
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """A part of a stored tensor: `parts` says which of its entries along `dim` go into which tensor."""
 
-    Values are converted to the dtype of the target. ValueError on all ranks, before anything is read, if the folder is
-    not what its manifest says as far as the quick check tells, or the names and shapes are not those of `state_dict`;
-    after reading, if a file has another hash. `verify_files` says which are hashed: see `LoadVerification`.
+    dim: int
+    parts: Sequence[tuple[range, Tensor]]
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+    @classmethod
+    def whole(cls, target: Tensor) -> Slices:
+        return cls(0, [(range(target.size(0)), target)], tuple(target.shape))
+
+
+def load(wanted: Mapping[str, Tensor | Slices], folder: str | Path, *, verify_files: str = "size") -> None:
+    """Fill tensors on any device, in place; each rank reads its own slices only.
+
+    `wanted` has all tensors of the checkpoint, by name. Values are converted to the dtype of the target. ValueError on
+    all ranks, before anything is read, if the folder is not what its manifest says as far as the quick check tells, or
+    the names and shapes are not those of `wanted`; after reading, if a file has another hash. `verify_files` says which
+    are hashed: see `LoadVerification`.
     """
-    metadata = agree(lambda: _check_target(state_dict, folder))
+    slices = {name: one if isinstance(one, Slices) else Slices.whole(one) for name, one in wanted.items()}
+    metadata = agree(lambda: _check_target(slices, folder))
     with agree(lambda: LoadVerification(folder, verify_files, num_threads=_load_threads())) as verification:
         try:
             with _one_line_errors(f"cannot load {folder}"):
-                torch_dcp.load(state_dict, storage_reader=_VouchedReader(folder, metadata))
+                torch_dcp.load({}, storage_reader=_VouchedReader(folder, metadata), planner=_SlicePlanner(slices))
         except ValueError:
             verification.finish()  # a damaged file is named by its hash rather than by where reading broke off
             raise
@@ -143,12 +170,12 @@ class _Chunk:
         )
 
 
-def _chunks_of_rank(reader: CheckpointReader, rank: int, world_size: int) -> list[_Chunk]:
+def _chunks_of_rank(reader: CheckpointReader, tp_max: int, rank: int, world_size: int) -> list[_Chunk]:
     """A run of neighbouring chunks with about the same bytes for each rank: sources are read in order."""
     chunks = [
         _Chunk(name, tp_dim(name) or 0, start, length, source)
         for name, source in reader.tensors.items()
-        for start, length in chunk_bounds(reader.args, name, source.shape)
+        for start, length in chunk_bounds(reader.args, name, source.shape, tp_max)
     ]
     total = sum(chunk.nbytes for chunk in chunks)
     mine, done = [], 0
@@ -163,9 +190,10 @@ def _chunks_of_rank(reader: CheckpointReader, rank: int, world_size: int) -> lis
 class _ReaderPlanner(DefaultSavePlanner):
     """Plans the chunks of a reader instead of a state dict in memory, and reads each when it is about to be written."""
 
-    def __init__(self, reader: CheckpointReader, advance: Advance) -> None:
+    def __init__(self, reader: CheckpointReader, tp_max: int, advance: Advance) -> None:
         super().__init__(flatten_state_dict=False)
         self.reader = reader
+        self.tp_max = tp_max
         self.advance = advance
         self.chunks: dict[MetadataIndex, _Chunk] = {}
         self.buffer = torch.empty(0, dtype=torch.uint8)
@@ -173,7 +201,7 @@ class _ReaderPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         items = []
-        for chunk in _chunks_of_rank(self.reader, rank, world_size):
+        for chunk in _chunks_of_rank(self.reader, self.tp_max, rank, world_size):
             items.append(chunk.write_item())
             self.chunks[items[-1].index] = chunk
         self.plan = SavePlan(items)
@@ -244,6 +272,51 @@ def _finished(result: T) -> Future[T]:
     return future
 
 
+class _SlicePlanner(DefaultLoadPlanner):
+    """Plans to read slices, where DCP plans what a DTensor holds: it knows of no uneven shares and of no copies."""
+
+    def __init__(self, wanted: Mapping[str, Slices]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.wanted = wanted
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = _tensors(self.metadata)
+        return LoadPlan([item for name, one in self.wanted.items() for item in _read_items(name, one, stored[name])])
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = read_item.dest_index.index
+        assert index is not None
+        _, target = self.wanted[read_item.dest_index.fqn].parts[index]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It is in its place already."""
+
+
+def _read_items(name: str, wanted: Slices, stored: TensorStorageMetadata) -> Iterator[ReadItem]:
+    """What to read of which chunk, and where to put it."""
+
+    def at(size: torch.Size, value: int) -> torch.Size:
+        return torch.Size(value if dim == wanted.dim else other for dim, other in enumerate(size))
+
+    for index, (entries, _) in enumerate(wanted.parts):
+        for chunk in stored.chunks:
+            first = chunk.offsets[wanted.dim]
+            start, stop = max(entries.start, first), min(entries.stop, first + chunk.sizes[wanted.dim])
+            if start < stop:
+                yield ReadItem(
+                    type=LoadItemType.TENSOR,
+                    dest_index=MetadataIndex(name, index=index),
+                    dest_offsets=at(chunk.offsets, start - entries.start),
+                    storage_index=MetadataIndex(name, chunk.offsets),
+                    storage_offsets=at(torch.Size([0] * len(chunk.sizes)), start - first),
+                    lengths=at(chunk.sizes, stop - start),
+                )
+
+
 class _VouchedReader(FileSystemReader):
     """Reads with metadata that was checked before, and several files at the same time."""
 
@@ -281,21 +354,15 @@ def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
 
 
-def _check_target(state_dict: Mapping[str, Any], folder: str | Path) -> Metadata:
+def _check_target(wanted: Mapping[str, Slices], folder: str | Path) -> Metadata:
     metadata = read_metadata(folder)
     stored = _tensors(metadata)
-    problems = [f"{name} is not in the checkpoint" for name in sorted(state_dict.keys() - stored.keys())]
-    problems += [
-        f"{name} is in the checkpoint but not in the model" for name in sorted(stored.keys() - state_dict.keys())
-    ]
-    for name in sorted(state_dict.keys() & stored.keys()):
-        target = state_dict[name]
-        assert isinstance(target, Tensor), name
-        assert not target.is_meta, name
-        if target.size() != stored[name].size:
-            problems.append(
-                f"{name} has shape {tuple(stored[name].size)} in the checkpoint, {tuple(target.size())} in the model"
-            )
+    problems = [f"{name} is not in the checkpoint" for name in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{name} is in the checkpoint but not in the model" for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        assert not any(target.is_meta for _, target in wanted[name].parts), name
+        if (shape := tuple(stored[name].size)) != wanted[name].shape:
+            problems.append(f"{name} has shape {shape} in the checkpoint, {wanted[name].shape} in the model")
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:4])}{more}")
