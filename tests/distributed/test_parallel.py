@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
@@ -14,7 +15,7 @@ from llama_tp.parallel.sharding import legal_tp_sizes
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun
 from tests.tiny_model import MODELS as META_MODELS
-from tests.tiny_model import VARIANTS, engine_of, random_model
+from tests.tiny_model import VARIANTS, engine_of, random_model, transformers_twin
 
 MODELS = {**META_MODELS, **VARIANTS}
 
@@ -26,7 +27,11 @@ def ranks(request, tmp_path_factory):
     """(number of ranks, what its leader saved)."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, args in MODELS.items():
-        if request.param in legal_tp_sizes(args):
+        if request.param not in legal_tp_sizes(args):
+            continue
+        if name in VARIANTS:
+            write_variant(folder / name, random_model(args))
+        else:
             # Fairscale splits evenly only; the sharding plan does not need that.
             is_even = args.vocab_size % request.param == 0 and args.n_kv_heads % request.param == 0
             num_shards = request.param if is_even else 1
@@ -41,8 +46,19 @@ def write_checkpoint(folder, model, num_shards):
     reader = MemoryReader.of(model.args, unique_weights(model))
     originals.mkdir()
     write_fairscale_shards(reader.tensors, model.args, originals, num_shards)
+    save(FairscaleReader(originals, num_shards), folder)
+
+
+def write_variant(folder, model):
+    """A checkpoint as converted from what transformers saves."""
+    originals = folder.with_name(folder.name + ".hf")
+    transformers_twin(model).save_pretrained(originals)
+    save(HuggingFaceReader(originals), folder)
+
+
+def save(reader, folder):
     folder.mkdir()
-    write_manifest(folder, known=dcp.save(FairscaleReader(originals, num_shards), folder))
+    write_manifest(folder, known=dcp.save(reader, folder))
 
 
 def unique_weights(model):
