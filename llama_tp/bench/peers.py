@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llama_tp.config import ModelArgs, RopeScaling
 
-
 _NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",

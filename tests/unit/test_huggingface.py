@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -278,6 +279,19 @@ def test_the_format_is_found_by_looking(tmp_path):
     assert isinstance(open_checkpoint(tmp_path), FairscaleReader)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "holds safetensors without the config.json of their Hugging Face model; download that"),
+        ("model.gguf", "holds a GGUF model; convert that file with `llama-tp convert`"),
+    ],
+)
+def test_a_folder_of_weights_alone_is_told_what_it_lacks(tmp_path, name, words):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"has no params.json: it {words}"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_snapshot_of_the_hub_s_cache_is_read_through_its_links(tmp_path):
     cache = tmp_path / "models--tiny"
     (cache / "blobs").mkdir(parents=True)
@@ -348,6 +362,7 @@ REFUSED = {
     "a config.json that is a page": (_write("config.json", b"<!DOCTYPE html>"), ("config.json is an HTML",)),
     "a config.json that is none": (_write("config.json", b"[1]"), ("config.json is not a JSON object",)),
     "a deep config.json": (_write("config.json", b"[" * 100_000), ("config.json is not valid JSON",)),
+    "a huge config.json": (lambda folder: os.truncate(folder / "config.json", 1 << 27), ("has 134217728 bytes",)),
     "another architecture": (
         _config(architectures=["GemmaForCausalLM"]),
         ("architectures=['GemmaForCausalLM']", "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3For"),
