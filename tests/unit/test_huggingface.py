@@ -430,6 +430,10 @@ REFUSED = {
     ),
     "fewer layers in config.json": (_config(num_hidden_layers=1), ("9 tensor(s) unexpected: model.layers.1.",)),
     "more layers in config.json": (_config(num_hidden_layers=3), ("9 tensor(s) missing: model.layers.2.",)),
+    "a billion layers in config.json": (
+        _config(num_hidden_layers=10**9),
+        ("holds 21 tensors: too few for num_hidden_layers=1000000000",),
+    ),
     "a wrong shape": (
         _change_weights(lambda weights: weights.update({Q: weights[Q][:-1].clone()})),
         (f"model.safetensors: {Q} has shape (63, 64), expected (64, 64) from config.json",),

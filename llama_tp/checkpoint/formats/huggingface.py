@@ -72,6 +72,10 @@ class HuggingFaceReader:
             for name, tensor in open_tensors(self.folder).items()
             if not name.endswith(".rotary_emb.inv_freq")
         }
+        if self.args.n_layers > len(stored):  # names for so many layers might not even fit into memory
+            raise ValueError(
+                f"{self.folder} holds {len(stored)} tensors: too few for num_hidden_layers={self.args.n_layers}"
+            )
         _check_output(self.folder, self.args, stored)
         _check_tensors(self.folder, self.args, stored)
         self.dtype = stored[_EMBEDDING].dtype
