@@ -73,12 +73,9 @@ def describe_model_folder(folder: Path) -> str | None:
     if (folder / "original" / "params.json").is_file():
         return f"is a Hugging Face repository; Meta's original weights are in {folder / 'original'}"
     if "config.json" in names:
-        return (
-            "holds a Hugging Face model, which is not supported; `llama-tp download` fetches Meta's original weights "
-            "of the same model"
-        )
+        return "holds a Hugging Face model; convert it with `llama-tp convert`"
     if any(name.endswith(".gguf") for name in names):
-        return "holds a GGUF model, which is not supported; `llama-tp download` fetches Meta's original weights"
+        return "holds a GGUF model; convert that file with `llama-tp convert`"
     if any(name.endswith(".safetensors") for name in names):
-        return "holds safetensors, which are not read; `llama-tp download` fetches Meta's original weights"
+        return "holds safetensors without the config.json of their Hugging Face model; download that as well"
     return None

@@ -15,11 +15,11 @@ _NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -29,7 +29,7 @@ _TOP = {
     "output.weight": "lm_head.weight",
 }
 _ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose outputs are rotated, or multiply what is."""
+"""Modules whose output is rotated, or multiplies what is."""
 
 
 def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

@@ -49,7 +49,8 @@ def convert(
     ValueError (or OSError) on all, and nothing is left behind.
 
     Args:
-        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, or a GGUF file
+        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model
+            (config.json and safetensors), or a GGUF file
         tokenizer_path: the model's tokenizer.model or tokenizer.json; the checkpoint keeps it, and what belongs to it
         model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: whatever they have
         save_checkpoint_dir: folder to write

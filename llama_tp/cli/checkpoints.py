@@ -44,7 +44,8 @@ def convert(
     """Convert original weights to the checkpoint that is served. Under torchrun each rank writes its share.
 
     Args:
-        source: folder with params.json and consolidated.00.pth and so on, or a GGUF file
+        source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
+            and safetensors), or a GGUF file
         destination: folder to write
         tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
         model_parallel_size: shards that the source must have, as a check; by default any number

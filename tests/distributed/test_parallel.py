@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
@@ -13,7 +14,7 @@ from llama_tp.engine.sampling_params import SamplingParams
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun
 from tests.tiny_model import MODELS as META_MODELS
-from tests.tiny_model import UNEVEN, VARIANTS, engine_of, random_model
+from tests.tiny_model import UNEVEN, VARIANTS, engine_of, random_model, transformers_twin
 
 MODELS = {**META_MODELS, **VARIANTS, **UNEVEN}
 
@@ -25,7 +26,11 @@ def ranks(request, tmp_path_factory):
     """(number of ranks, what its leader saved)."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, args in MODELS.items():
-        if request.param <= args.n_heads:
+        if request.param > args.n_heads:
+            continue
+        if name in VARIANTS:
+            write_variant(folder / name, random_model(args))
+        else:
             # Fairscale splits evenly only; the sharding plan does not need that.
             divided = (args.vocab_size, args.n_heads, args.n_kv_heads, args.hidden_dim)
             num_shards = 1 if any(size % request.param for size in divided) else request.param
@@ -40,8 +45,19 @@ def write_checkpoint(folder, model, num_shards):
     reader = MemoryReader.of(model.args, unique_weights(model))
     originals.mkdir()
     write_fairscale_shards(reader.tensors, model.args, originals, num_shards)
+    save(FairscaleReader(originals, num_shards), folder)
+
+
+def write_variant(folder, model):
+    """A checkpoint as converted from what transformers saves."""
+    originals = folder.with_name(folder.name + ".hf")
+    transformers_twin(model).save_pretrained(originals)
+    save(HuggingFaceReader(originals), folder)
+
+
+def save(reader, folder):
     folder.mkdir()
-    write_manifest(folder, known=dcp.save(FairscaleReader(originals, num_shards), folder))
+    write_manifest(folder, known=dcp.save(reader, folder))
 
 
 def unique_weights(model):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from llama_tp.bench import engine as bench
+from llama_tp.bench.peers import transformers_model
 from llama_tp.checkpoint.convert import convert
 from llama_tp.cli.bench import engine as bench_engine
+from llama_tp.config import ModelArgs
 from tests.tiny_checkpoint import meta_tensors, write_meta
 from tests.tiny_model import MODELS, engine_of, random_model
 from tests.tiny_text import make_sentencepiece_model
@@ -89,3 +92,9 @@ def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, settings, words):
     with pytest.raises(ValueError, match=words):
         bench_engine(checkpoint, **settings)
+
+
+def test_a_model_that_transformers_does_not_have_is_refused_by_name():
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=64, wo_bias=True)
+    with pytest.raises(ValueError, match="no Llama-like model with qkv_bias=False, wo_bias=True, ffn_bias=False"):
+        transformers_model(args, {}, torch.float32)

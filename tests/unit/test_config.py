@@ -314,7 +314,7 @@ def test_a_model_that_is_not_converted_is_told_from_one_that_is_not_there(tmp_pa
     """`llama-tp chat` of a folder from the hub was answered with "model_args.json does not exist"."""
     LlamaConfig().save_pretrained(tmp_path)
     (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
-    assert "holds a Hugging Face model, which is not supported" in problem
+    assert "holds a Hugging Face model; convert it with `llama-tp convert`" in problem
     (tmp_path / "consolidated.00.pth").touch()
     (problem,) = problems_of(ModelArgs.load_converted, tmp_path / "model_args.json")
     assert "holds Meta's original weights; convert them" in problem

@@ -230,7 +230,7 @@ BROKEN = {
     ),
     "a Hugging Face model": (
         lambda folder: (_remove_all(folder), LlamaConfig().save_pretrained(folder)),
-        "holds a Hugging Face model, which is not supported; `llama-tp download`",
+        "holds a Hugging Face model; convert it with `llama-tp convert`",
     ),
     "a missing file": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a truncated file": (lambda folder: os.truncate(folder / "__0_0.distcp", 5000), "__0_0.distcp has 5000 bytes"),

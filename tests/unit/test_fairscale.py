@@ -190,7 +190,7 @@ BROKEN = {
         ),
         ("params.json is damaged or is another file", "md5"),
     ),
-    "a Hugging Face model": (_hugging_face, ("has no params.json", "Hugging Face model", "llama-tp download")),
+    "a Hugging Face model": (_hugging_face, ("has no params.json", "Hugging Face model", "llama-tp convert")),
     "the repository around the originals": (
         _repository,
         ("Hugging Face repository; Meta's original weights are in", "/original"),

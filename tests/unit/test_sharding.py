@@ -227,4 +227,4 @@ def test_405b_is_split_over_twelve_ranks():
     every = [heads(args, 12, rank) for rank in range(12)]
     assert {tuple(len(segment.queries) for segment in one) for one in every} == {(11,), (10,), (5, 6)}
     busiest = max(num_parameters_of_rank(args, 12, rank) for rank in range(12))
-    assert busiest * 12 / num_parameters_of_rank(args, 1, 0) < 1.02
+    assert busiest * 12 / num_parameters_of_rank(args, 1, 0) < 1.05

@@ -6,18 +6,27 @@ from pathlib import Path
 
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.gguf import GGUFReader
+from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, is_hugging_face
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.file_kind import is_gguf
 
 
 def open_checkpoint(source: str | Path, *, model_parallel_size: int | None = None) -> CheckpointReader:
-    """Meta's shards in a folder, or one GGUF file. ValueError says what is wrong with it, or what it is instead.
+    """Meta's shards or a Hugging Face model in a folder, or one GGUF file. ValueError says what is wrong with it, or
+    what it is instead.
 
     `model_parallel_size`: the number of shards that the source must have, where it has shards. None: any.
     """
     path = Path(source)
-    if not is_gguf(path):
-        return FairscaleReader(path, model_parallel_size)
+    if is_gguf(path):
+        _refuse_shards(model_parallel_size, f"{path} is one GGUF file")
+        return GGUFReader(path)
+    if is_hugging_face(path):
+        _refuse_shards(model_parallel_size, f"{path} holds a Hugging Face model")
+        return HuggingFaceReader(path)
+    return FairscaleReader(path, model_parallel_size)
+
+
+def _refuse_shards(model_parallel_size: int | None, found: str) -> None:
     if model_parallel_size not in (None, 1):
-        raise ValueError(f"model_parallel_size={model_parallel_size}, but {path} is one GGUF file; leave it out")
-    return GGUFReader(path)
+        raise ValueError(f"model_parallel_size={model_parallel_size}, but {found}; leave it out")
