@@ -1,4 +1,4 @@
-"""A checkpoint folder and a group of ranks -> this rank's model of local modules."""
+"""Load this rank's model, as local modules, from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llama_tp.parallel.sharding import check_tp_size
 def load_model(
     folder: str, args: ModelArgs, group: Group, dtype: torch.dtype, *, verify_files: str = "once"
 ) -> Transformer:
-    """Read this rank's share of a checkpoint, in `dtype`, onto its device, ready to compute.
+    """Load this rank's share of a checkpoint in `dtype` onto its device, ready to compute.
 
-    ValueError, on every rank, if the folder is not what its manifest says or does not hold this model, or the model
-    cannot be split over this many ranks. No rank ever holds the whole model.
+    ValueError, on every rank, if the folder does not match its manifest or this model, or the model cannot be split
+    over this many ranks. No rank ever holds the whole model.
     """
     check_tp_size(args, group.comm.size)
     with torch.device("meta"):
@@ -27,21 +27,21 @@ def load_model(
     if group.mesh is not None:
         parallelize(model, group.mesh)
     agree(lambda: model.to_empty(device=group.device))
-    model.tie_embeddings()  # to_empty gave each of the two names a tensor of its own
+    model.tie_embeddings()  # to_empty gave the two names separate tensors
     weights = model.state_dict()
     if args.tied_embeddings:
-        del weights["output.weight"]  # the checkpoint has it once
+        del weights["output.weight"]  # stored only once
     dcp.load(weights, folder, verify_files=verify_files)
-    del weights  # it would keep every original alive while localize() makes the local ones
+    del weights  # would keep every original alive while localize() makes the local tensors
     return agree(lambda: localize(model, group.comm))
 
 
-_FEW = 2
-"""Sequences at a time for which a CPU with AVX2 computes faster in bfloat16 than in float32 (docs/performance.md)."""
+_MAX_BFLOAT16_BATCH = 2
+"""Largest batch for which a CPU with AVX2 is faster in bfloat16 than in float32 (docs/performance.md)."""
 
 
 def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
-    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster for so many sequences."""
+    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster at this batch size."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     stored = dcp.checkpoint_dtype(folder)
@@ -50,9 +50,9 @@ def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: 
 
 
 def _reads_faster(dtype: torch.dtype, device: torch.device, max_batch_size: int) -> bool:
-    """Whether a step is so small that reading the weights decides, of which half precision has half the bytes."""
+    """Whether steps are bound by reading the weights, which half precision makes half as large."""
     is_measured = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _FEW
+    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _MAX_BFLOAT16_BATCH
 
 
 def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Where a stored tensor is cut, so that every tensor-parallel size reads its own bytes once."""
+"""Where stored tensors are cut, so that ranks at every tensor-parallel size read only their own bytes, once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from llama_tp.config import ModelArgs
 from llama_tp.parallel.sharding import legal_tp_sizes, shard_length, tp_dim
 
 MAX_CUT_TP_SIZE = 16
-"""TP sizes above this share chunks between ranks."""
+"""At larger TP sizes, ranks share chunks."""
 
 
 def chunk_bounds(args: ModelArgs, name: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(start, length) of the chunks of a tensor along `tp_dim`, ascending: one chunk for what is replicated.
+    """(start, length) of a tensor's chunks along `tp_dim`, ascending: one chunk for a replicated tensor.
 
-    The cuts are those of every rank at every legal TP size up to MAX_CUT_TP_SIZE, and no others. So each rank's slice
-    is a union of whole chunks, also where a vocabulary does not divide.
+    The cuts are exactly those of every rank at every legal TP size up to MAX_CUT_TP_SIZE. So each rank's slice is a
+    union of whole chunks, even if the vocabulary is not divisible.
     """
     dim = tp_dim(name)
     length = shape[dim or 0]
