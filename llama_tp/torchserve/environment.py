@@ -116,7 +116,7 @@ def private_folder(port: int) -> Path:
     except OSError as error:
         raise ServerError(f"{folder}: {error.strerror}; TorchServe's sockets lie there (set TMPDIR)") from None
     if not is_private_folder(folder, port):
-        raise ServerError(f"{folder} is not a private folder of yours; remove it")
+        raise ServerError(f"{folder} must be a private folder that you own; remove it")
     return folder
 
 

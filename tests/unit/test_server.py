@@ -333,7 +333,7 @@ def test_a_folder_for_sockets_that_others_can_enter_is_refused(tmp_path, monkeyp
     folder = tmp_path / f"llama_tp.{os.getuid()}.7"
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(ServerError, match="is not a private folder of yours"):
+    with pytest.raises(ServerError, match="must be a private folder that you own"):
         private_folder(7)
 
 
