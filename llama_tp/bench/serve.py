@@ -149,19 +149,19 @@ def where_it_goes(offline: Figures, served: Figures) -> str:
         for key in [f"median_{name}_ms"]
     )
     engine = served["ranks_cpu_s"] - served["main_threads_cpu_s"]
-    beside = {
+    overhead = {
         "frontend (Java)": served["frontend_cpu_s"],
         "ranks' main threads": served["main_threads_cpu_s"],
         "client": served["client_cpu_s"],
         "torchrun": served["agent_cpu_s"],
     }
-    share = sum(beside.values()) / served["duration"] / available_cores()
-    per_token = 1e6 * sum(beside.values()) / served["total_output_tokens"]
+    share = sum(overhead.values()) / served["duration"] / available_cores()
+    per_token = 1e6 * sum(overhead.values()) / served["total_output_tokens"]
     return "\n".join(
         (
             f"Served - offline: {later}",
             f"CPU seconds, served: engine threads {engine:.2f}, "
-            + ", ".join(f"{name} {value:.2f}" for name, value in beside.items()),
+            + ", ".join(f"{name} {value:.2f}" for name, value in overhead.items()),
             f"All but the engine: {share:.1%} of the machine, {per_token:.0f} us per token",
             f"CPU seconds, offline: leader {offline['leader_cpu_s']:.2f}, idle server {served['idle_cpu_s']:.2f}",
         )

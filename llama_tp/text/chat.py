@@ -53,7 +53,7 @@ def _fitting_format(tokenizer: Tokenizer) -> tuple[str, str]:
     """The name of a format, and why it was chosen."""
     if tokenizer.chat_template:
         return "jinja", ""
-    no_template = "and no chat template is beside the tokenizer"
+    no_template = "and there is no chat template next to the tokenizer"
     if "<|start_header_id|>" in tokenizer.special_ids:
         return "llama3", f"the vocabulary has <|start_header_id|>, {no_template}"
     if "<|im_start|>" in tokenizer.special_ids:
@@ -61,7 +61,7 @@ def _fitting_format(tokenizer: Tokenizer) -> tuple[str, str]:
     if "[INST]" in tokenizer.special_ids:
         raise ValueError(
             "chat_format='auto' finds no chat format: the vocabulary has [INST] as a control token, like Mistral's, "
-            "and no chat template; put the model's tokenizer_config.json or chat_template.jinja beside it"
+            "and no chat template; put the model's tokenizer_config.json or chat_template.jinja next to it"
         )
     if tokenizer.kind == "sentencepiece":
         return "llama2", f"the vocabulary is a sentencepiece model, {no_template}"
@@ -81,7 +81,7 @@ class Llama2Format:
         if "[INST]" in tokenizer.special_ids:
             raise ValueError(
                 "chat_format='llama2' writes [INST] as text, but this vocabulary has it as a control token; put the "
-                "model's tokenizer_config.json or chat_template.jinja beside it and set chat_format to auto"
+                "model's tokenizer_config.json or chat_template.jinja next to it and set chat_format to auto"
             )
         self.origin = origin
         self.stop_ids = tokenizer.stop_ids

@@ -157,12 +157,12 @@ def _check_added(path: Path, pieces: list[str], added: list[AddedToken]) -> None
     for token in added:
         if token.single_word or (not token.special and (token.lstrip or token.rstrip)):
             raise ValueError(
-                f"{path}: a file beside it adds {token.content!r} with single_word, lstrip or rstrip, which is not "
+                f"{path}: a file next to it adds {token.content!r} with single_word, lstrip or rstrip, which is not "
                 "supported with a tokenizer.model; pass the model's tokenizer.json"
             )
         if token.id < len(pieces) and pieces[token.id] != token.content:
             raise ValueError(
-                f"{path} has {pieces[token.id]!r} as id {token.id}, but a file beside it says {token.content!r}: "
+                f"{path} has {pieces[token.id]!r} as id {token.id}, but a file next to it says {token.content!r}: "
                 "they do not belong together"
             )
 

@@ -93,7 +93,7 @@ def _special_id(path: Path, token: AddedToken, num_ranks: int) -> int:
     if token.special and token.id >= num_ranks:
         return token.id
     raise ValueError(
-        f"{path}: the files beside it add {token.content!r} as {'' if token.special else 'plain text with '}id "
+        f"{path}: the files next to it add {token.content!r} as {'' if token.special else 'plain text with '}id "
         f"{token.id}, but its {num_ranks} text ids are fixed; pass the tokenizer.json that belongs to these files"
     )
 

@@ -111,7 +111,7 @@ def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings)
     for token in siblings.added_tokens:
         known = tokens.setdefault(token.content, token)
         if known.id != token.id:
-            raise _Unsupported(f"{path} has {token.content!r} as id {known.id}, but a file beside it says {token.id}")
+            raise _Unsupported(f"{path} has {token.content!r} as id {known.id}, but a file next to it says {token.id}")
     for piece, i in _entries(definition["model"].get("vocab") or {}):
         if piece in special and piece not in tokens:
             tokens[piece] = AddedToken(i, piece, special=True)

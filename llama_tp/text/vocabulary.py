@@ -95,7 +95,7 @@ class Vocabulary(ABC):
                 continue
             if at > 0 and (before := self._strips.get(parts[at - 1])) and before.rstrip:
                 part = part.lstrip()
-            if at + 1 < len(parts) and (behind := self._strips.get(parts[at + 1])) and behind.lstrip:
+            if at + 1 < len(parts) and (after := self._strips.get(parts[at + 1])) and after.lstrip:
                 part = part.rstrip()
             if part:
                 require_well_formed(part)

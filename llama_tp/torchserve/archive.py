@@ -64,11 +64,11 @@ def build_archive(
         folder = Path(building, model_name)
         shutil.copytree(checkpoint, folder / config.handler.converted_ckpt_dir, copy_function=_link_or_copy)
         args_path = folder / (config.handler.model_args_path or "model_args.json")
-        beside = (folder / config.handler.tokenizer_path).parent
+        tokenizer_dir = (folder / config.handler.tokenizer_path).parent
         args_path.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir(parents=True, exist_ok=True)
+        tokenizer_dir.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / "model_args.json", args_path)
-        copy_tokenizer(tokenizer, beside, name=wanted)
+        copy_tokenizer(tokenizer, tokenizer_dir, name=wanted)
         if target.exists():
             target.rename(Path(building, ".old"))
         folder.rename(target)

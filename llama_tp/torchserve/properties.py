@@ -110,12 +110,12 @@ class Properties:
             inference = own
         others = []
         for offset, key in enumerate(("management_address", "metrics_address"), 1):
-            beside = inference.port + offset
-            default = Address("http", "127.0.0.1", beside)
+            default_port = inference.port + offset
+            default = Address("http", "127.0.0.1", default_port)
             others.append(self.address(key) or default)
-            if others[-1] is default and beside > MAX_PORT:
+            if others[-1] is default and default_port > MAX_PORT:
                 raise ServerError(
-                    f"--port {inference.port}: {key.removesuffix('_address')} would be at {beside}; "
+                    f"--port {inference.port}: {key.removesuffix('_address')} would be at {default_port}; "
                     f"choose a port of at most {MAX_PORT - 2}, or set {key}"
                 )
         return Listeners(inference, *others)

@@ -69,7 +69,7 @@ def _sdpa_cases(heads: int, kv_heads: int) -> dict[str, Callable[[int], Call]]:
         length = (512 - 16 * i) // scale
         return dict(query=chunk_of(length), is_causal=True, enable_gqa=True, **keys_and_values(1, length, 0))
 
-    def prefill_behind(i: int) -> Call:
+    def prefill_after(i: int) -> Call:
         tokens, length = 512 // scale, (1536 + 16 * i) // scale
         return dict(query=chunk_of(tokens), attn_mask=chunk_mask(tokens, length), enable_gqa=True,
                     **keys_and_values(1, length, 0))  # fmt: skip
@@ -82,7 +82,7 @@ def _sdpa_cases(heads: int, kv_heads: int) -> dict[str, Callable[[int], Call]]:
         "decode, one sequence": decode_one,
         f"decode, {count} in one masked call": decode_many,
         "prefill from 0": prefill,
-        "prefill chunk behind 1024": prefill_behind,
+        "prefill chunk after 1024": prefill_after,
         "deterministic: 16 queries, stride 0": deterministic,
     }
 
@@ -225,7 +225,7 @@ def attention(r: Report) -> None:
                 r.guard(f"{name}: aten flash varlen, seqused_k, starts in any order", lambda: _flash_rate(cache))
     if CUDA:
         for tokens, context in ((512, 0), (512, 1536), (2048, 0), (2048, 6144)):
-            r.guard(f"flash varlen prefill of {tokens} behind {context}", lambda: _flash_prefill(tokens, context))
+            r.guard(f"flash varlen prefill of {tokens} after {context}", lambda: _flash_prefill(tokens, context))
 
 
 def _flash_rate(cache: _PagedCache) -> dict[str, float]:

@@ -164,7 +164,7 @@ def test_llama3s_reserved_tokens_have_the_names_that_the_files_beside_give_them(
     assert tokenizer.special_ids["<|pad|>"] == plain.vocab_size
     assert tokenizer.eos_id == tokenizer.special_ids["<|eot_id|>"]
     update_config(tmp_path, added_tokens_decoder={5: describe("<odd>")})
-    with pytest.raises(ValueError, match=r"tokenizer\.model: the files beside it add '<odd>'.*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: the files next to it add '<odd>'.*tokenizer\.json"):
         load_tokenizer(path)
 
 

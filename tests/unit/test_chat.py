@@ -495,7 +495,10 @@ def test_auto_finds_the_format_that_fits(tmp_path):
 
 def test_every_format_says_where_it_is_from(tmp_path):
     assert chat_format("auto", tiny("tokenizer.json")).origin == "the chat_template in tokenizer_config.json"
-    assert "sentencepiece model, and no chat template is beside" in chat_format("auto", tiny("sentencepiece")).origin
+    assert (
+        "sentencepiece model, and there is no chat template next to"
+        in chat_format("auto", tiny("sentencepiece")).origin
+    )
     assert "<|start_header_id|>" in chat_format("auto", tiny("tiktoken")).origin
     assert chat_format("llama3", tiny("tiktoken")).origin == "as configured"
     path = tiny_text.make_sentencepiece_model(tmp_path)
