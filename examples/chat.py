@@ -24,7 +24,7 @@ def main(folder: str, *questions: str) -> None:
         stream, answer = TextStream(tokenizer), ""
         print(f"> {question}")
         while engine.num_requests:
-            for event in engine.step():  # the turns before are found in the cache, not computed again
+            for event in engine.step():  # earlier turns are prefix-cache hits, not computed again
                 text = stream.push(event.token_id) if event.token_id is not None else ""
                 answer += text
                 print(text, end="", flush=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ask a running server (`llama-tp serve`), whole and streamed. Usage: request.sh [URL]
+# Send a running server (`llama-tp serve`) a plain and a streamed request. Usage: request.sh [URL]
 set -euo pipefail
 url=${1:-http://localhost:8080/predictions/llama}
 curl -sS --fail-with-body "$url" -H 'Content-Type: application/json' \

@@ -1,7 +1,7 @@
-"""TorchServe's door to llama_tp: one rank of a torchrun group. Everything that knows Llama is in the library.
+"""TorchServe's entry point to llama_tp: one rank of a torchrun group. All Llama code is in the library.
 
-Local rank 0 leads: TorchServe reads its replies only, so it alone looks at requests. The other ranks follow the
-leader's plans in a thread and answer with placeholders; what they are sent does not matter, and need not be the same.
+Local rank 0 leads: TorchServe reads only its replies, so only it looks at requests. The other ranks follow the leader's
+plans in a thread and reply with placeholders; the requests they get do not matter and may differ.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ try:
     from llama_tp.serving.service import LlamaService
     from llama_tp.torchserve.frontend import Batch, Exchange, Transport, body_in
     from llama_tp.torchserve.worker import start_service
-except ImportError as problem:  # which TorchServe would report as a missing handler
+except ImportError as problem:  # TorchServe would report an ImportError as a missing handler
     raise RuntimeError(f"llama_tp cannot be imported by the Python that runs torchserve: {problem}") from problem
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.02  # how long handle() waits for something to say; a new request waits no longer to be seen
+POLL_S = 0.02  # how long handle() waits for output, and so the longest that a new request waits to be seen
 
 
 class LlamaHandler:
@@ -34,11 +34,11 @@ class LlamaHandler:
 
     def __init__(self) -> None:
         self.service: LlamaService | None = None  # the leader's
-        self.batch_size = 0  # how many requests the frontend hands over at a time
-        self._exchanges: dict[str, Exchange] = {}  # of the requests that the frontend waits for
+        self.batch_size = 0  # the frontend's maximum number of requests in flight
+        self._exchanges: dict[str, Exchange] = {}  # the requests that the frontend waits for
 
     def initialize(self, context: Any) -> None:
-        """Load the model on all ranks, or on none. RuntimeError is the one error that TorchServe reports."""
+        """Load the model on all ranks, or on none. RuntimeError is the only error that TorchServe reports."""
         quieten_torchserve()
         threading.Thread(target=end_with_frontend, args=(os.getppid(),), name="frontend watch", daemon=True).start()
         self.batch_size = context.system_properties["batch_size"]
@@ -49,7 +49,7 @@ class LlamaHandler:
         )
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """Hand over what is new, notice who has gone, return what was generated. Never raises."""
+        """Submit new requests, cancel those that are gone, return new output. Never raises."""
         service = self.service
         if service is None:
             return [b""] * len(data)
@@ -61,13 +61,13 @@ class LlamaHandler:
             if request_id not in self._exchanges:
                 self._open(service, batch, request_id)
         if not service.open_ids:
-            time.sleep(POLL_S)  # only requests that cannot be answered are pending: do not spin
+            time.sleep(POLL_S)  # only unanswerable requests are pending: do not spin
         for reply in service.poll(POLL_S):
             batch.reply(reply, self._exchanges[reply.request_id])
             if reply.is_last:
                 del self._exchanges[reply.request_id]
         if len(data) >= self.batch_size:
-            self._look_for_clients(service, batch)
+            self._probe_clients(service, batch)
         return batch.finish()
 
     def _open(self, service: LlamaService, batch: Batch, request_id: str) -> None:
@@ -75,7 +75,7 @@ class LlamaHandler:
         exchange = self._exchanges[request_id] = Exchange.of(headers)
         if exchange.transport is Transport.GRPC_SEQUENCE:
             log.error(
-                "request %s came by gRPC's StreamPredictions2: its place is lost until TorchServe is restarted",
+                "request %s used gRPC's StreamPredictions2: its slot is lost until TorchServe is restarted",
                 request_id,
             )
             return
@@ -87,10 +87,10 @@ class LlamaHandler:
             can_stream = exchange.transport is Transport.HTTP
             service.open(request_id, body, str(headers.get("url_path", "")), can_stream=can_stream)
 
-    def _look_for_clients(self, service: LlamaService, batch: Batch) -> None:
-        """All places are taken: begin the answers that do not stream, for only then do we learn whose client has gone.
+    def _probe_clients(self, service: LlamaService, batch: Batch) -> None:
+        """All slots are taken: begin sending non-streaming answers, the only way to detect disconnected clients.
 
-        Not before their first token: an error has its status until then.
+        Not before their first token, so that earlier errors keep their status.
         """
         now = time.monotonic()
         for request_id in list(batch.unanswered):
@@ -102,7 +102,7 @@ class LlamaHandler:
 def end_with_frontend(agent: int) -> None:
     """When the Java frontend dies, kill the torchrun agent, and with it all ranks.
 
-    Left alone the agent would start new ranks, which would wait half a minute for a frontend that is gone.
+    Otherwise the agent would start new ranks, which would wait half a minute for the dead frontend.
     """
     if not hasattr(os, "pidfd_open"):  # Linux only
         return
@@ -112,7 +112,7 @@ def end_with_frontend(agent: int) -> None:
 
 
 def quieten_torchserve() -> None:
-    """Drop what TorchServe's worker logs at every step, a line and a metric per handle(), and around a refusal."""
+    """Drop the log noise of TorchServe's worker: a line and a metric per handle(), and tracebacks of rejected loads."""
     noise = ("skip sending response", "Backend received inference")
     logging.getLogger().addFilter(lambda record: not str(record.msg).startswith(noise))
     metrics = logging.getLogger("ts.metrics.caching_metric")
@@ -121,9 +121,9 @@ def quieten_torchserve() -> None:
 
 
 def drop_refusal(record: logging.LogRecord) -> bool:
-    """A load that was refused because of user input has already logged its reason in one line: drop the worker's two
-    tracebacks per rank. Those of bugs stay."""
+    """Drop the worker's two tracebacks per rank for a load that failed due to user input; its reason is already logged
+    in one line. Tracebacks of bugs stay."""
     error = record.exc_info[1] if record.exc_info else None
-    if error is not None and str(error) == "500 - Unknown exception":  # what the worker makes of any reason
+    if error is not None and str(error) == "500 - Unknown exception":  # the worker's wording for any error
         record.exc_info = None
     return not isinstance(error, RuntimeError) or not isinstance(error.__cause__, (ValueError, OSError))

@@ -7,7 +7,7 @@
     engine = llama_tp.load_engine("converted_checkpoints", args, llama_tp.EngineConfig(), group)
     engine.generate([[1, 15043]], llama_tp.SamplingParams(max_new_tokens=8, temperature=0))
 
-The same lines run alone and, on every rank, under torchrun, where a script had better end with `llama_tp.exit_rank()`.
+The same code runs on every rank under torchrun, where scripts should end with `llama_tp.exit_rank()`.
 """
 
 from importlib import import_module
@@ -35,7 +35,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `llama-tp --help` should not wait for torch."""
+    """Import on first use, so that `llama-tp --help` does not wait for torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llama_tp' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

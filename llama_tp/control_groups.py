@@ -1,4 +1,4 @@
-"""What the control groups of this process allow it, versions 1 and 2: a container has less than its host shows.
+"""The limits of this process's control groups, versions 1 and 2: a container has less than its host shows.
 
 https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html and
 https://docs.kernel.org/scheduler/sched-bwc.html
@@ -26,8 +26,8 @@ def cpu_quotas() -> Iterator[float]:
 
 
 def free_memory() -> Iterator[int]:
-    """Bytes that this process may still take by each memory limit that applies to it. Cached files do not count as
-    taken: the kernel drops them first."""
+    """Bytes that this process may still allocate under each memory limit that applies to it. Cached files do not count
+    as used: the kernel drops them first."""
     for folder in _groups("memory"):
         with suppress(OSError, ValueError):
             if (folder / "memory.max").is_file():
@@ -35,12 +35,12 @@ def free_memory() -> Iterator[int]:
             else:
                 limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(statistics.get(cached, 0))
-            yield max(0, int((folder / limit).read_text()) - taken)  # ValueError: "max", no limit
+            in_use = int((folder / used).read_text()) - int(statistics.get(cached, 0))
+            yield max(0, int((folder / limit).read_text()) - in_use)  # ValueError: "max", no limit
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """The folders of the groups that this process is in, from its own to the root, of one controller."""
+    """The folders of this process's groups for one controller, from its own to the root."""
     with suppress(OSError):
         for line in (_ROOT / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -48,6 +48,6 @@ def _groups(controller: str) -> Iterator[Path]:
                 continue
             names = dict.fromkeys([controllers, controller]) if controllers else [""]
             for mount in (Path("sys/fs/cgroup", name) for name in names):
-                # In a container the mount may begin at the container's own group, whatever the path says.
+                # In a container the mount may be rooted at the container's own group, whatever the path says.
                 for group in (PurePosixPath(path), *PurePosixPath(path).parents):
                     yield _ROOT / mount / group.relative_to("/")

@@ -1,7 +1,7 @@
-"""What a file or a folder really is, whatever its name says: for the error messages of all that read one.
+"""Identify what a file or folder really is, whatever its name, for the error messages of readers.
 
-Users rename files, download login pages and clone repositories without Git LFS. Each reader knows what it wants; this
-module knows everything else that it may find, and says what to do about it.
+Users rename files, download login pages and clone repositories without Git LFS. Each reader knows what it expects; this
+module recognizes everything else, and says what to do about it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 HEAD_BYTES = 4096
-"""This much of a file tells its kind."""
+"""Bytes needed to identify a file."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GGUF = b"GGUF"
@@ -29,7 +29,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def why_no_content(head: bytes) -> str | None:
-    """For what stands in the place of a file of any kind: "is ..., do ...". None if `head` may begin a real file."""
+    """Describes a placeholder for a file: "is ..., do ...". None if `head` may begin a real file."""
     text = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not text:
         return "is empty; download it again"
@@ -41,33 +41,33 @@ def why_no_content(head: bytes) -> str | None:
 
 
 def describe_weights(path: Path) -> str | None:
-    """What a file of weights is, if it is no zip archive as torch.save writes it: "is ..., do ...". None if it is."""
+    """Describes a file of weights that is not a torch.save zip archive: "is ..., do ...". None if it is one."""
     head = read_head(path)
     if problem := why_no_content(head):
         return problem
     if head.startswith(b"PK\x03\x04"):
         return None
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
-        return "is a safetensors file under another name; Meta's original weights are wanted"
+        return "is a safetensors file under another name; use Meta's original weights"
     if head.startswith(_GGUF):
-        return "is a GGUF file under another name; Meta's original weights are wanted"
+        return "is a GGUF file under another name; use Meta's original weights"
     if head.startswith(_LEGACY_TORCH):
         return (
-            "is in the format of torch before 1.6, which cannot be mapped; write it anew with "
+            "is in the format of torch before 1.6, which cannot be mapped; rewrite it with "
             "torch.save(torch.load(path, weights_only=True), path)"
         )
     if head.startswith(b"\x80"):
-        return "is a bare pickle, which is not loaded; Meta's original weights are wanted"
+        return "is a bare pickle, which is not loaded; use Meta's original weights"
     return "was not written by torch.save; download it again"
 
 
 def describe_model_folder(folder: Path) -> str | None:
-    """Whose model a folder holds, as a clause: "holds ..., do ...". None if nothing is recognized."""
+    """Describes a model folder: "holds ..., do ...". None if nothing is recognized."""
     if not folder.is_dir():
         return None
     names = {path.name for path in folder.iterdir()}
     if {"manifest.json", ".metadata"} <= names:
-        return "is a converted checkpoint already"
+        return "is already a converted checkpoint"
     if any(re.fullmatch(r"consolidated\.\d\d\.pth", name) for name in names):
         return "holds Meta's original weights; convert them with `llama-tp convert`"
     if (folder / "original" / "params.json").is_file():

@@ -1,6 +1,6 @@
-"""The files that come with the package and are not modules of it: TorchServe's handler and configurations.
+"""Files shipped with the package that are not modules: TorchServe's handler and configurations.
 
-In the repository (a clone, an editable install, an sdist) they lie beside the package, in a wheel inside of it: see
+In the repository (a clone, an editable install, an sdist) they are next to the package, in a wheel inside it: see
 force-include in pyproject.toml.
 """
 
@@ -15,12 +15,12 @@ LOG_CONFIG = "configs/log4j2.xml"
 
 
 def resource(name: str) -> Path:
-    """Where a file is, by its path in the repository."""
+    """The location of a file, by its path in the repository."""
     return _root() / name
 
 
 def configurations() -> list[str]:
-    """The files of configs/, by their paths in it."""
+    """Paths of the files in configs/, relative to it."""
     folder = resource("configs")
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 

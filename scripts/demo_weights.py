@@ -5,11 +5,11 @@ from llama_tp.cli.command import run_command
 
 
 def demo_weights(output: str = "model/smollm2", model_parallel_size: int = 1) -> None:
-    """Write Meta-style shards and the tokenizer into a folder, and print it.
+    """Write the weights as Meta-style shards, with the tokenizer, and print the folder.
 
     Args:
-        output: the folder
-        model_parallel_size: how many shards to make of them, as Meta's larger models have
+        output: folder to write
+        model_parallel_size: number of shards, as Meta's larger models have several
     """
     print(fetch_demo(output, model_parallel_size=model_parallel_size))
 

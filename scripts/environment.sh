@@ -1,8 +1,8 @@
-# Sourced by quickstart.sh and test.sh: makes .venv and installs the package into it. Needs Python 3.10 or newer and a
-# package index, nothing else.
+# Sourced by quickstart.sh and test.sh: creates .venv and installs the package into it. Needs only Python 3.10 or newer
+# and a package index.
 
-# What runs on this machine is not reached through a proxy, whatever the environment says.
-no_proxy=${no_proxy:-${NO_PROXY:-}} # programs read either, and the lower-case one wins
+# Never go through a proxy to reach this machine, whatever the environment says.
+no_proxy=${no_proxy:-${NO_PROXY:-}} # programs read either; the lower-case one wins
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
 export NO_PROXY=$no_proxy
 
@@ -17,20 +17,20 @@ fail() {
 make_environment() {
     local extras=$1 log=$2 python=${PYTHON:-python3} stamp
     if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-        command -v "$python" >/dev/null || fail "there is no $python; install Python 3.10 or newer, or set PYTHON"
+        command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 or newer, or set PYTHON"
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            fail "$("$python" --version) is too old; Python 3.10 or newer is needed (set PYTHON to choose another)"
+            fail "$("$python" --version) is too old; Python 3.10 or newer is required (set PYTHON to choose another)"
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             fail "$python has no venv module; on Debian and Ubuntu: apt install python3-venv"
-        "$python" -m venv --clear .venv >"$log" 2>&1 || fail "could not make .venv: $(tail -n 1 "$log")"
+        "$python" -m venv --clear .venv >"$log" 2>&1 || fail "could not create .venv: $(tail -n 1 "$log")"
     fi
     stamp="$(cksum <pyproject.toml) $extras"
     if grep -qsxF "$stamp" .venv/llama_tp.installed; then
         return
     fi
     : >"$log"
-    say "  installing torch and the package into .venv (several minutes on a slow line; log: $log)"
-    # torch first and pinned: whatever else asks for it then takes this one.
+    say "  installing torch and the package into .venv (several minutes on a slow connection; log: $log)"
+    # torch first and pinned, so that later packages accept this version.
     install "$log" torch==2.13.0
     install "$log" -e ".[$extras]"
     printf '%s\n' "$stamp" >>.venv/llama_tp.installed
@@ -41,7 +41,7 @@ install() {
     shift
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
     if grep -qiE 'name resolution|connection (refused|error)|network is unreachable|max retries|timed out|newconnectionerror|from versions: none' "$log"; then
-        fail "no package index can be reached (or it has none of this), so pip could not install $*; see $log"
+        fail "pip could not install $*: the package index is unreachable or lacks a package; see $log"
     fi
     fail "pip could not install $*: $(grep -E '^ERROR' "$log" | tail -n 1); see $log"
 }

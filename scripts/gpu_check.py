@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Check llama_tp on one GPU, and measure it: one command, under eight minutes, everything one visit can show.
+"""Test and benchmark llama_tp on one GPU, with one command in under eight minutes.
 
     python3 -u scripts/gpu_check.py --budget 470 [--sections a,b] [--checkpoint DIR] [--gpt-fast DIR] [--site FILE]
 
-Needs torch, numpy and triton. Sections run in the order in which an early end costs least; each prints its results as
-it gets them, and $OUT/gpu_check.json has all of them. See gpu/README.md, which says what to read first.
+Needs torch, numpy and triton. Sections run in order of importance, in case time runs out; each prints its results as it
+gets them, and $OUT/gpu_check.json has all of them. See gpu/README.md for what to read first.
 
---cpu-smoke runs all of it on a CPU with tiny sizes, plain torch in the place of Triton, to test these scripts; with
-TRITON_INTERPRET=1 and triton installed it runs the Triton kernels, too.
+--cpu-smoke runs everything on a CPU with tiny sizes, with plain torch instead of Triton, to test these scripts; with
+TRITON_INTERPRET=1 and triton installed it also runs the Triton kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     a = _parse()
-    sys.path.insert(0, str(Path(a.repo).resolve()))  # before what follows imports llama_tp
+    sys.path.insert(0, str(Path(a.repo).resolve()))  # before llama_tp is imported
     import torch
     from gpu.device import CUDA, SMOKE
     from gpu.report import Report, run_sections, summarize
@@ -36,7 +36,7 @@ def main() -> None:
         _run_child(a)
         return
     if not CUDA and not SMOKE:
-        sys.exit("no GPU here; --cpu-smoke tests this script")
+        sys.exit("no GPU found; use --cpu-smoke to test this script on a CPU")
     report = Report(Path(a.out) / "gpu_check.json", a.budget, a.used)
     faulthandler.dump_traceback_later(max(5.0, report.total_left() + 20), exit=True)
     sections = _sections(a)
@@ -51,10 +51,10 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repo", default=str(ROOT), help="folder that holds llama_tp")
-    parser.add_argument("--budget", type=float, default=470.0, help="seconds for everything")
-    parser.add_argument("--sections", default="", help="only these, comma separated")
-    parser.add_argument("--skip", default="", help="not these")
+    parser.add_argument("--repo", default=str(ROOT), help="folder that contains llama_tp")
+    parser.add_argument("--budget", type=float, default=470.0, help="total seconds")
+    parser.add_argument("--sections", default="", help="run only these, comma-separated")
+    parser.add_argument("--skip", default="", help="skip these, comma-separated")
     parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder for gpu_check.json")
     parser.add_argument("--cpu-smoke", action="store_true", help="test these scripts on a CPU")
     parser.add_argument("--checkpoint", help="a converted checkpoint with real weights, for demo and tp2")
@@ -100,7 +100,7 @@ def _sections(a: argparse.Namespace) -> list[tuple[str, Callable[..., None], flo
 
 
 def _run_child(a: argparse.Namespace) -> None:
-    """What runs in a process of its own. It imports no more than it needs."""
+    """Run a child process's part. Imports only what it needs."""
     if a.child in ("ranks", "tp2", "nccl"):
         from gpu import workers
 

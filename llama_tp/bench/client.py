@@ -1,7 +1,7 @@
-"""A load over HTTP/1.1, light enough to share two cores with the server that it measures.
+"""An HTTP/1.1 load generator, light enough to share two cores with the server that it measures.
 
-One asyncio loop, a connection for each request, and a parser that knows what TorchServe sends: a status line, headers,
-and a body that is chunked or has a length. The bodies are the native dialect's: a line of JSON for each chunk.
+One asyncio loop, one connection per request, and a parser for what TorchServe sends: a status line, headers, and a body
+that is chunked or has a length. Bodies are in the native dialect: one line of JSON per chunk.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections.abc import Callable, Sequence
 from llama_tp.bench.workload import Job, Recorder
 
 STALL_S = 120.0
-"""A server that sends nobody anything for so long has failed."""
+"""A server that sends nothing to any request for this long has failed."""
 
 
 class ResponseParser:
-    """One response (RFC 9112), fed as it comes. ValueError for what is none."""
+    """An incremental parser for one response (RFC 9112). ValueError if it is malformed."""
 
     def __init__(self) -> None:
         self.status = 0
-        """0 until the headers are there."""
+        """0 until the headers are complete."""
         self.is_complete = False
         self._buffer = bytearray()
-        self._left = 0  # bytes of the chunk, or of the body that has a length, that are still to come
+        self._left = 0  # bytes still missing of the chunk, or of a body with a length
         self._is_chunked = False
         self._in_trailers = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take what was received; the part of the body that is in it."""
+        """Parse received data; returns the part of the body in it."""
         self._buffer += data
         body = bytearray()
         while not self.is_complete and self._advance(body):
@@ -37,7 +37,7 @@ class ResponseParser:
         return bytes(body)
 
     def _advance(self, body: bytearray) -> bool:
-        """One element further. False if there are too few bytes for that."""
+        """Parse one element. False if it is not complete yet."""
         if self._left:
             taken = self._buffer[: self._left]
             del self._buffer[: self._left]
@@ -78,7 +78,7 @@ class ResponseParser:
 
 
 class _Exchange(asyncio.Protocol):
-    """One request and its response, on a connection of its own; `done` has its result, or why it failed."""
+    """One request and its response, on its own connection; `done` completes or has the error."""
 
     def __init__(self, request: bytes, on_tokens: Callable[[int], None]) -> None:
         self._request = request
@@ -110,7 +110,7 @@ class _Exchange(asyncio.Protocol):
         for line in lines:
             record = json.loads(line)
             if "error" in record:
-                raise OSError(f"the server broke a stream off: {record['error']}")
+                raise OSError(f"the server aborted a stream: {record['error']}")
             if record["ids"]:
                 self._on_tokens(len(record["ids"]))
         if self._parser.is_complete:
@@ -126,7 +126,7 @@ class _Exchange(asyncio.Protocol):
 
 
 def request_bytes(job: Job, port: int, path: str) -> bytes:
-    """The whole POST of one job: streamed, greedy, and ended by nothing but its length."""
+    """The complete POST of one job: streamed, greedy, ending only by length."""
     fields = {"prompt": job.prompt, "max_new_tokens": job.new, "temperature": 0, "stream": True, "ignore_eos": True}
     body = json.dumps(fields, separators=(",", ":")).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
@@ -134,19 +134,19 @@ def request_bytes(job: Job, port: int, path: str) -> bytes:
 
 
 def drive(jobs: Sequence[Job], port: int, path: str, *, concurrency: int) -> Recorder:
-    """Send the jobs as they arrive, read all answers. OSError for the first request that fails."""
+    """Send the jobs as they arrive and read all answers. OSError for the first request that fails."""
     requests = [request_bytes(job, port, path) for job in jobs]
     return asyncio.run(_drive(jobs, requests, port, concurrency))
 
 
 async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, concurrency: int) -> Recorder:
-    places = asyncio.Semaphore(concurrency or len(jobs))
+    slots = asyncio.Semaphore(concurrency or len(jobs))
     recorder = Recorder(len(jobs))
-    waiting: set[int] = set()  # for the server
+    waiting: set[int] = set()  # requests waiting for the server
 
     async def run(index: int) -> None:
         await asyncio.sleep(jobs[index].arrival_s - recorder.now())
-        async with places:
+        async with slots:
             recorder.start(index, recorder.now() if concurrency else jobs[index].arrival_s)
             waiting.add(index)
             await _exchange(requests[index], port, lambda count: recorder.tokens(index, count))

@@ -1,7 +1,7 @@
-"""`llama-tp bench comm`: what ranks pay to talk: publishing a decode plan, and the all-reduce that completes a layer.
+"""`llama-tp bench comm`: communication costs: publishing a decode plan, and the all-reduce that completes a layer.
 
-Between two plans the ranks meet in an all-reduce, as they do in a step; then the leader is busy for a moment, as it is
-with sampling, while its followers wait.
+Between two plans, as in a step, the ranks meet in an all-reduce; then the leader is briefly busy, as with sampling,
+while its followers wait.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _BUSY_S = 200e-6
 
 
 def bench_comm(*, batch: int, rounds: int) -> None:
-    """What `llama-tp bench comm` does. Call it on every rank of one host. Ends with a line of JSON."""
+    """Implements `llama-tp bench comm`. Call it on every rank of one host. Ends with a line of JSON."""
     group = join("cpu")
     if group.mesh is None:
-        raise ValueError("one rank has nobody to talk to; run it under torchrun --nproc-per-node 4")
+        raise ValueError("bench comm needs at least 2 ranks; run it under torchrun --nproc-per-node 4")
     rows = []
     for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):
         leader, last = _publish(comm, batch, rounds)
@@ -53,7 +53,7 @@ def bench_comm(*, batch: int, rounds: int) -> None:
 
 
 def _publish(comm: Comm, batch: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds from a plan's being ready on the leader to the leader's going on, and to the last follower's having
+    """Seconds from when a plan is ready on the leader until the leader continues, and until the last follower has
     decoded it."""
     plan = StepPlan(1, tuple(Chunk(row, 100 + row, (7,), True) for row in range(batch)), ((0, 6, 9),))
     x = torch.ones(4096)
@@ -81,7 +81,7 @@ def _publish(comm: Comm, batch: int, rounds: int) -> tuple[list[float], list[flo
 
 
 def _all_reduce(comm: Comm, rounds: int) -> list[float]:
-    """Seconds of an all-reduce of 8 KB on the leader."""
+    """Seconds per all-reduce of 8 KB on the leader."""
     x = torch.ones(4096, dtype=torch.bfloat16)
     return [_timed(lambda: comm.all_reduce(x.clone())) for _ in range(rounds)]
 

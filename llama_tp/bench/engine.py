@@ -1,7 +1,7 @@
-"""`llama-tp bench engine`: prefill and decode rates of the engine alone, and those of transformers beside it.
+"""`llama-tp bench engine`: prefill and decode rates of the engine, optionally against transformers.
 
-Greedy, and nothing stops early. All prompts have one length; contenders and batch sizes take turns, so that a machine
-whose speed drifts drifts for all of them; medians are reported.
+Greedy, without early stops, all prompts of one length. Contenders and batch sizes alternate, so that drift in the
+machine's speed affects all of them. Reports medians.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "no_prefix_cache": {"prefix_cache": False},
 }
-"""Contenders that are our own engine in another configuration."""
+"""Contenders that are our own engine in a different configuration."""
 CONTENDERS = ("transformers", *_SETTINGS)
 
 
@@ -54,8 +54,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """One run: its prefill ends with the last prompt's first token. Decodes that ran beside prompts are part of it."""
+class Timing:
+    """One run. The prefill ends with the last prompt's first token and includes decodes computed alongside prompts."""
 
     prefill_s: float
     decode_s: float
@@ -66,7 +66,7 @@ class Taken:
 class Contender(Protocol):
     name: str
 
-    def run(self, prompts: Prompts, new: int) -> Taken:
+    def run(self, prompts: Prompts, new: int) -> Timing:
         """Generate exactly `new` tokens for each prompt."""
         ...
 
@@ -79,7 +79,7 @@ class OurEngine:
         self.name = name
         self._ids = count()
 
-    def run(self, prompts: Prompts, new: int) -> Taken:
+    def run(self, prompts: Prompts, new: int) -> Timing:
         params = SamplingParams(max_new_tokens=new, temperature=0)
         waiting = set()
         for prompt in prompts:
@@ -92,18 +92,18 @@ class OurEngine:
         first, decoded = perf_counter(), 0
         while self.engine.num_requests:
             decoded += len(self.engine.step())
-        return Taken(first - start, perf_counter() - first, decoded)
+        return Timing(first - start, perf_counter() - first, decoded)
 
 
 class Transformers:
-    """`generate` of transformers, with SDPA attention and its dynamic cache, as its users call it."""
+    """transformers' `generate`, with SDPA attention and its default dynamic cache."""
 
     name = "transformers"
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def run(self, prompts: Prompts, new: int) -> Taken:
+    def run(self, prompts: Prompts, new: int) -> Timing:
         ids = torch.tensor(prompts)
         times = _Times([perf_counter()])
         with torch.inference_mode():
@@ -117,11 +117,11 @@ class Transformers:
             )
         start, _, first, *_, last = times
         assert len(times) == 2 + new
-        return Taken(first - start, last - first, len(prompts) * (new - 1))
+        return Timing(first - start, last - first, len(prompts) * (new - 1))
 
 
 class _Times(list[float]):
-    """A streamer of transformers: when it was given the prompts, and then each step's tokens."""
+    """A transformers streamer that records when it gets the prompts, and then each step's tokens."""
 
     def put(self, _tokens: torch.Tensor) -> None:
         self.append(perf_counter())
@@ -144,7 +144,7 @@ def bench_engine(
     threads: int | None,
     max_batched_tokens: int,
 ) -> None:
-    """What `llama-tp bench engine` does. Call it on every rank."""
+    """Implements `llama-tp bench engine`. Call it on every rank."""
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if against == "transformers" and find_spec("transformers") is None:
@@ -156,7 +156,7 @@ def bench_engine(
     if new < 2:
         raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
     if not 0 <= prefix < prompt:
-        raise ValueError(f"prefix={prefix} must be 0 or more, and less than prompt={prompt}, of which it is a part")
+        raise ValueError(f"prefix={prefix} must be at least 0 and less than prompt={prompt}, which includes it")
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=prompt + new,
@@ -168,7 +168,7 @@ def bench_engine(
     )
     group = join(device, timeout_s=config.collective_timeout_s)
     if against in _SETTINGS and group.comm.size > 1:
-        raise ValueError(f"against={against} compares two engines of one rank; run it without torchrun")
+        raise ValueError(f"against={against} needs a single rank; run it without torchrun")
     engine = load_engine(checkpoint, args, config, group)
     if not engine.is_leader:
         engine.follow()
@@ -181,10 +181,10 @@ def bench_engine(
     elif against:
         contenders.append(Transformers(transformers_model(args, _read_all(checkpoint, args), engine.runner.dtype)))
     runner = engine.runner
-    begin = f", of which {prefix} are the same in all" if prefix else ""
+    begin = f", {prefix} of them shared" if prefix else ""
     print(
         f"{checkpoint}: {group.comm.size} rank(s) of {torch.get_num_threads()} thread(s), {runner.device.type}, "
-        f"{runner.dtype}; prompts of {prompt}{begin}, {new} new; median of {runs} runs; "
+        f"{runner.dtype}; prompts of {prompt} tokens{begin}, {new} new; median of {runs} runs; "
         f"load average {os.getloadavg()[0]:.1f}"
     )
     rows = _measure(contenders, batches, args.vocab_size, prompt, prefix, new, runs)
@@ -200,25 +200,25 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     beginning = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
     keys = [(size, contender.name) for size in batches for contender in contenders]
-    runs_of: dict[tuple[int, str], list[Taken]] = {key: [] for key in keys}
+    runs_of: dict[tuple[int, str], list[Timing]] = {key: [] for key in keys}
     turns = [(run, size) for run in range(runs + 1) for size in batches]
     screen = Console(stderr=True)
     for run, size in track(turns, console=screen, transient=True, disable=not screen.is_terminal):
         ends = torch.randint(vocab_size, (size, prompt - prefix), generator=generator).tolist()
         for contender in contenders:
-            taken = contender.run([beginning + end for end in ends], new)
-            if run:  # the first one warms up
-                runs_of[size, contender.name].append(taken)
+            timing = contender.run([beginning + end for end in ends], new)
+            if run:  # the first run is a warm-up
+                runs_of[size, contender.name].append(timing)
     rows = []
-    for (size, name), all_taken in runs_of.items():
-        prefill = statistics.median(size * prompt / taken.prefill_s for taken in all_taken)
-        decode = statistics.median(taken.decoded / taken.decode_s for taken in all_taken)
+    for (size, name), timings in runs_of.items():
+        prefill = statistics.median(size * prompt / timing.prefill_s for timing in timings)
+        decode = statistics.median(timing.decoded / timing.decode_s for timing in timings)
         rows.append(Row(name, size, prompt, new, prefill, decode, runs))
     return rows
 
 
 def _show(rows: list[Row], num_contenders: int) -> None:
-    """A table: each contender by batch size, then by how much ours is ahead; in the end, what batching is worth."""
+    """Print a table: contenders by batch size, with the ratios of ours to the others; then the gain from batching."""
     print(f"{'':<16}{'batch':>6}{'prefill tok/s':>15}{'decode tok/s':>14}")
     for first in range(0, len(rows), num_contenders):
         ours, *others = rows[first : first + num_contenders]
@@ -230,7 +230,7 @@ def _show(rows: list[Row], num_contenders: int) -> None:
     one, other = rows[0], rows[-num_contenders]
     if one is not other:
         gain = other.decode_tokens_per_s / one.decode_tokens_per_s
-        print(f"batch {other.batch} decodes {gain:.2f} times as many tokens a second as batch {one.batch}")
+        print(f"batch {other.batch} decodes {gain:.2f} times as many tokens per second as batch {one.batch}")
 
 
 def _line(name: str, batch: int, prefill: float, decode: float) -> str:
@@ -238,7 +238,7 @@ def _line(name: str, batch: int, prefill: float, decode: float) -> str:
 
 
 def _read_all(checkpoint: str, args: ModelArgs) -> dict[str, torch.Tensor]:
-    """The whole model as plain tensors, in the checkpoint's dtype."""
+    """The full model as plain tensors, in the checkpoint's dtype."""
     dtype = dcp.checkpoint_dtype(checkpoint)
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in weight_shapes(args).items()}
     if args.tied_embeddings:

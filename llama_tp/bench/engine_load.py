@@ -1,4 +1,4 @@
-"""`llama-tp bench load`: requests of mixed lengths that arrive at random times, through the engine alone."""
+"""`llama-tp bench load`: requests of mixed lengths with random arrivals, through the engine alone."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def bench_load(
     device: str,
     threads: int | None,
 ) -> None:
-    """What `llama-tp bench load` does. Call it on every rank."""
+    """Implements `llama-tp bench load`. Call it on every rank."""
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=context_of(args.max_seq_len),
         max_batch_size=max_batch_size,
         max_batched_tokens=max(max_batched_tokens, max_batch_size),
-        max_waiting=max(load.requests, max_batch_size),  # the load is open: nobody is sent away
+        max_waiting=max(load.requests, max_batch_size),  # open loop: no request is rejected
         dtype=dtype,
         device=device,
         threads=threads,
@@ -70,7 +70,7 @@ def bench_load(
 
 
 def drive(engine: Engine, jobs: Sequence[Job], *, concurrency: int = 0) -> Recorder:
-    """Run the jobs as they arrive. All come to their last token: exactly as many as each asked for."""
+    """Run the jobs as they arrive, each to exactly its requested number of tokens."""
     recorder = Recorder(len(jobs))
     coming = deque(range(len(jobs)))
     while coming or engine.num_requests:

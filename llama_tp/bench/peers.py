@@ -1,4 +1,4 @@
-"""The same weights in other people's engines, for side-by-side measurements and as a test's oracle."""
+"""The same weights in other engines, for comparisons and as a test oracle."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _their_name(name: str) -> str:
 
 
 def _their_layout(name: str, weight: Tensor, args: ModelArgs) -> Tensor:
-    """Hugging Face rotates the two halves of a head against each other, Meta neighbouring elements."""
+    """Hugging Face rotates element i of a head with element i + d / 2, Meta adjacent elements."""
     if name.split(".")[-2] not in _ROTATED:
         return weight
     return weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,7 +1,7 @@
-"""`llama-tp bench serve`: one load through a real TorchServe and through the offline engine, in turns, in one run.
+"""`llama-tp bench serve`: the same load through a real TorchServe and the offline engine, alternating in one run.
 
-The offline engine is a process of its own. The server stays up in between, idle: what it costs then is measured, too.
-Both have the same weights, dtype, context, batch, step size and threads, and get the same requests.
+The offline engine runs in its own process. The server stays up, idle, and the CPU time it uses then is also measured.
+Both have the same weights, dtype, context, batch size, step size and threads, and get the same requests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What both sides have in common."""
+    """Settings common to both sides."""
 
     checkpoint: str
     tokenizer: str
@@ -47,7 +47,7 @@ class Setup:
     max_batched_tokens: int = 512
     tp: int = 1
     threads: int = 1
-    """Of each rank."""
+    """Per rank."""
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -59,14 +59,14 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """Seconds of CPU time, user and system, that the server's processes have used so far."""
+    """CPU seconds, user and system, used by the server's processes so far."""
 
     frontend: float
     """Java."""
     ranks: float
-    """All of them, with all their threads."""
+    """All ranks, with all their threads."""
     main_threads: float
-    """Of the ranks: what speaks with the frontend. The engine computes in other threads."""
+    """The ranks' main threads, which talk to the frontend. The engine computes in other threads."""
     agent: float
     """torchrun."""
 
@@ -79,10 +79,10 @@ class Cpu:
 
 
 def cpu_of(server: TorchServe) -> Cpu:
-    """What a running server has used."""
+    """CPU time used by a running server."""
     java = server.pid
     if java is None:
-        raise ServerError(f"torchserve has ended; see {server.run_dir / 'logs'}")
+        raise ServerError(f"torchserve has exited; see {server.run_dir / 'logs'}")
     below = descendants(java)
     ranks = [pid for pid in below if "LOCAL_RANK=" in _environment_of(pid)]
     return Cpu(
@@ -114,7 +114,7 @@ def bench_serve(
     log_config: str | Path,
     timeout_s: float,
 ) -> None:
-    """What `llama-tp bench serve` does."""
+    """Implements `llama-tp bench serve`."""
     args = ModelArgs.load_converted(Path(setup.checkpoint, "model_args.json"))
     shape = {"vocab_size": args.vocab_size, "max_seq_len": context_of(args.max_seq_len)}
     print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
@@ -124,7 +124,7 @@ def bench_serve(
         path = f"/predictions/{server.model_name}"
         client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, concurrency=0)
         for run in range(runs):
-            this = replace(load, seed=load.seed + run)  # the server's prefix cache must not know the prompts
+            this = replace(load, seed=load.seed + run)  # new prompts, to avoid hits in the server's prefix cache
             idle = cpu_of(server)
             offline = _offline(setup, this, slo)
             idle_s = (cpu_of(server) - idle).total
@@ -136,33 +136,33 @@ def bench_serve(
     ratios = [pair["served"]["output_throughput"] / pair["offline"]["output_throughput"] for pair in pairs]
     ratio = statistics.median(ratios)
     each = ", ".join(f"{one:.3f}" for one in ratios)
-    print(f"\nOutput tokens a second, served / offline: {ratio:.3f} (median of {each})")
+    print(f"\nOutput tokens per second, served / offline: {ratio:.3f} (median of {each})")
     settings = {**asdict(setup), **asdict(load), **asdict(slo)}
     print(json.dumps({**settings, "output_throughput_ratio": ratio, "ratios": ratios, "runs": pairs}))
 
 
 def where_it_goes(offline: Figures, served: Figures) -> str:
-    """What a request and a token wait longer for, and who computes beside the engine. In text."""
+    """The added latency, and the CPU time used outside the engine, as text."""
     later = ", ".join(
         f"median {name.upper()} {served[key] - offline[key]:+.2f} ms"
         for name in ("ttft", "itl", "tpot")
         for key in [f"median_{name}_ms"]
     )
     engine = served["ranks_cpu_s"] - served["main_threads_cpu_s"]
-    beside = {
+    overhead = {
         "frontend (Java)": served["frontend_cpu_s"],
         "ranks' main threads": served["main_threads_cpu_s"],
         "client": served["client_cpu_s"],
         "torchrun": served["agent_cpu_s"],
     }
-    share = sum(beside.values()) / served["duration"] / available_cores()
-    per_token = 1e6 * sum(beside.values()) / served["total_output_tokens"]
+    share = sum(overhead.values()) / served["duration"] / available_cores()
+    per_token = 1e6 * sum(overhead.values()) / served["total_output_tokens"]
     return "\n".join(
         (
             f"Served - offline: {later}",
             f"CPU seconds, served: engine threads {engine:.2f}, "
-            + ", ".join(f"{name} {value:.2f}" for name, value in beside.items()),
-            f"All but the engine: {share:.1%} of the machine, {per_token:.0f} us a token",
+            + ", ".join(f"{name} {value:.2f}" for name, value in overhead.items()),
+            f"All but the engine: {share:.1%} of the machine, {per_token:.0f} us per token",
             f"CPU seconds, offline: leader {offline['leader_cpu_s']:.2f}, idle server {served['idle_cpu_s']:.2f}",
         )
     )
@@ -180,7 +180,7 @@ def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], pat
 
 
 def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
-    """`llama-tp bench load` in processes of its own; the JSON that it ends with."""
+    """Run `llama-tp bench load` in separate processes; returns its final JSON."""
     launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={setup.tp}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
     options = {**asdict(load), **asdict(slo), "dtype": setup.dtype, "device": "cpu"}
@@ -191,8 +191,8 @@ def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
     command += [setup.checkpoint, *(f"--{names.get(name, name)}={value}" for name, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ServerError(f"the offline engine failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ServerError(f"the offline engine failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["ranks"], figures["threads"]) == (setup.tp, setup.threads)
     return figures
@@ -208,7 +208,7 @@ def _running(
     log_config: str | Path,
     timeout_s: float,
 ) -> Iterator[TorchServe]:
-    """A TorchServe of our own, ready. All of it is gone afterwards; should something fail, its logs are kept."""
+    """A dedicated TorchServe, ready. Removed afterwards, except its logs if anything fails."""
     folder = Path(tempfile.mkdtemp(prefix="llama_tp.bench."))
     store = folder / "model_store"
     try:
@@ -243,14 +243,14 @@ def _running(
 
 
 def model_config(setup: Setup, load: Load, max_seq_len: int) -> dict[str, Any]:
-    """The model-config.yaml of the served side."""
+    """model-config.yaml for the served side."""
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
         "batchSize": setup.max_batch_size,
         "maxBatchDelay": 1,
         "startupTimeout": 1200,
-        "jobQueueSize": max(100, load.requests),  # the load is open: nobody is sent away
+        "jobQueueSize": max(100, load.requests),  # open loop: no request is rejected
         "deviceType": "cpu",
         "parallelType": "tp",
         "continuousBatching": True,

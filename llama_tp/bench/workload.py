@@ -1,7 +1,7 @@
-"""An open-loop load and what it measures: the same for the offline engine and for a server.
+"""An open-loop load and its metrics, the same for the offline engine and a server.
 
-`workload` says what arrives when, `Recorder` notes what came back when, `summarize` makes of it the figures that
-`vllm bench serve` reports, under its names. Knows neither engine nor HTTP, and no torch.
+`workload` generates requests with arrival times, `Recorder` records when tokens come back, `summarize` computes the
+metrics of `vllm bench serve`, under the same names. Knows nothing about the engine, HTTP or torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from time import perf_counter
 import numpy as np
 
 PROMPT_TOKENS = (16, 256)
-"""Shortest and longest prompt; lengths between are drawn log-uniformly: short ones are as common as in a chat."""
+"""Minimum and maximum prompt length; lengths are log-uniform, so that short ones are as common as in chats."""
 NEW_TOKENS = (8, 128)
-"""Fewest and most tokens generated for a prompt, drawn the same way."""
+"""Minimum and maximum number of generated tokens, also log-uniform."""
 WARM_UP_SEED = -1
 WARM_UP_TOKENS = 8
 
@@ -28,19 +28,19 @@ class Load:
 
     requests: int = 200
     rate: float = 0.0
-    """Requests a second, with exponential gaps between them (a Poisson process). 0: all at once."""
+    """Requests per second, as a Poisson process. 0: all at once."""
     concurrency: int = 0
-    """At most so many at the same time; the others are held back, and count from when they are let go. 0: no limit."""
+    """Maximum number of concurrent requests; others are held back and timed from when they are sent. 0: no limit."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, ok, constraint in (
             ("requests", type(self.requests) is int and self.requests >= 1, "an integer of at least 1"),
-            ("rate", 0 <= self.rate < math.inf, "0 (all at once) or more, and finite"),
+            ("rate", 0 <= self.rate < math.inf, "at least 0 (all at once) and finite"),
             (
                 "concurrency",
                 type(self.concurrency) is int and self.concurrency >= 0,
-                "an integer of 0 (no limit) or more",
+                "an integer of at least 0 (no limit)",
             ),
             ("seed", type(self.seed) is int, "an integer"),
         ):
@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request must keep to be counted in the goodput. At its limits it still does."""
+    """Limits, inclusive, that a request must meet to count in the goodput."""
 
     ttft_ms: float = 1000.0
     """Time to first token."""
@@ -63,38 +63,38 @@ class Job:
     """One request of a workload."""
 
     arrival_s: float
-    """After the load has begun."""
+    """Seconds after the start of the load."""
     prompt: tuple[int, ...]
     new: int
-    """Tokens to generate: exactly so many."""
+    """Exact number of tokens to generate."""
 
 
 def parse_rate(rate: object) -> float:
-    """A rate as typed: a number, or "inf", which is all at once as 0 is."""
+    """Parse a rate: a number, or "inf", which means all at once, like 0."""
     try:
         number = float(rate)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ValueError(f"rate={rate!r} must be a number of requests a second, or inf") from None
+        raise ValueError(f"rate={rate!r} must be a number of requests per second, or inf") from None
     return 0.0 if number == math.inf else number
 
 
 def describe(load: Load, slo: Slo) -> str:
-    """The load in words."""
-    how = f"{load.rate:g} a second (Poisson)" if load.rate else "all at once"
-    limit = f", at most {load.concurrency} at a time" if load.concurrency else ""
-    goal = f"good: TTFT of {slo.ttft_ms:g} ms and TPOT of {slo.tpot_ms:g} ms at most"
+    """The load as text."""
+    how = f"{load.rate:g} per second (Poisson)" if load.rate else "all at once"
+    limit = f", concurrency {load.concurrency}" if load.concurrency else ""
+    goal = f"SLO: TTFT up to {slo.ttft_ms:g} ms, TPOT up to {slo.tpot_ms:g} ms"
     return f"{load.requests} requests, {how}{limit}, seed {load.seed}; {goal}"
 
 
 def context_of(max_seq_len: int) -> int:
-    """The context to serve a workload with: of the longest request, or what the model has if that is less."""
+    """The context for serving a workload: that of the longest request, or the model's if less."""
     return min(max_seq_len, PROMPT_TOKENS[1] + NEW_TOKENS[1])
 
 
 def workload(load: Load, *, vocab_size: int, max_seq_len: int) -> list[Job]:
-    """The requests, in order of arrival; prompts are random ids. The same for the same arguments, everywhere.
+    """The requests, in order of arrival; prompts are random ids. Deterministic for the same arguments.
 
-    Lengths are clipped to what max_seq_len holds.
+    Lengths are clipped to fit in max_seq_len.
     """
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 2: a prompt and a token")
@@ -109,7 +109,7 @@ def workload(load: Load, *, vocab_size: int, max_seq_len: int) -> list[Job]:
 
 
 def warm_up(requests: int, *, vocab_size: int, max_seq_len: int) -> list[Job]:
-    """Short requests, all at once, of which no prompt occurs in the workload of a seed of 0 or more."""
+    """Short requests, all at once, with prompts that do not occur in workloads with a seed of 0 or more."""
     jobs = workload(Load(requests=requests, seed=WARM_UP_SEED), vocab_size=vocab_size, max_seq_len=max_seq_len)
     return [Job(0.0, job.prompt, min(job.new, WARM_UP_TOKENS)) for job in jobs]
 
@@ -120,24 +120,24 @@ def _log_uniform(random: Random, least: int, most: int) -> int:
 
 @dataclass(slots=True)
 class Trace:
-    """What happened to one request, in seconds after the load began."""
+    """The timeline of one request, in seconds after the start of the load."""
 
     start_s: float = 0.0
-    """When it arrived: however late it was taken on, its time to first token counts from here."""
+    """Arrival. TTFT counts from here, however late the request was accepted."""
     chunks_s: list[float] = field(default_factory=list)
-    """When something came: a token, or from a server that had several ready, several at once."""
+    """When each chunk came: a token, or several that a server had ready."""
     num_tokens: int = 0
 
 
 class Recorder:
-    """Notes what comes back. The load begins when it is made."""
+    """Records when tokens come back. The load starts when this is created."""
 
     def __init__(self, requests: int) -> None:
         self.traces = [Trace() for _ in range(requests)]
         self._begin = perf_counter()
 
     def now(self) -> float:
-        """Seconds since the load began."""
+        """Seconds since the start of the load."""
         return perf_counter() - self._begin
 
     @property
@@ -148,18 +148,17 @@ class Recorder:
         self.traces[index].start_s = at
 
     def tokens(self, index: int, count: int = 1) -> None:
-        """Tokens of one request have just come."""
+        """Record tokens that have just come for one request."""
         trace = self.traces[index]
         trace.chunks_s.append(perf_counter() - self._begin)
         trace.num_tokens += count
 
 
 def summarize(jobs: Sequence[Job], traces: Sequence[Trace], slo: Slo) -> dict[str, float]:
-    """The figures, under the names that `vllm bench serve` saves them by.
+    """The metrics, named and defined as in the results of `vllm bench serve`.
 
-    As there: TTFT is the time to the first token, TPOT a request's time per token after it, ITL every single gap
-    between two chunks, E2EL the time to the last token. A request of one token has no TPOT; its TTFT decides whether
-    it is good.
+    TTFT is the time to the first token, TPOT a request's time per token after it, ITL every gap between two chunks,
+    E2EL the time to the last token. A request with one token has no TPOT; only its TTFT decides whether it is good.
     """
     assert len(jobs) == len(traces)
     assert all(trace.num_tokens for trace in traces), "a request without a token"
@@ -194,7 +193,7 @@ def summarize(jobs: Sequence[Job], traces: Sequence[Trace], slo: Slo) -> dict[st
 
 
 def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median and p99 (interpolated) in milliseconds; 0 where there is nothing to measure, as vLLM has it."""
+    """Mean, median and p99 (interpolated) in milliseconds; 0 if there are no samples, as in vLLM."""
     values = 1000 * np.asarray(seconds or [0.0])
     return {
         f"mean_{name}_ms": float(np.mean(values)),
@@ -222,7 +221,7 @@ _ROWS = (
 
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """The figures as lines of text, a column for each contender."""
+    """The metrics as text, one column per contender."""
     head = f"{'':<34}" + "".join(f"{name:>12}" for name in columns)
     rows = (f"{label:<34}" + "".join(_cell(figures[key]) for figures in columns.values()) for label, key in _ROWS)
     return "\n".join([head, *rows])

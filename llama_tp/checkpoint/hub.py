@@ -1,4 +1,4 @@
-"""Meta's original weights from the Hugging Face hub."""
+"""Download Meta's original weights from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 _FILES = ("consolidated.*.pth", "params.json", "tokenizer.model", "*checklist.chk", "LICENSE*", "USE_POLICY*")
 ORIGINALS = [*_FILES, *(f"original/{name}" for name in _FILES)]
-"""Llama 2 has its originals at the top of the repository, Llama 3 in a folder."""
+"""Llama 2 has its originals at the top level of the repository, Llama 3 in a folder."""
 
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
-_ASK_AGAIN = (408, 429, 500, 502, 503, 504)
+_RETRIABLE = (408, 429, 500, 502, 503, 504)
 """HTTP statuses that say nothing about the repository or the user."""
 
 
 def download(model_name: str, revision: str | None = None, output: str = "model", token: str | None = None) -> str:
-    """Download the originals of a model, for example meta-llama/Llama-2-7b, and return the folder with the .pth files.
+    """Download a model's originals, such as meta-llama/Llama-2-7b, and return the folder with the .pth files.
 
-    Files go into `output` as the hub's cache lays them out. A transfer that breaks off is taken up where it broke, at
-    the latest when this is called again, and whole files are not fetched again. Without `token`, that of HF_TOKEN or of
-    the login is used. What is returned is complete: every file that the hub lists is there with its size. Where the hub
-    cannot be asked, a download that was complete before will do. ValueError, one line, says what to do.
+    `output` has the layout of the hub's cache. An interrupted transfer resumes, at the latest on the next call; whole
+    files are not fetched again. `token` defaults to HF_TOKEN or the login. The returned folder is complete: every file
+    that the hub lists exists with its size. If the hub is unreachable, an earlier complete download is used.
+    ValueError, in one line, gives the remedy.
     """
     model_name, revision = str(model_name), revision and str(revision)
     try:
@@ -32,24 +32,24 @@ def download(model_name: str, revision: str | None = None, output: str = "model"
     except Exception as error:
         if folder := _complete_before(model_name, revision, str(output), error):
             return str(_folder_of_weights(folder, model_name))
-        raise _told(error, model_name, revision) from None
+        raise _user_error(error, model_name, revision) from None
     if not any(name.endswith(".pth") for name in listed):
         raise ValueError(_no_originals(model_name))
     try:
         folder = _snapshot(model_name, revision, str(output), token=token)
     except Exception as error:
-        raise _told(error, model_name, revision) from None
+        raise _user_error(error, model_name, revision) from None
     if problem := _why_incomplete(folder, listed):
         raise ValueError(
-            f"the download of {model_name} is not complete: {problem}; run this again; finished files are kept"
+            f"the download of {model_name} is not complete: {problem}; run this again (finished files are kept)"
         )
-    with suppress(OSError):  # then the next call needs the network, too
+    with suppress(OSError):  # without the record, the next call needs the network
         _record(folder).write_text(json.dumps(listed, indent=1) + "\n")
     return str(_folder_of_weights(folder, model_name))
 
 
 def _list_originals(model_name: str, revision: str | None, token: str | None) -> dict[str, int | None]:
-    """Size by file name, as the hub has them."""
+    """The hub's size for each file name."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
@@ -73,35 +73,35 @@ def _why_incomplete(folder: Path, listed: Mapping[str, int | None]) -> str | Non
         return f"{len(missing)} of {len(listed)} files are missing ({', '.join(missing[:3])}{more})"
     for name, size in listed.items():
         if size is not None and (found := (folder / name).stat().st_size) != size:
-            return f"{folder / name} has {found} bytes, the hub's has {size}"
+            return f"{folder / name} has {found} bytes, but {size} on the hub"
     return None
 
 
 def _complete_before(model_name: str, revision: str | None, output: str, problem: Exception) -> Path | None:
-    """The folder of an earlier download that was complete and still is, if the hub does not answer; else None.
+    """The folder of an earlier download, if that is complete and the hub does not answer; else None.
 
-    snapshot_download by itself gives what there is, in older versions half of it.
+    snapshot_download alone would return an incomplete folder, depending on its version.
     """
-    if _status(problem) not in (*_ASK_AGAIN, None) or isinstance(problem, ValueError):
+    if _status(problem) not in (*_RETRIABLE, None) or isinstance(problem, ValueError):
         return None
-    # Nothing was downloaded, or another revision, or the record of it is damaged.
+    # Nothing was downloaded, or another revision, or its record is damaged.
     with suppress(OSError, ValueError, TypeError, AttributeError):
         folder = _snapshot(model_name, revision, output, local_files_only=True)
         if _why_incomplete(folder, json.loads(_record(folder).read_text())) is None:
-            print(f"the hub does not answer ({_first(problem)}): taking what was downloaded before", file=sys.stderr)
+            print(f"the hub does not answer ({_first(problem)}): using the earlier download", file=sys.stderr)
             return folder
     return None
 
 
 def _record(folder: Path) -> Path:
-    """Where the list of files of a complete download is kept: beside the hub's own blobs, refs and snapshots."""
+    """The file list of a complete download, next to the hub's own blobs, refs and snapshots."""
     return folder.parents[1] / f".llama_tp.{folder.name}.json"
 
 
-def _told(error: Exception, model_name: str, revision: str | None) -> Exception:
-    """ValueError in one line for what came from the hub or the network; what came from the disk as it is."""
-    is_of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins"
-    if is_of_disk and not isinstance(error, (ConnectionError, TimeoutError)):
+def _user_error(error: Exception, model_name: str, revision: str | None) -> Exception:
+    """A one-line ValueError for errors of the hub or the network; disk errors unchanged."""
+    is_disk_error = isinstance(error, OSError) and type(error).__module__ == "builtins"
+    if is_disk_error and not isinstance(error, (ConnectionError, TimeoutError)):
         return error
     return ValueError(_explain(error, model_name, revision))
 
@@ -116,7 +116,7 @@ def _explain(error: Exception, model_name: str, revision: str | None) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{model_name} is gated: accept its licence at {page}, then {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{model_name} has no revision {revision!r}, see {page}/commits/main"
+        return f"{model_name} has no revision {revision!r}; see {page}/commits/main"
     response = _response(error)
     is_bad_token = response is not None and "Invalid credentials" in response.headers.get("X-Error-Message", "")
     if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not is_bad_token):
@@ -125,21 +125,21 @@ def _explain(error: Exception, model_name: str, revision: str | None) -> str:
         return f"the hub does not accept the token (401): {_LOGIN} again"
     if status == 403:
         return (
-            f"the token may not read {model_name} (403): accept the licence at {page}, and let the token read gated "
-            f"repositories at https://huggingface.co/settings/tokens, or {_LOGIN} again ({_first(error)})"
+            f"the token may not read {model_name} (403): accept the licence at {page}, and allow the token to read "
+            f"gated repositories at https://huggingface.co/settings/tokens, or {_LOGIN} again ({_first(error)})"
         )
     if status == 429:
         return f"rate-limited by the hub (429): wait a few minutes and run this again, or {_LOGIN}"
     if status is not None and status >= 500:
-        return f"the hub has a problem of its own ({status}): run this again later; finished files are kept"
+        return f"the hub failed ({status}): run this again later (finished files are kept)"
     if status is not None:
         return f"the hub refused {model_name} ({status}): {_first(error)}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{model_name} is not fully downloaded, and HF_HUB_OFFLINE is set: unset it"
     problem = f"{type(error).__name__}: {_first(error)}"
     return (
-        f"cannot reach the hub for {model_name}, or the connection broke off ({problem}): check the network, then run "
-        "this again; finished files are kept"
+        f"cannot reach the hub for {model_name}, or the connection was lost ({problem}): check the network, then run "
+        "this again (finished files are kept)"
     )
 
 
@@ -150,7 +150,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _response(error: BaseException | None) -> Any:
-    """The hub's answer behind an error, which huggingface_hub may have wrapped in others."""
+    """The hub's response, which huggingface_hub may have wrapped in several errors."""
     while error is not None:
         if (response := getattr(error, "response", None)) is not None:
             return response
@@ -167,8 +167,8 @@ def _folder_of_weights(folder: Path, model_name: str) -> Path:
 
 def _no_originals(model_name: str) -> str:
     return (
-        f"{model_name} has no original weights (consolidated.*.pth): take the repository that has, "
-        "for Llama 2 the one without -hf, for example meta-llama/Llama-2-7b"
+        f"{model_name} has no original weights (consolidated.*.pth): use a repository that has them, "
+        "for Llama 2 the one without -hf, such as meta-llama/Llama-2-7b"
     )
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder and a group of ranks -> this rank's model of local modules."""
+"""Load this rank's model, as local modules, from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from llama_tp.parallel.sharding import check_tp_size, shard, tp_dim
 def load_model(
     folder: str, args: ModelArgs, group: Group, dtype: torch.dtype, *, verify_files: str = "once"
 ) -> Transformer:
-    """Read this rank's share of a checkpoint, in `dtype`, onto its device, ready to compute.
+    """Load this rank's share of a checkpoint in `dtype` onto its device, ready to compute.
 
-    ValueError, on every rank, if the folder is not what its manifest says or does not hold this model, or the model
-    cannot be split over this many ranks. No rank ever holds the whole model.
+    ValueError, on every rank, if the folder does not match its manifest or this model, or the model cannot be split
+    over this many ranks. No rank ever holds the whole model.
     """
     check_tp_size(args, group.comm.size)
     with torch.device("meta"):
@@ -30,7 +30,7 @@ def load_model(
     if group.mesh is not None:
         parallelize(model, group.mesh)
     agree(lambda: model.to_empty(device=group.device))
-    model.tie_embeddings()  # to_empty gave each of the two names a tensor of its own
+    model.tie_embeddings()  # to_empty gave the two names separate tensors
     dcp.load(_slices(model, group.comm), folder, verify_files=verify_files)
     return agree(lambda: localize(model, group.comm))
 
@@ -53,12 +53,12 @@ def _slices(model: Transformer, comm: Comm) -> dict[str, dcp.Slices]:
     return slices
 
 
-_AVX2_BF16_MAX_BATCH = 2
-"""Sequences at a time up to which a CPU with AVX2 computes faster in bfloat16 than in float32 (docs/performance.md)."""
+_MAX_BFLOAT16_BATCH = 2
+"""Largest batch for which a CPU with AVX2 is faster in bfloat16 than in float32 (docs/performance.md)."""
 
 
 def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
-    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster for so many sequences."""
+    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster at this batch size."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     stored = dcp.checkpoint_dtype(folder)
@@ -67,9 +67,9 @@ def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: 
 
 
 def _reads_faster(dtype: torch.dtype, device: torch.device, max_batch_size: int) -> bool:
-    """Whether a step is so small that reading the weights decides, of which half precision has half the bytes."""
+    """Whether steps are bound by reading the weights, which half precision makes half as large."""
     is_measured = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _AVX2_BF16_MAX_BATCH
+    return is_measured and dtype == torch.bfloat16 and max_batch_size <= _MAX_BFLOAT16_BATCH
 
 
 def _computes_natively(dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""A progress bar by bytes on stderr, for people only: silent where stderr is no terminal."""
+"""A progress bar in bytes on stderr; silent if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes that were just done."""
+"""Called with the number of bytes just processed."""
 
 
 def no_progress(_size: int) -> None:
@@ -18,7 +18,7 @@ def no_progress(_size: int) -> None:
 
 @contextmanager
 def byte_progress(label: str, total: int, *, enabled: bool = True) -> Iterator[Advance]:
-    """Show `label` with a bar, the speed and the time left while the body runs."""
+    """Show `label` with a bar, the speed and the remaining time while the body runs."""
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
         yield no_progress

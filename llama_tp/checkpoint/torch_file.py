@@ -1,4 +1,4 @@
-"""What torch says when it refuses to load a file, in the words of this project: never "set weights_only to False"."""
+"""Our wording for torch's refusal to load a file: never "set weights_only to False"."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 
 
 def is_about_the_file(error: Exception) -> bool:
-    """Whether torch blames what it read, and not the memory or a device."""
+    """Whether the error is due to the file's content, not to memory or a device."""
     return isinstance(error, pickle.UnpicklingError) or any(
         word in str(error) for word in ("PytorchStreamReader", "weights_only")
     )
 
 
 def why_not_loaded(error: Exception) -> str:
-    """One line for the exception of a `torch.load(weights_only=True)`, to stand behind the name of the file."""
-    # Other errors give that advice, too, such as the one for a TorchScript archive.
+    """One line for the exception of a `torch.load(weights_only=True)`, to follow the file name."""
+    # Other errors, such as that for a TorchScript archive, also give that advice.
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            return f"is refused, nothing in it was executed: it wants {wanted[1]}, which no weights need"
-        return "is corrupt or unsafe, nothing in it was executed: it holds other things than tensors"
+            return f"is refused, nothing in it was executed: it needs {wanted[1]}, which weights never need"
+        return "is corrupt or unsafe, nothing in it was executed: it contains more than tensors"
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return f"is truncated or corrupt ({reason})"

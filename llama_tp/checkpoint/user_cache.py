@@ -1,4 +1,4 @@
-"""Where this program keeps files of its own that can be made again."""
+"""The folder for files that this program can recreate."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("LLAMA_TP_CACHE") or Path.home() / ".cache" / "llama_tp")
     except RuntimeError:
-        raise ValueError("there is no home folder to keep downloads in; set LLAMA_TP_CACHE to a folder") from None
+        raise ValueError("the user has no home folder for downloads; set LLAMA_TP_CACHE to a folder") from None

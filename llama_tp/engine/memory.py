@@ -1,5 +1,5 @@
-"""What one rank's memory holds: its weights, the largest step, and a KV cache of what is left. Arithmetic only: what
-is free, and what a step takes, is measured in `memory_probe`.
+"""One rank's memory budget: weights, the largest step, and a KV cache in the remainder. Arithmetic only: `memory_probe`
+measures free memory and the memory of a step.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from llama_tp.model.weights import DENSE, WeightFormat, layer_shapes
 from llama_tp.parallel.sharding import local_kv_heads, local_shape
 
 DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}
-"""Of the memory that weights and steps leave free, the most that the KV cache takes by default. A host has other uses
-for its memory, a GPU usually has not."""
+"""Default limit of the KV cache, as a share of the memory left after weights and steps. A host has other uses for its
+memory; a GPU usually does not."""
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of an element."""
+"""Bytes per element."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """One rank's needs in bytes. The methods raise ValueError, with the remedy, if something does not fit."""
+    """One rank's memory needs in bytes. The methods raise ValueError, with the remedy, if something does not fit."""
 
     config: EngineConfig
     device_type: str
     """cpu or cuda."""
     weights: int
     page: int
-    """One page of KV cache, keys and values of all layers."""
+    """One page of KV cache: keys and values of all layers."""
     is_float32_by_choice: bool
     """Whether dtype=auto chose float32: bfloat16 would then halve the weights."""
 
@@ -43,7 +43,7 @@ class MemoryModel:
         device_type: str,
         weight_format: WeightFormat = DENSE,
     ) -> MemoryModel:
-        """For one rank of `size` that computes in `dtype`."""
+        """For one of `size` ranks, computing in `dtype`."""
         itemsize = ITEMSIZE[dtype]
         weights = _weight_bytes(args, size, rank, itemsize, weight_format, device_type)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, size, rank) * args.head_dim * itemsize
@@ -51,26 +51,26 @@ class MemoryModel:
 
     @property
     def token(self) -> int:
-        """The KV cache of one token."""
+        """KV cache bytes per token."""
         return self.page // self.config.page_size
 
     def check(self, available: int | None) -> None:
-        """Before anything is loaded: can the weights and the least KV cache fit into `available` bytes?"""
+        """Before loading: check that the weights and the minimum KV cache fit in `available` bytes."""
         if available is None:
             return
         least, what = self.config.pages_per_sequence * self.page, f"one sequence of {self._max_seq_len} needs"
-        remedy = "use more ranks, or lower max_seq_len"
+        remedy = "use more ranks, or reduce max_seq_len"
         if (asked := self._cache_bytes()) is not None:
-            least, what, remedy = asked, f"{self._asked} asks for", "lower it, or give a share such as 0.9"
+            least, what, remedy = asked, f"{self._asked} requests", "reduce it, or set a share such as 0.9"
         if self.weights + least > available:
             raise ValueError(
-                f"{what} {_gib(least)} of KV cache beside {_gib(self.weights)} of weights on each rank, but "
-                f"{_gib(available)} are free; {remedy}{self._or_bfloat16}"
+                f"{what} {_gib(least)} of KV cache in addition to {_gib(self.weights)} of weights on each rank, but "
+                f"only {_gib(available)} are free; {remedy}{self._or_bfloat16}"
             )
 
     def num_pages(self, available: int | None, step: int) -> int:
-        """Pages of KV cache for a rank that has loaded its weights, has `available` bytes free, and needs `step` of
-        them while it computes."""
+        """Pages of KV cache for a rank that, with its weights loaded, has `available` bytes free and needs `step` of
+        them for computing."""
         config = self.config
         left = None if available is None else max(0, available - step)
         asked = self._cache_bytes()
@@ -84,22 +84,22 @@ class MemoryModel:
         elif left is not None:
             pages = int(float(parse_memory(config.kv_cache_memory)) * left) // self.page
         else:
-            raise ValueError(f"{self._asked}: this system does not tell how much memory is free; give bytes")
+            raise ValueError(f"{self._asked}: cannot determine how much memory is free on this system; set bytes")
         if pages < config.pages_per_sequence:
             raise ValueError(
-                f"{self._asked} holds {pages * config.page_size} tokens on a rank, not one sequence of "
-                f"{self._max_seq_len}; raise the one or lower the other"
+                f"{self._asked} holds only {pages * config.page_size} tokens on each rank, less than one sequence of "
+                f"{self._max_seq_len}; raise the former or reduce the latter"
             )
         if left is not None and pages * self.page > left:
             raise ValueError(
-                f"the KV cache needs {_gib(pages * self.page)} on each rank, and a step {_gib(step)}, but "
-                f"{_gib(available or 0)} are free beside the weights; lower max_seq_len, max_batched_tokens or "
+                f"the KV cache needs {_gib(pages * self.page)} on each rank, and a step {_gib(step)}, but only "
+                f"{_gib(available or 0)} are free after the weights; reduce max_seq_len, max_batched_tokens or "
                 f"kv_cache_memory, or use more ranks{self._or_bfloat16}"
             )
         return pages
 
     def _cache_bytes(self) -> int | None:
-        """What kv_cache_memory asks for, if it is a number of bytes."""
+        """kv_cache_memory, if it is a number of bytes."""
         memory = self.config.kv_cache_memory
         parsed = None if memory is None else parse_memory(memory)
         return parsed if isinstance(parsed, int) else None
@@ -120,7 +120,7 @@ class MemoryModel:
 def _weight_bytes(
     args: ModelArgs, size: int, rank: int, itemsize: int, weight_format: WeightFormat, device_type: str
 ) -> int:
-    """What a rank's weights take once they are laid out for the device."""
+    """Bytes of a rank's weights once prepared for the device."""
 
     def num_bytes(name: str, shape: tuple[int, ...]) -> int:
         shape = local_shape(args, name, shape, size, rank)
@@ -130,7 +130,7 @@ def _weight_bytes(
 
     layer, other = layer_shapes(args)
     if args.tied_embeddings and device_type == "cpu":
-        # A CPU multiplies with a packed copy of the matrix, and looks tokens up in the plain one.
+        # A CPU multiplies with a packed copy of the matrix, and looks up tokens in the plain one.
         other["output.weight"] = other["tok_embeddings.weight"]
     of_layers = args.n_layers * sum(num_bytes(*one) for one in layer.items())
     return of_layers + sum(num_bytes(*one) for one in other.items())

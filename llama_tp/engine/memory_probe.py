@@ -1,4 +1,4 @@
-"""How much memory is free, and how much the largest steps take beside weights and KV cache."""
+"""Measures how much memory is free, and how much the largest steps need in addition to weights and KV cache."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llama_tp.engine.step import Chunk, StepPlan
 
 _FRAGMENTATION = 1.25
 _HEADROOM = 256 << 20
-"""Bytes for what is allocated outside of PyTorch's allocator later: cuBLAS workspaces, NCCL's channels, modules."""
+"""Bytes for later allocations outside PyTorch's allocator: cuBLAS workspaces, NCCL channels, modules."""
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this rank can have: of its GPU, or its share of what the host and its control groups leave. None if
-    the system does not tell."""
+    """Bytes that this rank can use: of its GPU, or its share of what the host and control groups allow. None if
+    unknown."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch holds in reserve is free, too
+        torch.cuda.empty_cache()  # memory cached by PyTorch is also free
         return torch.cuda.mem_get_info(device)[0]
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
@@ -41,10 +41,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
-    """Bytes that the largest steps take on a GPU beside weights and KV cache: measured by computing them.
+    """Bytes that the largest steps need on a GPU in addition to weights and KV cache, measured by running them.
     Call it on all ranks.
 
-    `runner` has a cache of `config_for_measuring`.
+    `runner` must have the cache of `config_for_measuring`.
     """
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
@@ -52,8 +52,8 @@ def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
         compute_largest_steps(runner, is_leader=is_leader)
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"a step of max_batched_tokens={runner.config.max_batched_tokens} tokens does not fit beside the weights; "
-            "lower max_batched_tokens, max_batch_size or max_seq_len, or use more ranks"
+            f"a step of max_batched_tokens={runner.config.max_batched_tokens} does not fit in memory with the weights; "
+            "reduce max_batched_tokens, max_batch_size or max_seq_len, or use more ranks"
         ) from None
     torch.cuda.synchronize(runner.device)
     peak = torch.cuda.max_memory_allocated(runner.device) - before
@@ -61,13 +61,13 @@ def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
 
 
 def config_for_measuring(config: EngineConfig) -> EngineConfig:
-    """The same limits with the least KV cache that the largest steps need."""
+    """The same limits with the minimum KV cache for the largest steps."""
     return replace(config, cache_pages=config.pages_per_sequence + config.max_batch_size)
 
 
 def compute_largest_steps(runner: ModelRunner, *, is_leader: bool) -> None:
-    """A full chunk of prefill at the end of the longest context, and a full batch of decodes, sampled with all that
-    SamplingParams can ask for."""
+    """A full prefill chunk at the end of the longest context, and a full batch of decodes, with every sampling
+    feature on."""
     params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
     sampler = Sampler()
     for plan in _largest_plans(runner.config):

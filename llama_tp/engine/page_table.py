@@ -1,4 +1,4 @@
-"""The page table of one rank: which pages each sequence has. Changed by steps only, so it is the same on every rank."""
+"""One rank's page table: the pages of each sequence. Only steps change it, so it is the same on every rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llama_tp.model.kv_cache import PageList
 
 
 class PageTable:
-    """`num_rows` rows of page numbers, one row for each sequence that holds cache."""
+    """One table row of page numbers for each sequence that holds cache."""
 
     def __init__(self, *, num_rows: int, page_size: int) -> None:
         self._page_size = page_size
@@ -16,10 +16,10 @@ class PageTable:
         return self._rows[row]
 
     def free(self, row: int) -> None:
-        """The row holds no sequence any more."""
+        """Empty a table row."""
         self._rows[row] = PageList(self._page_size)
 
     @property
     def num_used(self) -> int:
-        """Pages that rows refer to."""
+        """Pages that the table refers to."""
         return len({page for row in self._rows for page in row.pages})

@@ -1,11 +1,11 @@
-"""Executes plans: the same code with the same plans on every rank, so all ranks' caches stay alike.
+"""Executes plans: the same code with the same plans on every rank, so all ranks' caches stay identical.
 
-In deterministic mode a step is computed in tiles of exactly TILE tokens, padded where there are fewer, and every query
-attends alone: so each reduction has a fixed shape, and a token's numbers are bit-identical however its sequence is
-batched and chunked. Kernels choose their order of addition by shape.
+In deterministic mode a step is computed in tiles of exactly TILE tokens, padded if necessary, and every query attends
+alone. Kernels choose their summation order by shape; this way every reduction has a fixed shape, and a token's results
+are bit-identical however its sequence is batched and chunked.
 
-Decides nothing. Its memory between steps is the KV cache and the page table that the plans describe, and a guess: while
-a GPU computes a step, the next one is laid out as if every sequence went on. Only time depends on whether it did.
+Decides nothing. Its state between steps is the KV cache, the page table built from the plans, and a guess: while a GPU
+computes a step, the next one is laid out as if every sequence continued. A wrong guess costs only time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
 
 TILE = 16
-"""Tokens of a tile: as many as a CPU multiplies in about the time that it reads the weights."""
+"""Tokens per tile: as many as a CPU can compute in about the time it takes to read the weights."""
 
 
 class ModelRunner:
     """One rank's model, cache and page table.
 
-    `num_kv_heads`: the kv heads that live on this rank. `make_backend`: the attention back end for the cache.
+    `num_kv_heads`: kv heads on this rank. `make_backend`: creates the attention backend for the cache.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class ModelRunner:
             make_backend(self.cache) if make_backend else choose_backend(self.cache, deterministic=config.deterministic)
         )
         self._padding_row = config.max_batch_size
-        # Tokens of each row's sequence whose hidden state was not finite: a prompt may have one in one step and be
-        # sampled in a later one.
+        # Per table row, tokens with a non-finite hidden state: a prompt may have one in one step and be sampled in a
+        # later one.
         self._num_nonfinite = torch.zeros(config.max_batch_size + 1, dtype=torch.int32, device=device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self._guess: _Guess | None = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
-        """Compute one step. Float32 logits of the chunks that sample, in order, on the leader; None if none does.
-        Those of a sequence whose hidden states were not all finite hold a NaN.
+        """Compute one step. On the leader, returns float32 logits of the sampled chunks, in order, or None if there
+        are none. Logits of a sequence with any non-finite hidden state contain a NaN.
 
-        On a GPU the step has merely been launched when this returns, and the next one is laid out already.
+        On a GPU the step has only been launched when this returns, and the next one is already laid out.
         """
         for row in plan.freed:
             self.page_table.free(row)
@@ -92,15 +92,15 @@ class ModelRunner:
 
     def _forward(self, one: _Pass) -> Tensor | None:
         logits, is_finite = self.model(one.batch, self.cache)
-        self._num_nonfinite.index_add_(0, one.rows, (~is_finite).int())
+        self._num_nonfinite.index_add_(0, one.table_rows, (~is_finite).int())
         if logits is None:
             return None
-        has_nonfinite = self._num_nonfinite[one.rows[one.batch.sampled]] > 0
+        has_nonfinite = self._num_nonfinite[one.table_rows[one.batch.sampled]] > 0
         logits[:, 0].masked_fill_(has_nonfinite, float("nan"))
         return logits[: one.num_sampled]
 
     def _passes(self, plan: StepPlan) -> list[_Pass]:
-        """The tensors of a step: those that were laid out in advance, if the guess was right."""
+        """The tensors of a step, laid out in advance if the guess was right."""
         guess, self._guess = self._guess, None
         if guess is None or plan.freed or not _is_guessed(guess.chunks, plan.chunks):
             return self._lay_out(plan.chunks)
@@ -112,8 +112,8 @@ class ModelRunner:
         ]
 
     def _look_ahead(self, plan: StepPlan) -> _Guess | None:
-        """Lay out the next step as it will be if every sequence goes on with the token that it samples now and nobody
-        else joins: all of it except those tokens. None where the plan does not say enough."""
+        """Lay out the next step, except its tokens, as if every sequence continued and none joined. None if that
+        cannot be."""
         chunks = []
         for chunk in plan.chunks:
             position = chunk.start + len(chunk.tokens)
@@ -131,25 +131,25 @@ class ModelRunner:
         return [self.prepare(tile, TILE) for tile in _tiles(chunks)]
 
     def prepare(self, chunks: Items[Chunk], size: int = 0) -> _Pass:
-        """The tensors of one forward pass, padded to `size` tokens. The page table must know the chunks' pages."""
+        """The tensors of one forward pass, padded to `size` tokens. The page table must contain the chunks' pages."""
         tokens: list[int] = []
         positions: list[int] = []
-        rows: list[int] = []
+        table_rows: list[int] = []
         sampled: list[int] = []
         for chunk in chunks:
             tokens.extend(chunk.tokens)
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
-            rows.extend([chunk.row] * len(chunk.tokens))
+            table_rows.extend([chunk.row] * len(chunk.tokens))
             if chunk.sample:
                 sampled.append(len(tokens) - 1)
         num_sampled = len(sampled)
         num_padding = max(0, size - len(tokens))
-        for values, padding in ((tokens, 0), (positions, 0), (rows, self._padding_row)):
+        for values, padding in ((tokens, 0), (positions, 0), (table_rows, self._padding_row)):
             values.extend([padding] * num_padding)
         if sampled:
             sampled += [0] * (size - num_sampled)
         sequences = [SequenceTokens(self.page_table[one.row], one.start, len(one.tokens)) for one in chunks]
-        packed = self._on_device([tokens, positions, rows])
+        packed = self._on_device([tokens, positions, table_rows])
         batch = Batch(
             tokens=packed[0],
             rope=self._rope[packed[1]].unsqueeze(1),
@@ -167,10 +167,10 @@ class _Pass:
     """One forward pass."""
 
     batch: Batch
-    rows: Tensor
-    """(T,) the page table's row of each token's sequence."""
+    table_rows: Tensor
+    """(T,) the page table row of each token's sequence."""
     num_sampled: int
-    """How many of its logits, from the first, were asked for; the others are padding."""
+    """How many of the logits are real; the rest are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +178,13 @@ class _Guess:
     """The next step, laid out before it is planned."""
 
     chunks: list[Chunk]
-    """One token each, of which only row and position are right."""
+    """One token each; only row and position are meaningful."""
     passes: list[_Pass]
 
 
 def _is_guessed(guess: Items[Chunk], chunks: Items[Chunk]) -> bool:
-    """Whether a step computes one token each in just these rows and positions. The caller knows whether the rows still
-    belong to the same sequences."""
+    """Whether a step computes one token each at exactly these table rows and positions. The caller checks that the rows
+    still belong to the same sequences."""
     return len(guess) == len(chunks) and all(
         one.row == two.row and one.start == two.start and len(two.tokens) == 1 and two.sample
         for one, two in zip(guess, chunks, strict=True)
@@ -192,7 +192,7 @@ def _is_guessed(guess: Items[Chunk], chunks: Items[Chunk]) -> bool:
 
 
 def _tiles(chunks: Items[Chunk]) -> Iterator[list[Chunk]]:
-    """The same tokens in the same order, TILE at a time."""
+    """The same tokens in the same order, in groups of TILE."""
     tile: list[Chunk] = []
     free = TILE
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""A checkpoint and a group of ranks -> an Engine that is ready to run."""
+"""Load an Engine, ready to run, from a checkpoint on a group of ranks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group) -> Engine:
-    """This rank's engine. ValueError, on every rank, for a checkpoint that is damaged or another model's, for
-    sequences that it cannot compute, for too little memory, and for whatever else goes wrong on any rank."""
+    """This rank's engine. ValueError, on every rank, for any failure on any rank: a damaged checkpoint or one of
+    another model, a context too long for it, too little memory, and so on."""
     if reason := args.why_too_long(config.max_seq_len):
         raise ValueError(reason)
     start = monotonic()
@@ -49,14 +49,14 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         return measure_step(make_runner(config_for_measuring(config)), is_leader=group.comm.is_leader)
 
     step = agree(measure) if device.type == "cuda" else 0
-    # Ranks may have different amounts of free memory, but one scheduler plans for all.
+    # Free memory may differ between ranks, but one scheduler plans for all.
     pages = min(gather(agree(lambda: memory.num_pages(free_memory(device), step))))
     config = replace(config, cache_pages=pages)
     runner = agree(lambda: make_runner(config))
     if group.comm.is_leader:
         log.info(
-            "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; %.0f MiB of weights a rank; KV cache of %d tokens "
-            "(%.1f sequences of max_seq_len=%d), %.0f MiB a rank%s",
+            "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; %.0f MiB of weights per rank; KV cache of %d tokens "
+            "(%.1f sequences of max_seq_len=%d), %.0f MiB per rank%s",
             monotonic() - start,
             group.comm.size,
             torch.get_num_threads(),
@@ -67,14 +67,14 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
             config.num_pages / config.pages_per_sequence,
             config.max_seq_len,
             config.num_pages * memory.page / 2**20,
-            f"; {step / 2**20:.0f} MiB are kept free for a step" if step else "",
+            f"; {step / 2**20:.0f} MiB reserved for a step" if step else "",
         )
     return Engine(runner, group.comm, config)
 
 
 def _prepare_cuda(device: torch.device) -> None:
-    """Settings of this thread and process."""
-    torch.cuda.set_device(device)  # of this thread: joining may have been another's work
-    # cuDNN's attention builds a plan for every new length, 40 to 60 ms each: in decode, one for every token (measured:
+    """Configure CUDA for this thread and process."""
+    torch.cuda.set_device(device)  # per thread: another thread may have joined the group
+    # cuDNN attention builds a plan for every new length, 40 to 60 ms each: in decode, one per token (measured:
     # docs/performance.md). PyTorch 2.11 prefers it on Hopper.
     torch.backends.cuda.enable_cudnn_sdp(False)

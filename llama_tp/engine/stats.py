@@ -1,4 +1,4 @@
-"""How an engine is doing, as one value: for logs, benchmarks and whoever exports metrics."""
+"""Engine statistics as one value, for logs, benchmarks and metrics exporters."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Upper bounds of a histogram's buckets, in seconds; the last bucket has none."""
+"""Upper bounds of the histogram buckets, in seconds; the last bucket is unbounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
     counts: tuple[int, ...]
-    """Of each bucket of BOUNDS, and of what lies above."""
+    """Per bucket of BOUNDS, then above all of them."""
     total: float
     """Sum of all values, in seconds."""
 
 
 class Histogram:
-    """Counts durations. One thread adds; others may look at any time."""
+    """Counts durations. One thread adds; others may read at any time."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS) + 1)
@@ -34,21 +34,21 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and how things stand now."""
+    """Counters since startup, and current gauges."""
 
     running: int
     """Outputs that hold KV cache."""
     waiting: int
-    """Outputs that hold none yet, or no more."""
+    """Outputs that do not hold KV cache, yet or any more."""
     pages_used: int
-    """Pages that sequences refer to; pages that are merely kept for later prompts do not count."""
+    """Pages that sequences refer to, without those only cached for later prompts."""
     pages_total: int
     preemptions: int
     prompt_tokens: int
-    """Tokens of all sequences that were admitted, again after each preemption."""
+    """Tokens of all admitted sequences, counted again after each preemption."""
     prefix_hit_tokens: int
-    """How many of them were found in the cache."""
+    """How many of those were found in the cache."""
     tokens_out: int
-    """Tokens that became part of an output."""
+    """Generated tokens."""
     step_seconds: HistogramSnapshot
-    """Of steps that computed something."""
+    """Durations of steps that computed something."""

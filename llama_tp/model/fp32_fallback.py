@@ -1,4 +1,4 @@
-"""Half precision on CPUs without instructions for it: kept as it is, computed in float32."""
+"""Half precision on CPUs without instructions for it: stored as is, computed in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def needs_fp32(tensor: Tensor) -> bool:
-    """Whether this CPU has no instructions for the tensor's dtype, and would emulate it."""
+    """Whether this CPU lacks instructions for the tensor's dtype and would emulate it."""
     return not tensor.is_cuda and tensor.dtype.itemsize == 2 and not _has_kernels(tensor.dtype)
 
 
@@ -23,15 +23,15 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 
 
 def upcast(*tensors: Tensor) -> list[Tensor]:
-    """Float32 copies of CPU tensors of any strides, for inference: the next call in this thread overwrites them.
+    """Float32 copies of CPU tensors of any strides, for inference, valid until the next call in this thread.
 
-    The buffer is kept and grows to the largest call: fresh memory would cost a page fault for every 4 KiB.
+    The buffer is reused and grows to the largest call: fresh memory would cost a page fault every 4 KiB.
     """
     size = sum(tensor.numel() for tensor in tensors)
     buffer: Tensor | None = getattr(_of_thread, "buffer", None)
     if buffer is None or buffer.numel() < size:
         _of_thread.buffer = None
-        with torch.inference_mode(False):  # so that it can be written to outside of it, too
+        with torch.inference_mode(False):  # so that it can also be written outside inference mode
             buffer = _of_thread.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
     parts = buffer[:size].split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,9 +1,9 @@
-"""Keys and values of past tokens. A token lives in one slot, slot = page * page_size + offset, and never moves.
+"""Keys and values of past tokens. A token occupies one slot, slot = page * page_size + offset, and never moves.
 
 Legend: B sequences, K kv heads, S keys, T tokens, d head dim, P pages.
 
-In memory the slots of one head are contiguous, because attention reads them so: 1.2 to 1.8 times as fast as with the
-heads of a slot contiguous (measured: docs/performance.md). Scattered slots are gathered by the page.
+In memory the slots of one head are contiguous, the order in which attention reads them: 1.2 to 1.8 times as fast as
+with the heads of a slot contiguous (measured: docs/performance.md). Scattered slots are gathered page by page.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 class PageList:
-    """One sequence's pages, in the order of its tokens, and where they are contiguous."""
+    """One sequence's pages, in token order, and which of them are contiguous."""
 
     __slots__ = ("_page_size", "_range_starts", "pages")
 
     def __init__(self, page_size: int) -> None:
         self.pages: list[int] = []
         self._page_size = page_size
-        self._range_starts: list[int] = []  # indices of pages that do not follow the page before
+        self._range_starts: list[int] = []  # indices of pages that begin a new range
 
     def set(self, index: int, page: int) -> None:
-        """Make `page` the entry at `index`, and the last one."""
+        """Set the entry at `index`, and drop all later ones."""
         pages, starts = self.pages, self._range_starts
         del pages[index:]
         while starts and starts[-1] >= index:
@@ -36,7 +36,7 @@ class PageList:
         pages.append(page)
 
     def covers(self, position: int) -> bool:
-        """Whether there is a page for the token at this position."""
+        """Whether the token at this position has a page."""
         return position < len(self.pages) * self._page_size
 
     def slots(self, start: int, end: int) -> list[int]:
@@ -45,7 +45,7 @@ class PageList:
         return [pages[at // size] * size + at % size for at in range(start, end)]
 
     def ranges(self, length: int, limit: int) -> list[SlotRange]:
-        """Where the first `length` tokens are; empty if that is in more than `limit` ranges."""
+        """The ranges of the first `length` tokens; empty if there are more than `limit`."""
         pages, size = self.pages, self._page_size
         num = bisect_left(self._range_starts, -(-length // size))
         if num > limit:
@@ -67,26 +67,25 @@ class SlotRange:
 
 @dataclass(frozen=True, slots=True)
 class GatheredPages:
-    """Scattered pages, to be copied together: `KVCache.gathered` makes them."""
+    """Scattered pages to copy together, made by `KVCache.gathered`."""
 
     indices: Tensor
-    """(B * K * P,) each page of each head, in the cache seen as a list of them."""
+    """(B * K * P,) indices of (head, page) pairs in the flattened cache."""
     batch: int
     length: int
-    """S: slots beyond are not read."""
+    """S: later slots are not read."""
     count: int = 1
-    """How often the one sequence is wanted, where B is 1."""
+    """How often to repeat the sequence, if B is 1."""
 
 
 SlotMapping = tuple[tuple[slice, slice | Tensor], ...]
-"""Tokens of a step, and the slots that they are stored in: contiguous or not."""
+"""Tokens of a step and the slots to store them in, contiguous or not."""
 
 
 class KVCache:
     """The cache tensors of all layers of one rank.
 
-    `num_kv_heads` is the number of *local* kv heads. Page 0 .. num_pages - 1 are the allocator's; what slots a
-    sequence uses is the caller's business.
+    `num_kv_heads` is the number of *local* kv heads. The caller decides which slots a sequence uses.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         self.dtype = dtype
         self.device = torch.device(device)
-        # Zeroed, not empty: padded attention reads slots nobody has written, and 0 * NaN is NaN.
+        # Zeroed, not empty: padded attention reads unwritten slots, and 0 * NaN is NaN.
         shape = (n_layers, 2, num_kv_heads, num_pages * page_size, head_dim)
         self._data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [LayerCache(layer[0], layer[1], page_size) for layer in self._data.unbind(0)]
@@ -117,11 +116,11 @@ class KVCache:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Of one layer."""
+        """Bytes per slot in one layer."""
         return 2 * self.num_kv_heads * self._data.size(-1) * self.dtype.itemsize
 
     def gathered(self, table: Tensor, length: int, count: int = 1) -> GatheredPages:
-        """The first `length` slots of each sequence of a page table (B, P)."""
+        """The first `length` slots of each sequence in a page table (B, P)."""
         return GatheredPages((self._heads + table.unsqueeze(1)).flatten(), table.size(0), length, count)
 
 
@@ -131,7 +130,7 @@ class LayerCache:
     __slots__ = ("_k_pages", "_page_size", "_v_pages", "k", "v")
 
     def __init__(self, k: Tensor, v: Tensor, page_size: int) -> None:
-        """k and v as they lie in memory: (K, slots, d)."""
+        """k and v in memory layout: (K, slots, d)."""
         self.k, self.v = k.transpose(0, 1), v.transpose(0, 1)
         self._page_size = page_size
         self._k_pages, self._v_pages = (part.view(-1, page_size * part.size(-1)) for part in (k, v))

@@ -1,4 +1,4 @@
-"""RMSNorm for inference: no gradient, the weight prepared once."""
+"""RMSNorm for inference: no gradient, with the weight prepared once."""
 
 from __future__ import annotations
 

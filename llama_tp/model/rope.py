@@ -1,4 +1,4 @@
-"""Rotary position embedding in Meta's layout: neighbouring elements (0, 1), (2, 3), ... of a head form the pairs.
+"""Rotary position embedding in Meta's layout: adjacent elements (0, 1), (2, 3), ... of a head form pairs.
 
 Legend: T tokens, H heads, d head dim.
 """
@@ -24,8 +24,8 @@ def rope_table(args: ModelArgs, max_seq_len: int, device: torch.device | str) ->
 
 
 def scale_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Linear: all wavelengths are stretched by `factor`. Llama 3.1: long ones are, short ones kept, those between
-    interpolated."""
+    """Linear: stretch all wavelengths by `factor`. Llama 3.1: stretch long ones, keep short ones, interpolate in
+    between."""
     if scaling.kind == "linear":
         return freqs / scaling.factor
     wavelengths = 2 * math.pi / freqs
@@ -35,6 +35,6 @@ def scale_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each pair of x (T, H, d) by its token's angle; rope is (T, 1, d / 2). Computed in float32."""
+    """Rotate each pair of x (T, H, d) by its token's angle, in float32; rope is (T, 1, d / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, H, d / 2)
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)

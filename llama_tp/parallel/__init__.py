@@ -1,1 +1,1 @@
-"""How one model becomes N ranks: the sharding plan, its localization to plain tensors, and how ranks talk."""
+"""How one model runs on N ranks: the sharding plan, its localization to plain tensors, and communication."""

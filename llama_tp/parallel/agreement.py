@@ -1,4 +1,4 @@
-"""All ranks go on, or all stop: without this, the error of one rank leaves the others waiting in a collective."""
+"""All ranks continue, or all stop: otherwise an error on one rank leaves the others waiting in a collective."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def agree(step: Callable[[], T]) -> T:
-    """Run `step` on every rank and return its own result. If it fails on any rank: ValueError on all with the first
-    reason, and the rank that has it unless all do.
+    """Run `step` on every rank and return the local result. If it fails on any rank: ValueError on all with the first
+    reason, and its rank unless all have the same reason.
 
-    Without a process group it is a plain call, whose errors fly as they are.
+    Without a process group this is a plain call, and its errors propagate unchanged.
     """
     if not dist.is_initialized():
         return step()
@@ -22,17 +22,17 @@ def agree(step: Callable[[], T]) -> T:
     problem: str | None = None
     try:
         result = step()
-    except Exception as error:  # also what torch raises when memory runs out: a RuntimeError
+    except Exception as error:  # includes torch's out-of-memory error, a RuntimeError
         problem = one_line(error)
     problems = gather(problem)
     for rank, reason in enumerate(problems):
         if reason is not None:
             raise ValueError(reason if len(set(problems)) == 1 else f"rank {rank}: {reason}")
-    return result  # type: ignore[return-value]  # no problem anywhere, so step returned
+    return result  # type: ignore[return-value]  # no rank failed, so step returned
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a log or another rank. An error that is not meant for users says its kind, too."""
+    """The error in one line, for a log or another rank, with its type unless it is a user error."""
     text = "; ".join(str(error).splitlines())[:500]
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
@@ -45,5 +45,5 @@ def gather(value: T) -> list[T]:
     try:
         dist.all_gather_object(values, value)
     except RuntimeError as error:
-        raise ValueError(f"another rank ended: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"another rank exited: {str(error).splitlines()[0]}") from None
     return values

@@ -1,11 +1,11 @@
-"""How ranks talk: three collectives of the step, behind one interface.
+"""Communication between ranks: the three collectives of a step, behind one interface.
 
 * `all_reduce` completes a row-parallel layer, twice per layer and step.
-* `gather` brings the vocabulary shards of the logits to the leader.
-* `publish` carries the leader's plan, as bytes, to everybody.
+* `gather` collects the vocabulary shards of the logits on the leader.
+* `publish` sends the leader's plan, as bytes, to all ranks.
 
 `SingleComm` is the identity. `GroupComm` uses torch.distributed: gloo on CPU, NCCL on CUDA. `SharedMemoryComm`
-(shared_memory.py) replaces all three where every rank is on one host's CPU, and carries the plans of one host's GPUs.
+(shared_memory.py) replaces all three for CPU ranks on one host, and `publish` for GPU ranks on one host.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 
 
 class Comm(Protocol):
-    """What the model and the engine ask of the group."""
+    """The group, as used by the model and the engine."""
 
     rank: int
-    """This rank in the tensor-parallel group: which shard it holds."""
+    """This rank in the tensor-parallel group, which is the index of its shards."""
     size: int
     is_leader: bool
-    """Whether this rank decides. Not always rank 0 (several hosts)."""
+    """Whether this rank decides. With several hosts the leader need not be rank 0."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, bit-identical on each; in x's dtype or in float32. May overwrite x."""
+        """The sum over all ranks, bit-identical on all of them, in x's dtype or float32. May overwrite x."""
         ...
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """All ranks' x side by side along the last dim, in rank order, on the leader; None elsewhere."""
+        """All ranks' x concatenated along the last dim, in rank order, on the leader; None elsewhere."""
         ...
 
     def publish(self, message: bytes | None) -> bytes:
@@ -40,16 +40,16 @@ class Comm(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what the group holds. Call once, on every rank."""
+        """Release the group's resources. Call once, on every rank."""
         ...
 
 
 _FRAME = 4096
-"""Bytes of a plan that travel in the first message; those of a decode step fit."""
+"""Bytes of a plan in the first message; enough for the plan of a decode step."""
 
 
 class PeerLost(RuntimeError):
-    """A peer was silent for longer than the collective timeout, or its connection broke: the group is over."""
+    """A peer was silent for longer than the collective timeout, or its connection broke. The group is unusable."""
 
 
 class SingleComm:
@@ -66,7 +66,7 @@ class SingleComm:
         return x
 
     def publish(self, message: bytes | None) -> bytes:
-        assert message is not None, "a group of one has no follower"
+        assert message is not None, "a group of one has no followers"
         return message
 
     def close(self) -> None:
@@ -74,11 +74,11 @@ class SingleComm:
 
 
 class GroupComm:
-    """torch.distributed: one group of `backend` for tensors, and a gloo group for plans unless `plans` carries them
-    faster, all with the timeout of a step.
+    """torch.distributed: one group of `backend` for tensors, and a gloo group for plans unless the faster `plans` is
+    given, all with the timeout of a step.
 
-    `ordered` adds up in rank order, whatever the size of the tensor: an all-reduce splits it among the ranks, and adds
-    each part up in an order of its own. It moves size / 2 times as many bytes.
+    `ordered` sums in rank order, whatever the size of the tensor; an all-reduce splits it among the ranks, and sums
+    each part in a different order. It transfers size / 2 times as many bytes.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class GroupComm:
         self.size = dist.get_world_size()
         self.leader = leader
         self.is_leader = self.rank == leader
-        # Groups of their own: the default group's timeout must outlast loading a model, a step's must not.
+        # Separate groups: the default group's timeout must outlast loading a model, a step's must not.
         self._data = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
         self._control = None if plans else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -123,7 +123,7 @@ class GroupComm:
         return (head + rest)[8:length]
 
     def _broadcast(self, data: bytes, size: int) -> bytes:
-        """The leader's data, filled up with zeros to `size` bytes."""
+        """The leader's data, zero-padded to `size` bytes."""
         buffer = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
         dist.broadcast(buffer, src=self.leader, group=self._control)
         return buffer.numpy().tobytes()

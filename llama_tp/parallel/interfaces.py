@@ -1,4 +1,4 @@
-"""Which network interfaces the ranks talk over."""
+"""Check the network interfaces that the ranks communicate over."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import socket
 
 
 def check_gloo_interfaces() -> None:
-    """ValueError if GLOO_SOCKET_IFNAME names an interface that this host does not have: gloo says so in a hundred
-    lines, and on every rank."""
+    """ValueError if GLOO_SOCKET_IFNAME names an interface that this host lacks. gloo would report it in a hundred
+    lines on every rank."""
     wanted = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
     available = [name for _, name in socket.if_nameindex()]
     for name in wanted:

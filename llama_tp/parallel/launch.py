@@ -1,7 +1,7 @@
-"""Joining the group, from torchrun's environment to a rank, a device, a mesh and a `Comm`; and leaving it.
+"""Join the group: from torchrun's environment to a rank, a device, a mesh and a `Comm`; and exit from it.
 
-Ranks meet over gloo, which every machine has, and touch a device only after all of them have agreed that they can: a
-rank without its GPU would otherwise leave the others waiting in NCCL.
+Ranks rendezvous over gloo, which works on every machine, and touch a device only after all have agreed that they can.
+Otherwise a rank without its GPU would leave the others waiting in NCCL.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One rank's place among the ranks of a model."""
+    """One rank's membership in the group of a model's ranks."""
 
     comm: Comm
     device: torch.device
@@ -43,11 +43,11 @@ class Group:
 
 
 _LOAD_TIMEOUT = timedelta(hours=1)
-"""Of the default group: ranks wait for each other while they read a checkpoint."""
+"""Timeout of the default group: ranks wait for each other while they read a checkpoint."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this rank. ValueError if there is no such device."""
+    """The device of this rank. ValueError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -56,8 +56,8 @@ def resolve_device(name: str) -> torch.device:
     available = torch.cuda.device_count()
     if local_rank >= available:
         raise ValueError(
-            f"device=cuda: local rank {local_rank} needs GPU number {local_rank}, but {available} are visible; "
-            "lower nproc-per-node, or use device: cpu"
+            f"device=cuda: local rank {local_rank} needs GPU number {local_rank}, but only {available} are visible; "
+            "reduce nproc-per-node, or use device: cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -65,11 +65,11 @@ def resolve_device(name: str) -> torch.device:
 def join(
     device: str = "auto", *, timeout_s: float = 20.0, lead: bool | None = None, deterministic: bool = False
 ) -> Group:
-    """Join the group that torchrun's environment describes; a group of one without it. Meets first, if need be.
+    """Join the group described by torchrun's environment, or a group of one without it. Calls `meet` if necessary.
 
     `lead`: whether this rank is the leader; exactly one must be. None: rank 0 is. A group of one leads itself and
-    starts no process group. `timeout_s` is how long a step waits for a silent peer. `deterministic`: add up in rank
-    order, always. ValueError, on every rank, if any of them cannot have its device.
+    starts no process group. `timeout_s`: how long a step waits for a silent peer. `deterministic`: always sum in rank
+    order. ValueError, on every rank, if any rank's device is unavailable.
     """
     meet()
     if not dist.is_initialized():
@@ -84,19 +84,19 @@ def join(
 
 
 _MEET_TIMEOUT_S = 300.0
-"""How long ranks wait for each other to start: torchrun starts them together, but hosts may import at different
+"""How long ranks wait for each other to start. torchrun starts them together, but hosts may import at different
 speeds."""
 _REPORT_AFTER_S = 10.0
-"""Ranks that are still missing are named in the log after this time, and again each time it has doubled."""
+"""Log the missing ranks after this time, and again each time it has doubled."""
 
 
 def meet(timeout: timedelta = _LOAD_TIMEOUT) -> None:
     """Wait for all ranks that torchrun started, and connect them over gloo. Does nothing for a group of one, or if they
-    are connected already.
+    are already connected.
 
-    From here on, a process that torchrun started dies with it. `timeout`: how long a rank may keep the others waiting
-    while it loads or converts. ValueError if WORLD_SIZE announces other ranks but torchrun did not start this process,
-    or if a rank does not start.
+    From now on, a process started by torchrun dies with it. `timeout`: how long a rank may keep the others waiting
+    while it loads or converts. ValueError if WORLD_SIZE is above 1 but torchrun did not start this process, or if a
+    rank does not start.
     """
     if dist.is_initialized():
         return
@@ -115,7 +115,7 @@ def meet(timeout: timedelta = _LOAD_TIMEOUT) -> None:
     rank = int(os.environ["RANK"])
     store: dist.Store
     if is_one_host() and sys.platform.startswith("linux"):
-        # Traffic between ranks of one host stays on the host, whatever its name resolves to.
+        # Keep traffic between ranks of one host on loopback, whatever its name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = _host_store(size)
     else:
@@ -134,7 +134,7 @@ def is_one_host() -> bool:
 
 
 def _host_store(size: int) -> dist.Store:
-    """A store in a private file that the ranks of one torchrun agent share.
+    """A store in a private file shared by the ranks of one torchrun agent.
 
     torchrun's own store listens on all interfaces, and anyone who can reach it can write to it.
     """
@@ -142,8 +142,8 @@ def _host_store(size: int) -> dist.Store:
     folder.mkdir(mode=0o700, exist_ok=True)
     info = folder.lstat()
     if info.st_uid != os.getuid() or info.st_mode & 0o077 or folder.is_symlink():
-        raise ValueError(f"{folder} is not a private folder of yours; remove it, or set TMPDIR")
-    for old in folder.iterdir():  # ranks that were killed leave theirs behind
+        raise ValueError(f"{folder} must be a private folder that you own; remove it, or set TMPDIR")
+    for old in folder.iterdir():  # left behind by killed ranks
         with suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > _STALE_S:
                 old.unlink()
@@ -153,8 +153,8 @@ def _host_store(size: int) -> dist.Store:
 
 
 def _agent() -> tuple[int, str]:
-    """The process id of the torchrun agent, and when it started, for ids are used again. It is the parent, unless ranks
-    are started by a script: the first ancestor that torchrun did not start for this group."""
+    """The torchrun agent's process id, and its start time, because ids are reused. The agent is the first ancestor
+    that torchrun did not start for this group: the parent, unless a script starts the ranks."""
     group = _variable("self", b"TORCHELASTIC_RUN_ID")
     pid = os.getppid()
     while True:
@@ -166,7 +166,7 @@ def _agent() -> tuple[int, str]:
 
 
 def _variable(pid: int | str, name: bytes) -> bytes | None:
-    """NAME=VALUE in the environment that a process was started with; None if it is not there, or not to be read."""
+    """NAME=VALUE from a process's initial environment; None if missing or unreadable."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -175,11 +175,11 @@ def _variable(pid: int | str, name: bytes) -> bytes | None:
 
 
 _STALE_S = 7 * 24 * 3600.0
-"""A store file of this age is deleted: ranks need it only while they start."""
+"""Delete store files older than this: ranks need them only while starting."""
 
 
 def _await_all(store: dist.Store, rank: int, size: int) -> None:
-    """Return once every rank is here. ValueError names those that are not after _MEET_TIMEOUT_S."""
+    """Return once every rank has started. ValueError names those missing after _MEET_TIMEOUT_S."""
     store.set(f"here {rank}", "1")
     start = time.monotonic()
     report_at = _REPORT_AFTER_S
@@ -201,28 +201,28 @@ def _require_one_kind(kinds: list[str]) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends: a lost torchrun agent must not leave ranks behind."""
+    """Have the kernel kill this process when its parent dies: a lost torchrun agent must not leave ranks behind."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between, so no signal will come
+    if os.getppid() != parent:  # it died in between, so no signal will come
         os._exit(1)
 
 
 def exit_rank(status: int = 0) -> NoReturn:
-    """End this rank at once, with what it has printed and logged written out.
+    """Exit this rank immediately, after flushing its output and logs.
 
-    Not the way a process ends by itself: while the interpreter takes itself apart, the threads of torch's process
-    groups have been seen to abort it ("terminate called without an active exception"), and torchrun takes one rank that
-    aborts for the failure of all. Nor does it wait for peers, which a broken group would.
+    Skips interpreter shutdown, during which the threads of torch's process groups have been seen to abort the process
+    ("terminate called without an active exception"); torchrun counts one aborted rank as a failure of all. Does not
+    wait for peers, as a broken group would.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # a full disk, or closed: what was printed is lost
+        except (OSError, ValueError):  # a full disk, or closed: output is lost
             status = status or 1
     os._exit(status)
 

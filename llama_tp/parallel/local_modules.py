@@ -1,4 +1,4 @@
-"""The local form of the sharded modules: plain tensors, and a `Comm` where ranks must meet.
+"""Local modules of the sharded model: plain tensors, and a `Comm` where ranks communicate.
 
 Legend: T tokens, D model dim, F local hidden dim, H local heads, K local kv heads, d head dim, V vocabulary.
 """
@@ -15,7 +15,7 @@ from llama_tp.parallel.comm import Comm
 
 
 class RowLinear(nn.Module):
-    """A linear layer whose input dim is split over the ranks: one all-reduce completes it, and then a bias is added."""
+    """A linear layer with its input dim split over the ranks, completed by one all-reduce; a bias is added after it."""
 
     def __init__(self, linear: Linear, comm: Comm, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class FusedFeedForward(FeedForward):
 
 
 class VocabEmbedding(nn.Module):
-    """An embedding whose rows are split over the ranks; ids of other ranks' rows contribute zero."""
+    """An embedding split over the ranks by vocabulary; ids of other ranks contribute zero."""
 
     def __init__(self, weight: Tensor, comm: Comm) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabLinear(nn.Module):
-    """The output projection with its rows split over the ranks: whole logits on the leader, local ones elsewhere."""
+    """The output projection split over the ranks by vocabulary: full logits on the leader, local ones elsewhere."""
 
     def __init__(self, linear: Linear, comm: Comm, vocab_size: int) -> None:
         super().__init__()

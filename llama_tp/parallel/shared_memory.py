@@ -1,15 +1,15 @@
-"""The collectives of one host's CPU ranks over shared memory: about 10 us where gloo takes 200.
+"""Collectives of one host's CPU ranks over shared memory: about 10 us, against 200 for gloo.
 
-Every rank owns an epoch counter and two data slots in one mapped file. Operation number s uses slot s % 2 and is
-announced by storing s into the counter. A rank enters operation s only when all counters have reached s - 1; arrival
-at s - 1 means being done with s - 2, so nobody can overwrite what another still reads.
+Every rank owns an epoch counter and two data slots in one mapped file. Operation s uses slot s % 2; a rank announces it
+by storing s in its counter. A rank enters operation s only when all counters have reached s - 1. A rank that has
+reached s - 1 is done with s - 2, so no slot is overwritten while another rank reads it.
 
-A rank that waits looks at the counter for a few microseconds, then offers its core to other ranks between looks, then
-sleeps on a futex. The first is best with a core per rank, the second with fewer cores (a sleeper takes 50 us to wake on
-a virtual machine), the third lets an idle follower cost nothing.
+A waiting rank polls the counter for a few microseconds, then yields its core between polls, then sleeps on a futex.
+Polling is best with a core per rank, yielding with fewer cores (waking takes 50 us on a virtual machine), and sleeping
+makes an idle follower free.
 
-All ranks sum in rank order, so the result is bit-identical everywhere. Stores become visible in program order
-on x86-64, which is what makes a plain counter enough; other processors use gloo.
+All ranks sum in rank order, so results are bit-identical everywhere. A plain counter suffices because stores become
+visible in program order on x86-64; other processors use gloo.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from torch import Tensor
 from llama_tp.parallel.comm import PeerLost
 from llama_tp.threads import available_cores
 
-_LINE = 64  # bytes of a cache line: one counter each
-_SLOT = 1 << 20  # bytes of a data slot; larger tensors travel in pieces
+_LINE = 64  # bytes of a cache line; one counter per line
+_SLOT = 1 << 20  # bytes of a data slot; larger tensors are sent in pieces
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-_SPINS = 300  # looks at a counter, about 20 us; a tenth of it where ranks share cores
-_YIELDS = 1000  # looks with the core offered to others in between
-_NAP_S = 0.002  # of one sleep: should a wake-up be missed (see _announce), this is what it costs
-_IDLE_NAP_S = 0.05  # of one sleep after _IDLE_S of waiting
+_SPINS = 300  # polls of a counter, about 20 us; a tenth of that if ranks share cores
+_YIELDS = 1000  # polls with sched_yield in between
+_NAP_S = 0.002  # longest sleep, and so the cost of a missed wake-up (see _announce)
+_IDLE_NAP_S = 0.05  # longest sleep after waiting for _IDLE_S
 _IDLE_S = 0.1
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # on x86-64
 _EVERYBODY = 2**31 - 1
 
 
 def is_supported() -> bool:
-    """Whether this machine's memory model and file system allow it."""
+    """Whether this machine has the required memory model and /dev/shm."""
     return platform.machine() in ("x86_64", "AMD64") and os.access("/dev/shm", os.W_OK)
 
 
 class SharedMemoryComm:
-    """See `llama_tp.parallel.comm.Comm`. Needs an initialised process group of one host's ranks to set up."""
+    """See `llama_tp.parallel.comm.Comm`. Setup needs an initialized process group of one host's ranks."""
 
     def __init__(self, *, leader: int, timeout_s: float) -> None:
         self.rank = dist.get_rank()
@@ -57,7 +57,7 @@ class SharedMemoryComm:
         self._timeout_s = timeout_s
         self._epoch = 0
         mapping = _map_together(_LINE * self.size + 2 * self.size * _SLOT, leader)
-        # Of each rank's cache line, word 0 is the counter and word 1 says whether the rank sleeps.
+        # In each rank's cache line, word 0 is the counter and word 1 is set while the rank sleeps.
         self._counters = memoryview(mapping).cast("q")
         base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._addresses = [ctypes.c_void_p(base + _LINE * rank) for rank in range(self.size)]
@@ -74,9 +74,9 @@ class SharedMemoryComm:
 
     def gather(self, x: Tensor) -> Tensor | None:
         width = x.size(-1)
-        rows = x.reshape(-1, width)
-        out = x.new_empty(rows.size(0), self.size, width) if self.is_leader else None
-        for start, piece in _pieces(rows, max(1, _SLOT // (width * x.element_size()))):
+        flat = x.reshape(-1, width)
+        out = x.new_empty(flat.size(0), self.size, width) if self.is_leader else None
+        for start, piece in _pieces(flat, max(1, _SLOT // (width * x.element_size()))):
             slots = self._exchange(piece.reshape(-1), wait=self.is_leader)
             if out is not None:
                 out[start : start + piece.size(0)] = slots.view(self.size, -1, width).transpose(0, 1)
@@ -88,7 +88,7 @@ class SharedMemoryComm:
             for start in range(0, len(framed), _SLOT):
                 piece = framed[start : start + _SLOT]
                 self._enter()
-                at = self._place_of_leader()
+                at = self._leader_offset()
                 self._bytes[at : at + len(piece)] = piece
                 self._announce()
             return message
@@ -101,22 +101,22 @@ class SharedMemoryComm:
         dist.destroy_process_group()
 
     def _receive(self, size: int, *, framed: bool = False) -> bytes:
-        """The leader's next piece: at most a slot of `size` bytes, or as many as the frame at its beginning says."""
+        """The leader's next piece: up to a slot of `size` bytes, or of the size given by its frame header."""
         self._enter()
         self._wait(self.leader, self._epoch)
-        at = self._place_of_leader()
+        at = self._leader_offset()
         if framed:
             size = 8 + int.from_bytes(self._bytes[at : at + 8], "little")
         data = bytes(self._bytes[at : at + min(size, _SLOT)])
         self._announce()
         return data
 
-    def _place_of_leader(self) -> int:
-        """Where this operation's bytes of the leader begin."""
+    def _leader_offset(self) -> int:
+        """Offset of the leader's bytes in this operation."""
         return (self._epoch % 2 * self.size + self.leader) * _SLOT
 
     def _exchange(self, x: Tensor, *, wait: bool = True) -> Tensor:
-        """Show x (n,) to the group. All ranks' values (ranks, n), complete if this rank waits for them."""
+        """Share x (n,) with the group. Returns all ranks' values (ranks, n), complete if this rank waits for them."""
         self._enter()
         slots = self._slots[x.dtype][self._epoch % 2, :, : x.numel()]
         slots[self.rank] = x
@@ -127,7 +127,7 @@ class SharedMemoryComm:
         return slots
 
     def _enter(self) -> None:
-        """Begin the next operation: its slots are free once everybody has arrived at the one before it."""
+        """Begin the next operation: its slots are free once all ranks have reached the previous one."""
         for rank in range(self.size):
             self._wait(rank, self._epoch)
         self._epoch += 1
@@ -135,7 +135,7 @@ class SharedMemoryComm:
     def _announce(self) -> None:
         counters, words = self._counters, _LINE // 8
         counters[self.rank * words] = self._epoch
-        # The processor may do these reads before that write is seen; a rank that falls asleep in between naps once.
+        # These reads may be reordered before that write; a rank that falls asleep in between sleeps for one nap.
         if any(counters[rank * words + 1] for rank in range(self.size)):
             self._syscall(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
@@ -165,13 +165,13 @@ class _TimeSpec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-def _pieces(rows: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, rows.size(0), step):
-        yield start, rows[start : start + step]
+def _pieces(x: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, x.size(0), step):
+        yield start, x[start : start + step]
 
 
 def _map_together(size: int, leader: int) -> mmap.mmap:
-    """Map one new zeroed file on every rank; its name is gone when this returns. OSError on all ranks or on none."""
+    """Map one new zeroed file on every rank, unlinked when this returns. OSError on all ranks or on none."""
     name: list[str | None] = [None]
     mapping = problem = None
     try:
@@ -191,7 +191,7 @@ def _map_together(size: int, leader: int) -> mmap.mmap:
     if dist.get_rank() == leader and name[0] is not None:
         os.unlink(name[0])
     if first := next(filter(None, problems), None):
-        raise OSError(f"no shared memory of {size} bytes: {first}")
+        raise OSError(f"cannot allocate {size} bytes of shared memory: {first}")
     assert mapping is not None
     return mapping
 

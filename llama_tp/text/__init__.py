@@ -1,4 +1,4 @@
-"""Text at the edges: tokenizers, chat formats and streaming detokenizers. Imports only `file_kind` of llama_tp."""
+"""Text at the edges: tokenizers, chat formats and streaming detokenizers. Of llama_tp, imports only `file_kind`."""
 
 from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.detokenizer import Detokenizer, TextStream

@@ -1,6 +1,6 @@
-"""Dialogs to the ids of a prompt that is ready for the assistant's answer: Llama 2, Llama 3, ChatML, jinja.
+"""Encode a dialog as a prompt for the assistant's answer: Llama 2, Llama 3, ChatML, jinja.
 
-Knows the formats and their rules of roles; limits, types and JSON are the server's matter.
+Knows the formats and their role rules; limits, types and JSON belong to the server.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ _HANGUL_FILLERS = "\u115f\u1160\u3164\uffa0"
 
 
 class ChatFormat(Protocol):
-    """How a model has been taught to read dialogs."""
+    """The dialog format that a model was trained on."""
 
     name: str
     stop_ids: frozenset[int]
     """Ids that end the assistant's answer."""
     origin: str
-    """Where it is from, for a log."""
+    """Where the format came from, for the log."""
 
     def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
         """Ids of the prompt. ChatError for a dialog that breaks the format's rules.
 
-        With continue_final_message the answer is to continue the last message, which is then the assistant's: the
-        prompt ends within it.
+        continue_final_message: leave the last message, which must be the assistant's, open for the answer to continue.
         """
 
 
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    """The format called llama2, llama3, chatml or jinja; "auto" finds the one that fits the tokenizer."""
+    """The format named llama2, llama3, chatml or jinja; "auto" picks one that fits the tokenizer."""
     origin = "as configured"
     if name == "auto":
         name, origin = _fitting_format(tokenizer)
@@ -51,18 +50,18 @@ def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
 
 
 def _fitting_format(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The name of a format, and why it is this one."""
+    """The name of a format, and why it was chosen."""
     if tokenizer.chat_template:
         return "jinja", ""
-    no_template = "and no chat template is beside the tokenizer"
+    no_template = "and there is no chat template next to the tokenizer"
     if "<|start_header_id|>" in tokenizer.special_ids:
         return "llama3", f"the vocabulary has <|start_header_id|>, {no_template}"
     if "<|im_start|>" in tokenizer.special_ids:
         return "chatml", f"the vocabulary has <|im_start|>, {no_template}"
     if "[INST]" in tokenizer.special_ids:
         raise ValueError(
-            "chat_format='auto' finds no chat format: the vocabulary has [INST] as a control token, as Mistral's have, "
-            "and no chat template; put the model's tokenizer_config.json or chat_template.jinja beside it"
+            "chat_format='auto' finds no chat format: the vocabulary has [INST] as a control token, like Mistral's, "
+            "and no chat template; put the model's tokenizer_config.json or chat_template.jinja next to it"
         )
     if tokenizer.kind == "sentencepiece":
         return "llama2", f"the vocabulary is a sentencepiece model, {no_template}"
@@ -73,7 +72,7 @@ def _fitting_format(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 class Llama2Format:
-    """[INST] ... [/INST] with the system message folded into the first turn, token for token as Meta's llama has it."""
+    """[INST] ... [/INST] with the system message folded into the first turn; token-identical to Meta's llama."""
 
     name = "llama2"
 
@@ -82,7 +81,7 @@ class Llama2Format:
         if "[INST]" in tokenizer.special_ids:
             raise ValueError(
                 "chat_format='llama2' writes [INST] as text, but this vocabulary has it as a control token; put the "
-                "model's tokenizer_config.json or chat_template.jinja beside it and set chat_format to auto"
+                "model's tokenizer_config.json or chat_template.jinja next to it and set chat_format to auto"
             )
         self.origin = origin
         self.stop_ids = tokenizer.stop_ids
@@ -105,7 +104,7 @@ class Llama2Format:
 
 
 class Llama3Format:
-    """A header with the role, the stripped content, <|eot_id|>; as Meta's llama3 has it."""
+    """A header with the role, the stripped content, <|eot_id|>; as in Meta's llama3."""
 
     name = "llama3"
 
@@ -127,7 +126,7 @@ class Llama3Format:
 
 
 class ChatMLFormat:
-    """<|im_start|>role, the content as it is, <|im_end|>."""
+    """<|im_start|>role, the unchanged content, <|im_end|>."""
 
     name = "chatml"
 
@@ -161,9 +160,9 @@ def _require_specials(name: str, tokenizer: Tokenizer, *pieces: str) -> None:
 
 
 def _check_strict_order(dialog: Sequence[Message]) -> None:
-    """(system) user assistant user ..., and no system message alone."""
+    """(system) user assistant user ..., with no lone system message."""
     num_system = 1 if dialog[0].role == "system" else 0
-    rule = "roles go: at most one system first, then user and assistant in turn, user last"
+    rule = "roles must be an optional system, then user and assistant alternating, ending with user"
     for index, message in enumerate(dialog):
         expected = "system" if index < num_system else ROLES[1 + (index - num_system) % 2]
         if message.role != expected:
@@ -178,14 +177,14 @@ def _check_forged_tags(dialog: Sequence[Message]) -> None:
     for index, message in enumerate(dialog):
         seen = _as_seen(message.content)
         if tag := next((tag for tag in _FORGED_TAGS if tag in message.content or tag in seen), None):
-            problem = f"the content holds the tag {tag}, which only the server may write"
+            problem = f"the content contains the tag {tag}, which only the server may write"
             raise ChatError("special_tags_not_allowed", problem, index=index, field="content")
 
 
 def _as_seen(text: str) -> str:
-    """The text with look-alikes folded (NFKD) and without what is invisible: formats, controls, marks, fillers.
+    """The text with look-alikes folded (NFKD) and invisible characters removed: formats, controls, marks, fillers.
 
-    Case is kept: `table[inst]` is somebody's code, not a tag.
+    Case is kept: `table[inst]` is code, not a tag.
     """
     text = unicodedata.normalize("NFKD", text)
     invisible = {c for c in set(text) if c in _HANGUL_FILLERS or _is_invisible(c)}

@@ -1,4 +1,4 @@
-"""Dialogs written out by the jinja template that came with the tokenizer."""
+"""Render dialogs with the tokenizer's jinja template."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llama_tp.text.tokenizer import Tokenizer
 from llama_tp.text.vocabulary import require_well_formed
 
 _CUT = "\udfff "
-"""Appended to the message to continue: a surrogate, which no content holds, and a space, which a trim takes away."""
+"""Appended to the message to continue: a surrogate, which no content contains, and a space, which trimming removes."""
 
 
 class JinjaFormat:
-    """The template that came with the tokenizer, rendered as transformers renders it, in jinja's sandbox.
+    """The tokenizer's template, rendered as in transformers, in jinja's sandbox.
 
-    Special tokens come from the template alone. A special piece begins with one of few characters, `<` above all. In
-    the contents these are swapped for surrogates, which well-formed text cannot hold, then the rendered text is split
-    at the special pieces, then they are swapped back: whatever a template cuts, trims or joins, no piece begins in a
-    content. Since a template may look for such text (`'</think>' in content`), it is first shown contents in which
-    only whole special pieces are broken so; that rendering counts if it has the very same specials as the strict one.
+    Only the template produces special tokens. Special pieces begin with one of a few characters, mostly `<`. Contents
+    have these characters replaced by surrogates, which well-formed text cannot contain; the rendered text is split at
+    the special pieces, and then the characters are restored. So however a template cuts, trims or joins, no special
+    piece can begin in a content. Because a template may search for such text (`'</think>' in content`), a second
+    rendering breaks only whole special pieces; it is used if it has exactly the same specials as the strict one.
     """
 
     name = "jinja"
@@ -62,7 +62,7 @@ class JinjaFormat:
                 parts = faithful
         for piece in parts[1::2]:
             if (token_id := self._tokenizer.beyond_embedding.get(piece)) is not None:
-                problem = f"the tokenizer's chat_template writes {piece!r}, whose id {token_id} the model lacks"
+                problem = f"the tokenizer's chat_template emits {piece!r}, whose id {token_id} the model lacks"
                 raise RuntimeError(problem)
         return self._tokenizer.encode_rendered([part.translate(self._reveal) for part in parts])
 
@@ -82,9 +82,9 @@ class JinjaFormat:
                 documents=None,
                 **self._tokenizer.template_variables,
             )
-        except _Refused as error:
-            words = str(error).replace(_CUT, "").translate(self._reveal)
-            raise ChatError("invalid_role_order", words) from None
+        except _TemplateRefusal as error:
+            message = str(error).replace(_CUT, "").translate(self._reveal)
+            raise ChatError("invalid_role_order", message) from None
         except Exception as error:  # a template can fail in any way; none of them is the user's fault
             raise RuntimeError(f"the tokenizer's chat_template failed: {type(error).__name__}: {error}") from error
         if continue_final_message:
@@ -93,21 +93,21 @@ class JinjaFormat:
 
 
 def _cut(rendered: str, contents: Sequence[str]) -> str:
-    """What is rendered up to the end of the last message."""
+    """The rendered text up to the end of the last message."""
     at = rendered.rfind(_CUT.strip())
     if at < 0 or contents[-1].strip() not in rendered[:at]:
-        problem = "the model's chat template leaves out the last message or a part of it: it cannot be continued"
+        problem = "the model's chat template omits the last message or part of it, so it cannot be continued"
         raise ChatError("cannot_continue_message", problem, index=len(contents) - 1, field="content")
-    # where the template trims contents, it would have trimmed this one, too
+    # a template that trims contents would have trimmed this one too
     return rendered[:at] if rendered.startswith(_CUT, at) else rendered[:at].rstrip()
 
 
-class _Refused(Exception):
-    """What a template's raise_exception raises."""
+class _TemplateRefusal(Exception):
+    """Raised by a template's raise_exception."""
 
 
 class _GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %} marks what to train on; its content is rendered as any other."""
+    """{% generation %} ... {% endgeneration %} marks training targets; its content is rendered as usual."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja's interface
 
@@ -121,7 +121,7 @@ def _compile(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes for HTML
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
@@ -131,4 +131,4 @@ def _compile(template: str) -> Any:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(message)
+    raise _TemplateRefusal(message)

@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time: O(1) per token, never half a character, never half a stop string."""
+"""Token ids to text, one token at a time: O(1) per token, never a partial character or a partial stop string."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from llama_tp.text.tokenizer import Tokenizer
 
 _MAX_UNFINISHED = 3
-"""Most bytes of an incomplete UTF-8 character."""
+"""Maximum bytes of an incomplete UTF-8 character."""
 
 
 class Detokenizer:
-    """Pushes and the flush, joined, are what the ids add to the text of those that they come `after`.
+    """Incrementally decodes ids that follow the ids `after`.
 
-    That is, the text before them and they are `tokenizer.decode` of all ids together. After nothing a text begins: the
-    space that a vocabulary puts in front of a text is dropped.
+    The text of `after` plus all pushed and flushed text equals `tokenizer.decode` of all ids. Without `after` a new
+    text begins, so the leading space that a vocabulary adds is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         before = self._last_bytes(after)
-        self._utf8.decode(before)  # the next bytes may complete a character that it leaves unfinished
+        self._utf8.decode(before)  # the next bytes may complete a character begun here
         self._drops_space = tokenizer.drops_leading_space and not before
 
     def push(self, token_id: int) -> str:
-        """Text that the token completes."""
+        """Text completed by this token."""
         raw = self._token_bytes(token_id)
         if self._drops_space and raw:
             self._drops_space = False
@@ -34,11 +34,11 @@ class Detokenizer:
         return self._utf8.decode(raw)
 
     def flush(self) -> str:
-        """What is left of an unfinished character, as U+FFFD. Call once, at the end."""
+        """An unfinished character, as U+FFFD. Call once, at the end."""
         return self._utf8.decode(b"", final=True)
 
     def _last_bytes(self, ids: Sequence[int]) -> bytes:
-        """As many of the last bytes of a text as can be a part of a character."""
+        """The last bytes of a text, as many as an unfinished character may have."""
         raw = b""
         for token_id in reversed(ids):
             raw = self._token_bytes(token_id) + raw
@@ -48,10 +48,10 @@ class Detokenizer:
 
 
 class TextStream:
-    """A Detokenizer that ends at the first stop string to be complete; of several complete at once, the longest.
+    """A Detokenizer that ends at the first stop string completed, or the longest if several complete at once.
 
-    Text that may be the beginning of a stop string is held back until that is decided. The text of the first min_tokens
-    tokens is not searched: no stop string ends or begins in it.
+    Text that may be the beginning of a stop string is held back until that is decided. The text of the first
+    min_tokens tokens is not searched, so stop strings neither begin nor end in it.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found: nothing is emitted any more."""
+        """Whether a stop string was found; if so, nothing more is emitted."""
         return self._stopped
 
     def push(self, token_id: int) -> str:
-        """Text that is now known to precede every stop string."""
+        """Text now known to precede any stop string."""
         if self._stopped:
             return ""
         text = self._detokenizer.push(token_id)
@@ -79,7 +79,7 @@ class TextStream:
         return self._release(text)
 
     def flush(self) -> str:
-        """The rest, held-back text included, when the generation ended without a stop string. Call once."""
+        """The rest, including held-back text, if generation ended without a stop string. Call once."""
         if self._stopped:
             return ""
         text = self._release(self._detokenizer.flush())
@@ -96,14 +96,14 @@ class TextStream:
                     complete = max(complete, len(matcher.stop))
             if complete:
                 self._stopped = True
-                return self._take(end - complete, rest="")
+                return self._emit(end - complete, rest="")
         undecided = max((matcher.matched for matcher in self._matchers), default=0)
         cut = len(self._held) - undecided
-        return self._take(cut, rest=self._held[cut:])
+        return self._emit(cut, rest=self._held[cut:])
 
-    def _take(self, length: int, rest: str) -> str:
-        taken, self._held = self._held[:length], rest
-        return taken
+    def _emit(self, length: int, rest: str) -> str:
+        emitted, self._held = self._held[:length], rest
+        return emitted
 
 
 class _Matcher:
@@ -111,7 +111,7 @@ class _Matcher:
 
     def __init__(self, stop: str) -> None:
         if not stop:
-            raise ValueError("a stop string is empty; leave it out")
+            raise ValueError("a stop string is empty; remove it")
         self.stop = stop
         self.matched = 0  # how much of the stop string the stream ends with
         self._fallback = [0] * len(stop)
@@ -119,7 +119,7 @@ class _Matcher:
             self._fallback[i] = self._step(self._fallback[i - 1], stop[i])
 
     def push(self, char: str) -> bool:
-        """Whether this character completes the stop string. Not to be called again once it did."""
+        """Whether this character completes the stop string. Do not call again after True."""
         self.matched = self._step(self.matched, char)
         return self.matched == len(self.stop)
 

@@ -1,4 +1,4 @@
-"""Dialogs, and the rules for them that do not depend on how they are written out."""
+"""Dialogs, and the rules that hold for every chat format."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ class Message:
     """One turn of a dialog."""
 
     role: str
-    """Who speaks; which roles there are is up to the format."""
+    """The speaker; each format defines its roles."""
     content: str
-    """What is said: plain text, whatever is written in it."""
+    """Always plain text, even if it looks like markup."""
 
 
 class ChatError(ValueError):
-    """A dialog that its format refuses.
+    """A dialog rejected by its format.
 
     `code` is "invalid_role", "invalid_role_order", "special_tags_not_allowed", "empty_messages" or
-    "cannot_continue_message"; `index` the message and `field` its field, or None where the dialog as a whole is
-    refused.
+    "cannot_continue_message"; `index` is the message and `field` its field, or None if the whole dialog is rejected.
     """
 
     def __init__(self, code: str, message: str, *, index: int | None = None, field: str | None = None) -> None:
@@ -33,7 +32,7 @@ class ChatError(ValueError):
         self.field = field
 
     def param(self, prefix: str) -> str:
-        """Where the fault is in a request that names its dialog `prefix`: "dialog[1].role"."""
+        """Path of the error in a request whose dialog field is `prefix`, such as "dialog[1].role"."""
         where = prefix if self.index is None else f"{prefix}[{self.index}]"
         return where if self.field is None else f"{where}.{self.field}"
 
@@ -49,7 +48,7 @@ def check_roles(dialog: Sequence[Message], roles: Sequence[str]) -> None:
 
 
 def check_last_role(dialog: Sequence[Message], *, continue_final_message: bool) -> None:
-    """ChatError if the last message is not one to answer, or to continue."""
+    """ChatError if the last message cannot be answered, or continued."""
     last, index = dialog[-1].role, len(dialog) - 1
     if continue_final_message and last != "assistant":
         problem = f"continue_final_message needs a last message from 'assistant', but it is from {last!r}"
@@ -57,6 +56,6 @@ def check_last_role(dialog: Sequence[Message], *, continue_final_message: bool) 
     if not continue_final_message and last == "assistant":
         problem = (
             "the last message is from 'assistant', which leaves nothing to answer; "
-            "end with another role, or set continue_final_message to have it continued"
+            "end with another role, or set continue_final_message to continue it"
         )
         raise ChatError("invalid_role_order", problem, index=index, field="role")

@@ -1,4 +1,4 @@
-"""Llama 2's tokenizer.model: a sentencepiece model, and what the files beside it add."""
+"""Llama 2's tokenizer.model: a sentencepiece model, extended by its sibling files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TRAINER_SPEC, _NORMALIZER_SPEC = 2, 3
 _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
 _TREAT_WHITESPACE_AS_SUFFIX = 24
 _NO_DUMMY_PREFIX = bytes([_NORMALIZER_SPEC << 3 | 2, 2, _ADD_DUMMY_PREFIX << 3, 0])
-"""Behind a model, it sets add_dummy_prefix to false: protobuf merges what is concatenated."""
+"""Appended to a model, it sets add_dummy_prefix to false: protobuf merges concatenated messages."""
 
 
 class SentencePieceFile(Vocabulary):
-    """Ids as the sentencepiece library gives them, save those of tokens that the files beside it add."""
+    """Ids from the sentencepiece library, plus the tokens that sibling files add."""
 
     kind = "sentencepiece"
 
@@ -88,12 +88,12 @@ class SentencePieceFile(Vocabulary):
         if begins:
             return self._model.encode(text)
         if self._is_legacy and not text.startswith((" ", SPACE_MARK)):
-            text = " " + text  # as transformers does behind a special token where tokenizer_config.json says "legacy"
+            text = " " + text  # as transformers does after a special token if tokenizer_config.json says "legacy"
         return self._without_prefix.encode(text)
 
     @cached_property
     def _without_prefix(self) -> Any:
-        """The same model without the space that it puts in front of a text."""
+        """The same model without the leading space."""
         from sentencepiece import SentencePieceProcessor
 
         return SentencePieceProcessor(model_proto=self._data + _NO_DUMMY_PREFIX)
@@ -101,7 +101,7 @@ class SentencePieceFile(Vocabulary):
 
 @dataclass(frozen=True, slots=True)
 class _Declared:
-    """What a model declares of white space, in its normalizer_spec and trainer_spec."""
+    """A model's white space settings, from its normalizer_spec and trainer_spec."""
 
     drops_leading_space: bool
     treats_whitespace_as_suffix: bool
@@ -114,14 +114,14 @@ class _Declared:
             if number in (_TRAINER_SPEC, _NORMALIZER_SPEC) and isinstance(value, bytes):
                 (trainer if number == _TRAINER_SPEC else normalizer).update(_fields(value))
         return cls(
-            # sentencepiece's decoder drops one space of a text in either case
+            # with either flag, sentencepiece's decoder drops one leading space
             drops_leading_space=bool(normalizer[_ADD_DUMMY_PREFIX] or normalizer[_REMOVE_EXTRA_WHITESPACES]),
             treats_whitespace_as_suffix=bool(trainer.get(_TREAT_WHITESPACE_AS_SUFFIX, False)),
         )
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of every field of a protobuf message. ValueError if it is none."""
+    """(number, value) of every field of a protobuf message. ValueError if it is not one."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -141,7 +141,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and where it ends."""
+    """A varint (7 bits per byte, lowest first), and where it ends."""
     value = shift = 0
     while True:
         if at >= len(message):
@@ -153,16 +153,16 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def _check_added(path: Path, pieces: list[str], added: list[AddedToken]) -> None:
-    """ValueError for a token that contradicts the model, or is looked for in ways that sentencepiece does not know."""
+    """ValueError for a token that contradicts the model or needs matching rules that sentencepiece lacks."""
     for token in added:
         if token.single_word or (not token.special and (token.lstrip or token.rstrip)):
             raise ValueError(
-                f"{path}: a file beside it adds {token.content!r} with single_word, lstrip or rstrip, which is not "
-                "supported beside a tokenizer.model; give the model's tokenizer.json"
+                f"{path}: a file next to it adds {token.content!r} with single_word, lstrip or rstrip, which is not "
+                "supported with a tokenizer.model; pass the model's tokenizer.json"
             )
         if token.id < len(pieces) and pieces[token.id] != token.content:
             raise ValueError(
-                f"{path} has {pieces[token.id]!r} as id {token.id}, but a file beside it says {token.content!r}: "
+                f"{path} has {pieces[token.id]!r} as id {token.id}, but a file next to it says {token.content!r}: "
                 "they do not belong together"
             )
 

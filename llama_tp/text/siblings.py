@@ -1,4 +1,4 @@
-"""The files beside a tokenizer: what they say of special tokens, added tokens and the chat template."""
+"""The sibling files of a tokenizer: special tokens, added tokens and the chat template."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ SIBLINGS = (
     "generation_config.json",
     "chat_template.jinja",
 )
-"""Files that a tokenizer may have beside it, and that belong to it."""
+"""Optional files in a tokenizer's folder that belong to it."""
 
-# Tokens with these names steer a model even where the vocabulary declares them as plain text.
+# Tokens with these names are control tokens even if the vocabulary declares them as plain text.
 CONTROL_PIECE = re.compile(r"▁?(<[|｜].+[|｜]>|</?s>|<unk>|<pad>)", re.DOTALL)
-# What a file names as its pad_token and the like may be a word of the language, too: "!" in some. That stays text.
+# A file's pad_token and the like may also be ordinary text, such as "!". Those stay text.
 _MARKUP = re.compile(r"[<\[].+[>\]]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that a vocabulary has beside its own pieces, as the tokenizers library describes it."""
+    """A token added to a vocabulary's own pieces, as described by the tokenizers library."""
 
     id: int
     content: str
     special: bool
-    """No text spells it."""
+    """Never produced from text."""
     lstrip: bool = False
     """Also consumes the white space before it."""
     rstrip: bool = False
-    """Also consumes the white space behind it."""
+    """Also consumes the white space after it."""
     single_word: bool = False
-    """Is found only where no letter or digit is next to it."""
+    """Matches only where no letter or digit is adjacent."""
     normalized: bool = False
-    """Is looked for in the normalized text."""
+    """Is matched in the normalized text."""
 
     @classmethod
     def of(cls, token_id: int, fields: Mapping[str, Any], *, special: bool) -> AddedToken:
@@ -52,7 +52,7 @@ class AddedToken:
 
 
 class Siblings:
-    """What the optional files in a tokenizer's folder say. ValueError names the file that is damaged."""
+    """The contents of the optional files in a tokenizer's folder. ValueError names the damaged file."""
 
     def __init__(self, folder: Path) -> None:
         self._config_path = folder / "tokenizer_config.json"
@@ -61,30 +61,30 @@ class Siblings:
         self._generation_path = folder / "generation_config.json"
         self._generation_config = _read_json(self._generation_path)
         self.template_variables = self._named_tokens()
-        """bos_token, pad_token and so on, as a template refers to them."""
+        """bos_token, pad_token and so on, as named in templates."""
         self.special_pieces = self._special_pieces()
-        """The tokens that are special because a file names their purpose."""
+        """Tokens that are special because a file gives them a role."""
         self.stop_ids = frozenset(self._generation_ids("eos"))
         self.added_tokens = [*self._added_tokens(), *self._legacy_added_tokens(folder / "added_tokens.json")]
         self.chat_template, self.chat_template_file = self._template(folder / "chat_template.jinja")
 
     @property
     def adds_bos(self) -> bool | None:
-        """Whether a prompt begins with BOS. None: no file says."""
+        """Whether a prompt begins with BOS. None: not specified."""
         return self.tokenizer_config.get("add_bos_token")
 
     def token_id(self, name: str, ids: Mapping[str, int], guess: int | None) -> int | None:
-        """Id of "bos" or "eos": as a file names it, else as generation_config.json numbers it, else the guess."""
+        """Id of "bos" or "eos": by name from a file, else by id from generation_config.json, else `guess`."""
         for config in (self.tokenizer_config, self._special_tokens_map):
             if (piece := _content(config.get(f"{name}_token"))) is not None and piece in ids:
                 return ids[piece]
-        if f"{name}_token" in self.tokenizer_config:  # null: said to have none
+        if f"{name}_token" in self.tokenizer_config:  # null: explicitly none
             return None
         numbered = self._generation_ids(name)
         return numbered[0] if numbered else guess
 
     def _named_tokens(self) -> dict[str, str | list[str]]:
-        """transformers' special_tokens_map, of both files; tokenizer_config.json has the last word."""
+        """transformers' special_tokens_map, from both files; tokenizer_config.json takes precedence."""
         named: dict[str, str | list[str]] = {}
         for config in (self._special_tokens_map, self.tokenizer_config):
             for name, token in config.items():
@@ -114,14 +114,14 @@ class Siblings:
         known = set(self.tokenizer_config.get("added_tokens_decoder") or {})
         for piece, token_id in _read_json(path).items():
             if not isinstance(token_id, int):
-                raise ValueError(f"{path}: {piece!r} must have a number as its id, not {token_id!r}; download it again")
+                raise ValueError(f"{path}: the id of {piece!r} must be a number, not {token_id!r}; download it again")
             if str(token_id) not in known:
                 yield AddedToken.of(
                     token_id, {"content": piece, "normalized": False}, special=piece in self.special_pieces
                 )
 
     def _template(self, file: Path) -> tuple[str | None, str | None]:
-        """The default chat template, and the name of the file that it is in."""
+        """The default chat template, and the name of its file."""
         if file.is_file():
             return file.read_text("utf-8"), file.name
         template = self.tokenizer_config.get("chat_template")
@@ -142,7 +142,7 @@ class Siblings:
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON object in a file. ValueError with its path if it holds something else."""
+    """The JSON object in a file. ValueError with the path for anything else."""
     try:
         parsed = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -157,6 +157,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """The piece of a token that is written as text or as a described token."""
+    """The piece of a token given as a string or as a token description."""
     piece = token.get("content") if isinstance(token, dict) else token
     return piece if isinstance(piece, str) else None

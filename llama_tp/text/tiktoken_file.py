@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer.model: lines of a base64 token and its rank."""
+"""Llama 3's tokenizer.model: a base64 token and its rank per line."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LLAMA3_SPECIALS = (
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
 )
-# tiktoken is quadratic in the length of a run and its regex overflows on very long text; Meta cuts at the same places.
+# tiktoken is quadratic in the length of a run, and its regex overflows on very long text. Same limits as Meta's code.
 _TIKTOKEN_MAX_CHARS = 400_000
 _TIKTOKEN_MAX_RUN = 25_000
 
 
 class TiktokenFile(Vocabulary):
-    """Llama 3's vocabulary: 256 specials follow the last rank. The file itself names neither them nor its pattern."""
+    """Llama 3's vocabulary: 256 specials follow the last rank. The file contains neither them nor its pattern."""
 
     kind = "tiktoken"
 
@@ -42,7 +42,7 @@ class TiktokenFile(Vocabulary):
             whose = "Llama 4's vocabulary" if len(table) == _LLAMA4_NUM_RANKS else "a vocabulary that is not Llama 3's"
             raise ValueError(
                 f"{path} is {whose} ({len(table)} tokens; Llama 3's has {_LLAMA3_NUM_RANKS}), whose pattern and "
-                "special tokens are not supported; give the model's tokenizer.json"
+                "special tokens are not supported; pass the model's tokenizer.json"
             )
         names = [*_LLAMA3_SPECIALS]
         names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_LLAMA3_NUM_SPECIALS - len(names))]
@@ -79,7 +79,7 @@ class TiktokenFile(Vocabulary):
 
 
 def split_long_runs(text: str, max_run: int) -> Iterator[str]:
-    """Cut the text so that no part has more than max_run successive characters that are all space or all not."""
+    """Cut the text so that no part has a run of more than max_run space or non-space characters."""
     start = 0
     for run in re.finditer(r"\s+|\S+", text):
         for cut in range(run.start() + max_run, run.end(), max_run):
@@ -89,17 +89,17 @@ def split_long_runs(text: str, max_run: int) -> Iterator[str]:
 
 
 def _special_id(path: Path, token: AddedToken, num_ranks: int) -> int:
-    """The id of a token that a file beside adds: a new special, or a reserved one under another name."""
+    """The id of a token from a sibling file: a new special, or a reserved one renamed."""
     if token.special and token.id >= num_ranks:
         return token.id
     raise ValueError(
-        f"{path}: the files beside it add {token.content!r} as {'' if token.special else 'plain text with '}id "
-        f"{token.id}, but the {num_ranks} ids of its text are fixed; give the tokenizer.json that belongs to them"
+        f"{path}: the files next to it add {token.content!r} as {'' if token.special else 'plain text with '}id "
+        f"{token.id}, but its {num_ranks} text ids are fixed; pass the tokenizer.json that belongs to these files"
     )
 
 
 def _read_ranks(path: Path, data: bytes) -> list[bytes]:
-    """The tokens of a tiktoken rank file, in the order of their ranks."""
+    """The tokens of a tiktoken rank file, by rank."""
     ranks: dict[int, bytes] = {}
     lines = data.rstrip().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -109,7 +109,7 @@ def _read_ranks(path: Path, data: bytes) -> list[bytes]:
         except (ValueError, binascii.Error):
             raise ValueError(f"{path}, line {number}: not a base64 token and its rank; download it again") from None
     if sorted(ranks) != list(range(len(lines))) or len(set(ranks.values())) != len(lines):
-        raise ValueError(f"{path} is damaged: not one token for each rank 0, 1, 2, ...; download it again")
+        raise ValueError(f"{path} is damaged: it must have exactly one token per rank 0, 1, 2, ...; download it again")
     if missing := {bytes([byte]) for byte in range(256)} - set(ranks.values()):
         raise ValueError(f"{path} is damaged: {len(missing)} of the 256 single bytes are missing; download it again")
     return [ranks[rank] for rank in range(len(ranks))]

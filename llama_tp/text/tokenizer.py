@@ -1,7 +1,7 @@
-"""Text to token ids and back, for the three vocabularies that Llama checkpoints come with.
+"""Text to token ids and back, for the three kinds of vocabulary that Llama checkpoints use.
 
-Knows nothing of dialogs, models or requests. Two promises hold for every kind:
-user text never yields a special id, and `decode` is the concatenation of `token_bytes`, read as UTF-8.
+Knows nothing about dialogs, models or requests. Two invariants hold for every kind: user text never produces a special
+id, and `decode` is the concatenation of `token_bytes`, decoded as UTF-8.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ class Tokenizer(Protocol):
     kind: str
     """"sentencepiece", "tiktoken" or "tokenizer.json"."""
     vocab_size: int
-    """One more than the highest id, specials included. An embedding may have more rows than that."""
+    """The highest id plus one, including specials. An embedding may have more rows."""
     bos_id: int | None
     eos_id: int | None
     stop_ids: frozenset[int]
     """Every id that ends a turn or a text."""
     special_ids: Mapping[str, int]
-    """Piece -> id of the tokens that no text spells and that decode to nothing."""
+    """Piece -> id of tokens that text never produces and that decode to nothing."""
     adds_bos: bool
     """Whether a completion prompt begins with BOS."""
     drops_leading_space: bool
-    """Whether one leading space of a decoded text is an artefact of the vocabulary, and dropped."""
+    """Whether the first space of a decoded text is an artifact of the vocabulary, to be dropped."""
     beyond_embedding: Mapping[str, int]
-    """Piece -> id of added tokens that the model has no embedding for. In a text they are text."""
+    """Piece -> id of added tokens without an embedding row. In text they are plain text."""
     chat_template: str | None
-    """The jinja template that came with the tokenizer."""
+    """The tokenizer's jinja template."""
     chat_template_file: str | None
-    """The name of the file that it is in."""
+    """The name of its file."""
     template_variables: Mapping[str, str | list[str]]
-    """bos_token, pad_token and so on, as the template refers to them."""
+    """bos_token, pad_token and so on, as named in the template."""
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of plain text. ValueError for lone surrogates, and for a BOS or EOS that the vocabulary lacks.
 
-        No special id comes of the text, save the unknown id in a vocabulary without bytes to fall back to.
+        Text never produces a special id, except the unknown id in a vocabulary without byte fallback.
         """
 
     def encode_rendered(self, parts: Sequence[str]) -> list[int]:
         """Ids of a rendered template: text, special piece, text, special piece, ..., text; a text may be empty.
 
-        One text in parts, not many texts: what a vocabulary puts in front of a text, it puts in front of the first.
+        The parts are one text: a vocabulary's leading space is added only before the first.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; specials are skipped, broken UTF-8 becomes U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes that a token contributes to a text, O(1): b"" for specials and for ids outside of the vocabulary."""
+        """Bytes of a token in a text, O(1): b"" for specials and for ids outside the vocabulary."""
 
 
 def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> Tokenizer:
-    """Load a tokenizer file, or the tokenizer.json (preferred: it knows added tokens) or tokenizer.model of a folder.
+    """Load a tokenizer file, or a folder's tokenizer.json (preferred: it has added tokens) or tokenizer.model.
 
-    The kind is found from the content; the files that belong to it are looked for beside it. With the number of rows
-    of the model's embedding, added tokens beyond it are ignored, and a larger vocabulary is refused.
+    The kind is detected from the content; sibling files are read from the same folder. embedding_rows: rows of the
+    model's embedding; added tokens beyond it are ignored, and a larger vocabulary is rejected.
     FileNotFoundError or ValueError names the path and the remedy.
     """
     file = find_tokenizer(path)
@@ -85,5 +85,5 @@ def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> To
         return SentencePieceFile(file, data, siblings, embedding_rows)
     raise ValueError(
         f"{file} is neither a sentencepiece model, nor a tiktoken rank file, nor a tokenizer.json; "
-        "give the tokenizer file that came with the checkpoint"
+        "pass the tokenizer file that came with the checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Where a tokenizer is, and which files belong to it."""
+"""Find a tokenizer, and copy it with the files that belong to it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _NAMES = ("tokenizer.json", "tokenizer.model")
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
-    """The tokenizer file at a path, or in the folder that it is: the preferred one, or the one there is.
+    """The tokenizer file at a path. In a folder: the preferred one if it exists, else any other.
 
     FileNotFoundError if there is none.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}; give tokenizer.model, tokenizer.json, or a folder with one")
+        raise FileNotFoundError(f"no tokenizer at {path}; pass tokenizer.model, tokenizer.json, or a folder with one")
     if not path.is_dir():
         return path
     for name in sorted({preferred, *_NAMES}, key=lambda name: (name != preferred, name)):
@@ -27,10 +27,7 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
 
 
 def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:
-    """Copy a tokenizer into a folder, and all that belongs to it: the special tokens, the chat template.
-
-    By default it gets a name under which `find_tokenizer` finds it there.
-    """
+    """Copy a tokenizer and its sibling files into a folder. The default name is one that `find_tokenizer` finds."""
     file = find_tokenizer(path)
     shutil.copyfile(file, folder / (name or _NAMES[file.suffix != ".json"]))
     for sibling in SIBLINGS:

@@ -1,7 +1,7 @@
-"""tokenizer.json, the file of the tokenizers library.
+"""tokenizer.json, the file format of the tokenizers library.
 
-The library finds special tokens wherever their names stand, in a user's text, too. So it is given names for them that
-no text can hold: they are found where we write them, by the library's own rules, and nowhere else.
+The library finds special tokens by name anywhere, even in user text. So it is given names that no text can contain:
+specials are found only where we write them, by the library's own rules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NONCE = secrets.token_hex(8)
 
 
 class TokenizerJson(Vocabulary):
-    """A tokenizer.json of the tokenizers library, with what the files beside it say of BOS, EOS and chat."""
+    """A tokenizer.json, with BOS, EOS and chat settings from its sibling files."""
 
     kind = "tokenizer.json"
 
@@ -34,13 +34,13 @@ class TokenizerJson(Vocabulary):
         definition = parse_json(path, data)
         if not isinstance(definition.get("model"), dict):
             if "vocab" in definition and "config" in definition:
-                raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; give the tokenizer.json")
-            raise ValueError(f"{path} is JSON, but no tokenizer.json: it has no 'model'; give the tokenizer's own file")
+                raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; pass the tokenizer.json")
+            raise ValueError(f"{path} is JSON but not a tokenizer.json: it has no 'model'; pass the tokenizer's file")
         try:
             added, beyond = within_embedding(_added_tokens(path, definition, siblings), embedding_rows)
             names = {token.content: _hidden_name(token.id) for token in added if token.special}
             library = Library.from_str(json.dumps(_renamed(definition, added, names, beyond)))
-        except _Refused as error:
+        except _Unsupported as error:
             raise ValueError(str(error)) from None
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a readable tokenizer.json ({error}); download it again") from None
@@ -82,7 +82,7 @@ class TokenizerJson(Vocabulary):
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_rendered(self, parts: Sequence[str]) -> list[int]:
-        """All parts at once: whether a part begins the text, and what white space a token takes, is for the library."""
+        """All parts at once: the library decides which part begins the text and what white space tokens consume."""
         texts, specials = parts[::2], parts[1::2]
         for text in texts:
             require_well_formed(text)
@@ -91,17 +91,17 @@ class TokenizerJson(Vocabulary):
         expected = [self.special_ids[piece] for piece in specials]
         found = [i for i in ids if i in self._forbidden]
         if found != [i for i in expected if i in self._forbidden]:
-            # The library overlooks some declared as normalized, and would write out the name.
+            # The library misses some tokens declared as normalized, and would encode the hidden name.
             return super().encode_rendered(parts)
         return ids
 
 
-class _Refused(ValueError):
-    """A file that can be read and is not supported, or contradicts the files beside it."""
+class _Unsupported(ValueError):
+    """A readable file that is not supported or contradicts its sibling files."""
 
 
 def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings) -> list[AddedToken]:
-    """Those of the file, and those that only the files beside it have, by id."""
+    """Added tokens of the file and its sibling files, by id."""
     special = siblings.special_pieces | {token.content for token in siblings.added_tokens if token.special}
     tokens = {
         fields["content"]: AddedToken.of(fields["id"], fields, special=fields["content"] in special)
@@ -111,7 +111,7 @@ def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings)
     for token in siblings.added_tokens:
         known = tokens.setdefault(token.content, token)
         if known.id != token.id:
-            raise _Refused(f"{path} has {token.content!r} as id {known.id}, but a file beside it says {token.id}")
+            raise _Unsupported(f"{path} has {token.content!r} as id {known.id}, but a file next to it says {token.id}")
     for piece, i in _entries(definition["model"].get("vocab") or {}):
         if piece in special and piece not in tokens:
             tokens[piece] = AddedToken(i, piece, special=True)
@@ -119,19 +119,19 @@ def _added_tokens(path: Path, definition: Mapping[str, Any], siblings: Siblings)
 
 
 def _entries(vocab: Mapping[str, int] | Sequence[Sequence[Any]]) -> Iterable[tuple[str, int]]:
-    """(piece, id) of a model's own vocabulary, which lists pieces with ids or, for Unigram, with scores."""
+    """(piece, id) of a model's vocabulary, which lists pieces with ids or, for Unigram, with scores."""
     return vocab.items() if isinstance(vocab, Mapping) else ((entry[0], i) for i, entry in enumerate(vocab))
 
 
 def _hidden_name(token_id: int) -> str:
-    """The name of a special token in the library: between noncharacters, and not to be guessed."""
+    """An unguessable name for a special token, between noncharacters."""
     return f"\U0010ffff{_NONCE}.{token_id}\U0010ffff"
 
 
 def _renamed(
     definition: Mapping[str, Any], added: Sequence[AddedToken], names: Mapping[str, str], beyond: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The definition with these added tokens, under these names, and without the tokens beyond the embedding."""
+    """The definition with these added tokens under these names, without the tokens beyond the embedding."""
     model = dict(definition["model"])
     vocab = model.get("vocab") or {}
     touched = {piece for piece, _ in _entries(vocab) if piece in names or piece in beyond}
@@ -153,21 +153,21 @@ def _pieces_of(merge: str | Sequence[str]) -> tuple[str, str, str]:
 
 
 def _require_ids(path: Path, library: Any, added: Sequence[AddedToken], names: Mapping[str, str]) -> None:
-    """ValueError for an added token to which the library gives another id: it numbers them without gaps."""
+    """ValueError if the library assigns an added token a different id: it numbers them without gaps."""
     for token in added:
         actual = library.token_to_id(names.get(token.content, token.content))
         if actual != token.id:
             raise ValueError(
-                f"{path}: the added token {token.content!r} is to have id {token.id}, but the vocabulary goes on at "
-                f"{actual}; the file is not complete"
+                f"{path}: the added token {token.content!r} should have id {token.id}, but the vocabulary continues at "
+                f"{actual}; the file is incomplete, download it again"
             )
 
 
 class _Decoder:
-    """From pieces to bytes, as the steps say that tokenizer.json declares for decoding."""
+    """Converts pieces to bytes by the decoder steps that tokenizer.json declares."""
 
     def __init__(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        """_Refused for steps that do not treat each piece by itself."""
+        """_Unsupported for steps that look beyond a single piece."""
         types = [step["type"] for step in steps]
         self.drops_leading_space = False
         self._is_byte_level = "ByteLevel" in types
@@ -181,30 +181,32 @@ class _Decoder:
         for at, step in enumerate(steps):
             if step["type"] == "Metaspace":
                 self._replaced.append((step["replacement"], " "))
-                # The library drops all spaces of the first piece, also those that the text began with.
+                # The library drops all leading spaces of the first piece, even those of the original text.
                 self.drops_leading_space = step["prepend_scheme"] != "never"
             elif step["type"] == "Replace":
                 pattern = step["pattern"].get("String")
                 if pattern is None:
-                    raise _Refused(f"the decoder step {json.dumps(step)}; a Replace needs a pattern that is a String")
+                    raise _Unsupported(
+                        f"the decoder step {json.dumps(step)}; the pattern of a Replace must be a String"
+                    )
                 self._replaced.append((pattern, step["content"]))
             elif step["type"] == "Strip":
                 if (step["content"], step["start"], step["stop"]) != (" ", 1, 0) or "Fuse" not in types[:at]:
-                    raise _Refused(
-                        f"the decoder step {json.dumps(step)}; a Strip must take one space off the whole text"
+                    raise _Unsupported(
+                        f"the decoder step {json.dumps(step)}; a Strip must remove one leading space from the text"
                     )
                 self.drops_leading_space = True
 
     @classmethod
     def of(cls, path: Path, library: Any) -> _Decoder:
-        """The library's decoder; without one, what undoes its pre-tokenizer."""
+        """The library's decoder; if it has none, the inverse of its pre-tokenizer."""
         declared = library.decoder or library.pre_tokenizer
         steps = list(_flatten(json.loads(declared.__getstate__()))) if declared else []
         if not library.decoder:
             steps = [step for step in steps if step["type"] in ("ByteLevel", "Metaspace")]
         try:
             return cls(steps)
-        except _Refused as error:
+        except _Unsupported as error:
             raise ValueError(f"{path} has {error}") from None
 
     def bytes_of(self, piece: str) -> bytes:
@@ -218,20 +220,20 @@ class _Decoder:
         return piece.encode()
 
     def bytes_of_added(self, piece: str) -> bytes:
-        """An added token is written in characters, in a byte-level vocabulary, too."""
+        """Added tokens are plain characters even in a byte-level vocabulary."""
         return piece.encode() if self._is_byte_level else self.bytes_of(piece)
 
     @staticmethod
     def _require(steps: Sequence[Mapping[str, Any]], supported: set[str]) -> None:
         types = sorted({step["type"] for step in steps})
         if not types or not supported.issuperset(types):
-            raise _Refused(
+            raise _Unsupported(
                 f"the decoder steps {types}; supported are ByteLevel, or Replace, Metaspace, ByteFallback, Fuse, Strip"
             )
 
 
 def _flatten(component: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The steps of a decoder or pre-tokenizer, sequences opened."""
+    """The steps of a decoder or pre-tokenizer, with sequences flattened."""
     if component["type"] != "Sequence":
         yield component
     for step in component.get("decoders") or component.get("pretokenizers") or ():
@@ -239,7 +241,7 @@ def _flatten(component: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte as GPT-2 writes bytes: printable ones as themselves, the others from U+0100 on."""
+    """Character -> byte in GPT-2's encoding: printable bytes as themselves, the others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = (byte for byte in range(256) if byte not in printable)
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""What every vocabulary has in common: a table of bytes per id, and the guard between text and specials."""
+"""The common base of vocabularies: a table of bytes per id, and the guard between text and specials."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from llama_tp.text.siblings import AddedToken, Siblings
 
-SPACE_MARK = "▁"  # how sentencepiece writes a space inside a piece
+SPACE_MARK = "▁"  # sentencepiece's space inside a piece
 
 _STOP_PIECES = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 
 
 def require_well_formed(text: str) -> None:
-    """ValueError if the text holds a lone surrogate, which no UTF-8 and so no tokenizer can express."""
+    """ValueError if the text contains a lone surrogate, which UTF-8, and so any tokenizer, cannot represent."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -26,10 +26,10 @@ def require_well_formed(text: str) -> None:
 
 
 class Vocabulary(ABC):
-    """A tokenizer file together with the files beside it; see `llama_tp.text.tokenizer.Tokenizer` for the contract.
+    """A tokenizer file with its sibling files; see `llama_tp.text.tokenizer.Tokenizer` for the contract.
 
-    `ids` maps every piece to its id, `special_ids` those that no text spells, `beyond` those that the model's embedding
-    has no row for. bos_id, eos_id: as the tokenizer file itself has them; the files beside it have the last word.
+    `ids` maps every piece to its id, `special_ids` those that text never produces, `beyond` those without a row in the
+    model's embedding. bos_id, eos_id: from the tokenizer file itself; sibling files override them.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def _encode_plain(self, text: str, *, begins: bool = True) -> list[int]:
-        """Ids of a text that is not empty; `begins` is False where something precedes it."""
+        """Ids of a non-empty text; `begins` is False if something precedes it."""
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         require_well_formed(text)
@@ -95,7 +95,7 @@ class Vocabulary(ABC):
                 continue
             if at > 0 and (before := self._strips.get(parts[at - 1])) and before.rstrip:
                 part = part.lstrip()
-            if at + 1 < len(parts) and (behind := self._strips.get(parts[at + 1])) and behind.lstrip:
+            if at + 1 < len(parts) and (after := self._strips.get(parts[at + 1])) and after.lstrip:
                 part = part.rstrip()
             if part:
                 require_well_formed(part)
@@ -112,7 +112,7 @@ class Vocabulary(ABC):
         return self._table[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def _guard(self, ids: list[int]) -> list[int]:
-        """The ids, special ones that a text has yielded spelled out."""
+        """The ids, with any special ids that text produced spelled out."""
         if forged := self._forbidden.keys() & set(ids):
             spelled = {special: self._spell(special) for special in forged}
             return [unit for i in ids for unit in spelled.get(i, [i])]
@@ -127,7 +127,7 @@ class Vocabulary(ABC):
         return [token_id]
 
     def _spell(self, special_id: int) -> list[int]:
-        """The ids that write the name of a special token with the vocabulary's characters and bytes."""
+        """Ids that spell a special token's name in the vocabulary's characters and bytes."""
         id_of = self._id_of_bytes
         ids: list[int] = []
         for char in self._forbidden[special_id].replace(SPACE_MARK, " "):
@@ -138,14 +138,14 @@ class Vocabulary(ABC):
 
     @cached_property
     def _id_of_bytes(self) -> dict[bytes, int]:
-        # of equals the later wins: sentencepiece has its characters behind its bytes
+        # the last of several equal entries wins: sentencepiece lists characters after bytes
         return {raw: token_id for token_id, raw in enumerate(self._table) if 0 < len(raw) <= 4}
 
 
 def within_embedding(
     tokens: Sequence[AddedToken], embedding_rows: int | None
 ) -> tuple[list[AddedToken], dict[str, int]]:
-    """The added tokens that a model with this embedding has, and the ids of the others by piece."""
+    """The added tokens within this embedding, and piece -> id of the others."""
     if embedding_rows is None:
         return list(tokens), {}
     kept = [token for token in tokens if token.id < embedding_rows]
@@ -153,7 +153,7 @@ def within_embedding(
 
 
 def require_rows(path: Path, num_ids: int, embedding_rows: int | None) -> None:
-    """ValueError if a vocabulary without its added tokens has more ids than the embedding has rows."""
+    """ValueError if a vocabulary, without added tokens, has more ids than the embedding has rows."""
     if embedding_rows is not None and num_ids > embedding_rows:
         raise ValueError(
             f"{path} has {num_ids} tokens but the model's embedding has {embedding_rows} rows: "

@@ -1,1 +1,1 @@
-"""TorchServe from the outside: building the model's folder, starting and stopping the server. Never imports ts."""
+"""Running TorchServe: build the model folder, start and stop the server. Never imports ts."""

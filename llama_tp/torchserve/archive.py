@@ -1,4 +1,4 @@
-"""A model folder that TorchServe can serve, made with torch-model-archiver as the README does it by hand."""
+"""Build a model folder for TorchServe with torch-model-archiver, as the README does by hand."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def build_archive(
     version: str = "1.0",
     overwrite: bool = False,
 ) -> Path:
-    """Make model_store/model_name from a configuration, a converted checkpoint and a tokenizer, by default its own.
+    """Build model_store/model_name from a configuration, a converted checkpoint and a tokenizer (default: its own).
 
-    The checkpoint's files are hard-linked where the file system can, copied where not. A folder of that name is
-    replaced once the new one is complete; if it holds another checkpoint, which may be the only copy, only with
-    `overwrite`. ValueError or OSError says what is wrong, before anything is written.
+    The checkpoint's files are hard-linked if possible, else copied. An existing folder is replaced once the new one is
+    complete; if it holds another checkpoint, which may be the only copy, only with `overwrite`. ValueError or OSError
+    describes the problem before anything is written.
     """
     config = ModelConfig.load(config_file)
     checkpoint = Path(checkpoint)
     if not (checkpoint / "model_args.json").is_file():
-        ModelArgs.load_converted(checkpoint / "model_args.json")  # says what the folder is instead
+        ModelArgs.load_converted(checkpoint / "model_args.json")  # the error describes the folder
     if not Path(handler).is_file():
         raise FileNotFoundError(f"{handler} does not exist")
     wanted = Path(config.handler.tokenizer_path).name
@@ -55,8 +55,8 @@ def build_archive(
     target = store / model_name
     if not overwrite and _manifests(target) - _manifests(checkpoint):
         raise FileExistsError(
-            f"{target} holds another checkpoint, which would be deleted; pass --overwrite to replace it, or another "
-            "--model_name"
+            f"{target} contains another checkpoint, which would be deleted; pass --overwrite to replace it, or a "
+            "different --model_name"
         )
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
@@ -64,11 +64,11 @@ def build_archive(
         folder = Path(building, model_name)
         shutil.copytree(checkpoint, folder / config.handler.converted_ckpt_dir, copy_function=_link_or_copy)
         args_path = folder / (config.handler.model_args_path or "model_args.json")
-        beside = (folder / config.handler.tokenizer_path).parent
+        tokenizer_dir = (folder / config.handler.tokenizer_path).parent
         args_path.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir(parents=True, exist_ok=True)
+        tokenizer_dir.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / "model_args.json", args_path)
-        copy_tokenizer(tokenizer, beside, name=wanted)
+        copy_tokenizer(tokenizer, tokenizer_dir, name=wanted)
         if target.exists():
             target.rename(Path(building, ".old"))
         folder.rename(target)
@@ -76,7 +76,7 @@ def build_archive(
 
 
 def _manifests(folder: Path) -> set[bytes]:
-    """The manifests of the checkpoints in a folder: equal ones are of equal weights."""
+    """The manifests of the checkpoints in a folder; equal manifests mean equal weights."""
     return {path.read_bytes() for path in folder.rglob(MANIFEST)}
 
 

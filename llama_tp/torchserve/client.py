@@ -1,4 +1,4 @@
-"""Asking a TorchServe on this host: never through a proxy, and with its tokens where it wants some."""
+"""A client for TorchServe on this host: never through a proxy, and with its tokens if required."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["inference", "management"]
 
 
 class Client:
-    """HTTP to one server. Plain http.client: urllib would ask the proxies of the environment even for loopback."""
+    """HTTP to one server. Plain http.client, because urllib would use the environment's proxies even for loopback."""
 
     def __init__(self, inference: Address, management: Address, model_name: str, key_file: Path) -> None:
         self._addresses: dict[Kind, Address] = {"inference": inference, "management": management}
@@ -23,7 +23,7 @@ class Client:
         self._key_file = key_file
 
     def why_not_ready(self) -> str | None:
-        """Why the ranks cannot be asked; None if they can."""
+        """Why the ranks are not ready; None if they are."""
         try:
             status, body = self._ask("management", "GET", f"/models/{self._model_name}", timeout_s=5)
         except (OSError, http.client.HTTPException) as error:
@@ -33,14 +33,14 @@ class Client:
         try:
             states = [worker["status"] for worker in json.loads(body)[0]["workers"]]
         except (ValueError, LookupError, TypeError):
-            return f"{self._addresses['management']} does not answer as TorchServe does"
+            return f"{self._addresses['management']} is not TorchServe: unexpected response"
         if not states or any(state != "READY" for state in states):
-            return f"the ranks of {self._model_name} are not ready: {', '.join(states) or 'none is there'}"
+            return f"the ranks of {self._model_name} are not ready: {', '.join(states) or 'there are none'}"
         return None
 
     def why_not_generating(self, timeout_s: float = 30) -> str | None:
-        """Why one token does not come back; None if it does: the only sign of health that means anything (/ping always
-        says Healthy). A server with ready ranks that is too busy to take one more request is healthy."""
+        """Why the server cannot generate one token; None if it can. This is the only meaningful health check (/ping
+        always says Healthy). A server with ready ranks that is too busy for one more request is healthy."""
         request = json.dumps({"prompt": [0], "max_new_tokens": 1, "temperature": 0}).encode()
         try:
             status, body = self._ask(
@@ -62,7 +62,7 @@ class Client:
         """Status and body."""
         key = self._key(kind)
         status, answer = self._send(kind, method, path, body, key, timeout_s)
-        if status == 400 and key and key != (newer := self._key(kind)):  # somebody has renewed it just now
+        if status == 400 and key and key != (newer := self._key(kind)):  # just renewed by another process
             return self._send(kind, method, path, body, newer, timeout_s)
         return status, answer
 
@@ -82,8 +82,8 @@ class Client:
             connection.close()
 
     def _key(self, kind: Kind) -> str | None:
-        """The token, if the server wants one. TorchServe does not renew a token that expires, so this does: whoever
-        reads key_file.json has the new one then, and nobody's was still good."""
+        """The token, if the server requires one. TorchServe does not renew expired tokens, so this does: key_file.json
+        then has the new one. Valid tokens are never renewed."""
         keys = self._read_keys()
         if kind in keys and _is_past(str(keys[kind].get("expiration time", ""))):
             self._send("management", "GET", f"/token?type={kind}", None, keys["API"]["key"], timeout_s=5)
@@ -99,19 +99,19 @@ class Client:
 
 
 def _connection(address: Address, timeout_s: float) -> http.client.HTTPConnection:
-    if address.scheme == "https":  # to this very machine, whose certificate names others
+    if address.scheme == "https":  # to this machine, whose certificate is for other names
         context = ssl._create_unverified_context()
         return http.client.HTTPSConnection(address.local_host, address.port, timeout=timeout_s, context=context)
     return http.client.HTTPConnection(address.local_host, address.port, timeout=timeout_s)
 
 
 def _is_past(instant: str) -> bool:
-    """Of Java's Instant.toString(): UTC, with or without fractions, years beyond 9999 with a sign."""
+    """Whether a Java Instant.toString() is past: UTC, with or without fractions, years beyond 9999 with a sign."""
     return instant[:1].isdigit() and instant[:19] <= datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _message(body: bytes) -> str:
-    """What an error of TorchServe's or of ours says."""
+    """The message of a TorchServe error or one of ours."""
     try:
         answer = json.loads(body)
         text = answer["error"]["message"] if "error" in answer else answer["message"]

@@ -1,5 +1,5 @@
-"""What goes wrong with a server, in one line."""
+"""Server errors, in one line."""
 
 
 class ServerError(OSError):
-    """TorchServe did not do what it was asked; the message says what, why, and where its log is."""
+    """A TorchServe operation failed; the message says what, why, and where the log is."""

@@ -1,5 +1,5 @@
-"""Finding the processes of a TorchServe on this host, and ending them. From /proc, so that it does not matter how, from
-where and with which TMPDIR a server was started."""
+"""Find and end the processes of a TorchServe on this host. Uses /proc, so it does not matter how, where or with which
+TMPDIR a server was started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.properties import Properties
 
 MARK = "LLAMA_TP_SERVE_PORT"
-"""In the environment of what `llama-tp serve` starts: the port of its inference API."""
+"""Environment variable of processes started by `llama-tp serve`: the port of its inference API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Frontend:
     properties: Properties | None
     """Its config.properties; None if it has none."""
     is_ours: bool
-    """Whether `llama-tp serve` has started it."""
+    """Whether `llama-tp serve` started it."""
     port: int
-    """Of its inference API."""
+    """Port of its inference API."""
 
     @property
     def working_dir(self) -> Path:
@@ -36,7 +36,7 @@ class Frontend:
 
 
 def find_frontend(port: int, *, ours_only: bool = False) -> Frontend | None:
-    """The TorchServe of this user that answers on this port of this host, or will when it has started."""
+    """This user's TorchServe that listens on this port, or will once it has started."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
             found = _frontend(folder)
@@ -46,8 +46,8 @@ def find_frontend(port: int, *, ours_only: bool = False) -> Frontend | None:
 
 
 def _frontend(folder: Path) -> Frontend | None:
-    """What a folder in /proc says, if it is of a TorchServe of this user in our network namespace: another namespace
-    has ports of its own, and what another user's process says of itself may be forged."""
+    """The frontend of a folder in /proc, if it is a TorchServe of this user in our network namespace: other namespaces
+    have their own ports, and other users' processes may be forged."""
     if folder.stat().st_uid != os.getuid():
         return None
     command = folder.joinpath("cmdline").read_bytes().split(b"\0")
@@ -75,7 +75,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """What a process was started with; nothing if it is gone."""
+    """A process's initial environment; empty if it is gone."""
     try:
         return _environment(Path("/proc", str(pid)))
     except OSError:
@@ -83,28 +83,29 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def end_tree(pid: int, grace_s: float) -> None:
-    """End a process and all below it: SIGTERM to the one, SIGKILL to what is left. Returns when they are gone."""
+    """End a process and its descendants: SIGTERM to the process, then SIGKILL to the rest. Waits until they are
+    gone."""
     processes = [pid, *descendants(pid)]
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     deadline = monotonic() + grace_s
-    while (living := [one for one in processes if is_alive(one)]) and monotonic() < deadline:
+    while (alive := [one for one in processes if is_alive(one)]) and monotonic() < deadline:
         reap()
         sleep(0.05)
-    for one in living:
+    for one in alive:
         with suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
 
 
 def reap() -> None:
-    """As a container's first process, take note of orphans that have ended; nobody else would."""
+    """As a container's PID 1, reap orphans; no other process will."""
     with suppress(ChildProcessError):
         while os.getpid() == 1 and os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is not merely waiting to be reaped."""
+    """Whether a process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -113,7 +114,7 @@ def is_alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one."""
+    """All descendants of a process."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:

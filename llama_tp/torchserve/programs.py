@@ -1,4 +1,4 @@
-"""Where pip puts programs such as torchserve: beside Python in a virtual environment, elsewhere without one."""
+"""Find programs that pip installs, such as torchserve: next to Python in a virtual environment, elsewhere without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def program(name: str) -> Path:
-    """A program that came with a package of this Python; where it should be if there is none."""
+    """A program installed by a package of this Python; if not installed, its expected path."""
     beside_python = Path(sys.executable).parent
     user = sysconfig.get_preferred_scheme("user")
     for folder in (beside_python, sysconfig.get_path("scripts"), sysconfig.get_path("scripts", user)):

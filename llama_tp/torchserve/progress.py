@@ -1,4 +1,4 @@
-"""What a TorchServe that is starting is doing, from its log: on a terminal a line that changes, elsewhere one for each
+"""Show the progress of a starting TorchServe, from its log: on a terminal one updating line, elsewhere a line per
 step."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _STAGES = (
     ("model_name: ", "the ranks are loading the model"),
     ("loaded in ", "generating the first token"),
 )
-"""A line of the ranks' log, and what goes on from there."""
+"""Text in the ranks' log, and the stage that it begins."""
 
 _REFUSAL = "the model was not loaded: "
 _DIED = "Backend worker process died."
@@ -21,7 +21,7 @@ _REMIND_S = 30.0
 
 
 class LogTail:
-    """Lines that are appended to a log file from now on. It need not exist yet, and may be rotated."""
+    """Lines appended to a log file from now on. The file need not exist yet, and may be rotated."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,7 +29,7 @@ class LogTail:
         self._rest = b""
 
     def new_lines(self) -> Iterator[str]:
-        """The complete ones since the last call."""
+        """The complete lines since the last call."""
         try:
             with open(self._path, "rb") as log:
                 inode = self._path.stat().st_ino
@@ -52,11 +52,11 @@ class LogTail:
 
 
 class StartupProgress:
-    """Reads the ranks' log and says on stderr what goes on."""
+    """Reads the ranks' log and reports progress on stderr."""
 
     def __init__(self, log: LogTail) -> None:
         self.refusal: str | None = None
-        """What the ranks said when they refused to load the model."""
+        """The ranks' reason for not loading the model."""
         self._log = log
         self._start = self._last_line = monotonic()
         self._stage = "TorchServe is starting"
@@ -65,7 +65,7 @@ class StartupProgress:
         self._is_terminal = sys.stderr.isatty()
 
     def update(self) -> None:
-        """Look, and say what is new."""
+        """Read the log, and report changes."""
         for line in self._log.new_lines():
             self._read(line)
         seconds = monotonic() - self._start
@@ -76,7 +76,7 @@ class StartupProgress:
             self._shown, self._last_line = self._stage, monotonic()
 
     def close(self) -> None:
-        """Take the changing line off the terminal."""
+        """Clear the updating line from the terminal."""
         if self._is_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -87,5 +87,5 @@ class StartupProgress:
             self._num_deaths += 1
         for sign, stage in _STAGES:
             if sign in line:
-                again = f" once more, after {self._num_deaths} have ended" if self._num_deaths else ""
+                again = f" again, after {self._num_deaths} exited" if self._num_deaths else ""
                 self._stage = stage + again

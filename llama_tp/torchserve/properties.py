@@ -1,4 +1,4 @@
-"""TorchServe's config.properties, and where a server listens: what the operator wrote is kept or refused, by name."""
+"""TorchServe's config.properties, and its listening addresses. Settings are honored or rejected by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import NamedTuple
 from llama_tp.torchserve.errors import ServerError
 
 MAX_PORT = 65534
-"""TorchServe takes 65535 for none."""
+"""TorchServe does not accept 65535."""
 
 _ADDRESS = re.compile(r"(https?)://([^:/]+)(?::([0-9]+))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One `..._address` of config.properties."""
+    """An `..._address` in config.properties."""
 
     scheme: str
     host: str
@@ -45,7 +45,7 @@ class Address:
 
 
 class Listeners(NamedTuple):
-    """Where a TorchServe answers over HTTP."""
+    """TorchServe's HTTP addresses."""
 
     inference: Address
     management: Address
@@ -53,7 +53,7 @@ class Listeners(NamedTuple):
 
 
 class Properties:
-    """A config.properties file as TorchServe reads it, together with the TS_* variables that it lets in."""
+    """A config.properties file as TorchServe reads it, with the TS_* variables if it enables them."""
 
     def __init__(self, text: str = "", path: str | Path = "", environment: Mapping[str, str] | None = None) -> None:
         self.text = text
@@ -67,7 +67,7 @@ class Properties:
 
     @classmethod
     def read(cls, path: str | Path, environment: Mapping[str, str] | None = None) -> Properties:
-        """ServerError if there is no such file."""
+        """ServerError if the file cannot be read."""
         try:
             return cls(Path(path).read_text(encoding="latin-1"), path, environment)  # as Java does
         except OSError as error:
@@ -80,11 +80,11 @@ class Properties:
         return self.values.get(key, "").strip().lower() == "true"
 
     def said(self, key: str) -> str:
-        """A setting and where it stands, for messages."""
+        """A setting and its file, for messages."""
         return f"{key}={self.values[key]} in {self.path}"
 
     def address(self, key: str) -> Address | None:
-        """ServerError if it is no address that `llama-tp serve` can use."""
+        """ServerError if `llama-tp serve` cannot use the address."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -97,7 +97,7 @@ class Properties:
         return Address(scheme.lower(), host, valid_port(int(port), self.said(key)))
 
     def listeners(self, host: str | None = None, port: int | None = None) -> Listeners:
-        """What the file says and the command line adds. ServerError where they contradict each other."""
+        """The addresses from the file and the command line. ServerError if they conflict."""
         own = self.address("inference_address")
         if own is None:
             chosen = valid_port(8080 if port is None else port, f"--port {port}")
@@ -106,16 +106,16 @@ class Properties:
             for flag, given, other in (("host", host, own.host), ("port", port, own.port)):
                 if given is not None and given != other:
                     said = self.said("inference_address")
-                    raise ServerError(f"--{flag} {given} contradicts {said}; give one of the two")
+                    raise ServerError(f"--{flag} {given} contradicts {said}; set only one of them")
             inference = own
         others = []
         for offset, key in enumerate(("management_address", "metrics_address"), 1):
-            beside = inference.port + offset
-            default = Address("http", "127.0.0.1", beside)
+            default_port = inference.port + offset
+            default = Address("http", "127.0.0.1", default_port)
             others.append(self.address(key) or default)
-            if others[-1] is default and beside > MAX_PORT:
+            if others[-1] is default and default_port > MAX_PORT:
                 raise ServerError(
-                    f"--port {inference.port}: {key.removesuffix('_address')} would be at {beside}; "
+                    f"--port {inference.port}: {key.removesuffix('_address')} would be at {default_port}; "
                     f"choose a port of at most {MAX_PORT - 2}, or set {key}"
                 )
         return Listeners(inference, *others)
@@ -143,20 +143,20 @@ def _unescape(text: str) -> str:
 
 
 def valid_port(port: object, said: str) -> int:
-    """ServerError, with what was said, if it is none."""
+    """ServerError, quoting `said`, if it is not a port."""
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= MAX_PORT:
-        raise ServerError(f"{said}: a port is an integer from 1 to {MAX_PORT}")
+        raise ServerError(f"{said}: a port must be an integer from 1 to {MAX_PORT}")
     return port
 
 
 def _valid_host(host: object) -> str:
     if not isinstance(host, str) or not re.fullmatch(r"[^\s:/^]+", host):
-        raise ServerError(f"--host {host}: TorchServe listens on an IPv4 address or a host name, such as 0.0.0.0")
+        raise ServerError(f"--host {host}: must be an IPv4 address or a host name, such as 0.0.0.0")
     return host
 
 
 def check_free(address: Address, said: str = "choose another with --port") -> None:
-    """ServerError if somebody listens there, or if it is not of this machine."""
+    """ServerError if the port is in use or the address is not of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -164,8 +164,8 @@ def check_free(address: Address, said: str = "choose another with --port") -> No
         except socket.gaierror as error:
             raise ServerError(f"host {address.host!r} does not resolve ({error.strerror})") from None
         except PermissionError:
-            raise ServerError(f"port {address.port} may be used by root only; {said}") from None
+            raise ServerError(f"port {address.port} may only be used by root; {said}") from None
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise ServerError(f"host {address.host!r} is not an address of this machine") from None
-            raise ServerError(f"port {address.port} is busy ({error.strerror}); {said}") from None
+            raise ServerError(f"port {address.port} is in use ({error.strerror}); {said}") from None

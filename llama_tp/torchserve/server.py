@@ -1,4 +1,4 @@
-"""Starting TorchServe, knowing when it is ready, stopping it."""
+"""Start TorchServe, check that it is ready, stop it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Listeners, Properties, check_free
 
 STOP_S = 20.0
-"""How long TorchServe gets to end before it is killed."""
+"""How long to wait for TorchServe to exit before killing it."""
 
 _DISTRIBUTION_PORT = 29500
-"""TorchServe's default; part of the name by which other hosts join the group."""
+"""TorchServe's default; part of the rendezvous id with which other hosts join the group."""
 
 
 class TorchServe:
-    """One TorchServe that serves one model. Everything it writes lies in `run_dir`; several can run on one host.
+    """A TorchServe that serves one model. It writes only to `run_dir`; several can run on one host.
 
-    It listens where `properties` says, and where that says nothing: the inference API on `host` and `port` (127.0.0.1
-    and 8080), management and metrics on the next two ports of 127.0.0.1.
+    It listens at the addresses in `properties`. Defaults: the inference API on `host` and `port` (127.0.0.1 and 8080),
+    management and metrics on the next two ports of 127.0.0.1.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TorchServe:
         properties: str | Path,
         log_config: str | Path,
     ) -> None:
-        """ServerError if the properties and the other arguments contradict each other."""
+        """ServerError if the properties and the other arguments conflict."""
         self.model_store = Path(model_store).resolve()
         self.model_name = model_name
         self.run_dir = Path(run_dir).resolve()
@@ -54,14 +54,14 @@ class TorchServe:
         self.listeners: Listeners = self.properties.listeners(host, port)
         self._pid: int | None = None
         self._is_launched = False
-        self._log = LogTail(self.log_file)  # what earlier servers logged does not concern this one
+        self._log = LogTail(self.log_file)  # skips the output of earlier servers
         self._client = Client(
             self.listeners.inference, self.listeners.management, model_name, self.run_dir / "key_file.json"
         )
 
     @property
     def pid(self) -> int | None:
-        """The Java process, if it was started and lives."""
+        """The Java process, if it was started and is alive."""
         return self._pid if self._pid and is_alive(self._pid) else None
 
     @property
@@ -79,12 +79,12 @@ class TorchServe:
 
     @property
     def log_file(self) -> Path:
-        """What the ranks print."""
+        """The log of the ranks."""
         return self.log_dir / "model_log.log"
 
     @property
     def is_open(self) -> bool:
-        """Whether whoever reaches it may use it, and others than this machine may reach it."""
+        """Whether it is reachable from other machines and needs no token."""
         tokens_are_off = self.properties.is_true("disable_token_authorization")
         return tokens_are_off and not self.listeners.inference.is_loopback
 
@@ -94,11 +94,11 @@ class TorchServe:
         num_hosts = _num_hosts(self.model_store / self.model_name)
         environment = frontend_environment(port=self.port, log_dir=self.log_dir, num_hosts=num_hosts)
         tmp_dir = str(private_folder(self.port))
-        environment["TMPDIR"] = tmp_dir  # of torchserve's pid file
-        environment["TEMP"] = tmp_dir  # Java's java.io.tmpdir, and so of the sockets to the ranks
+        environment["TMPDIR"] = tmp_dir  # for torchserve's pid file
+        environment["TEMP"] = tmp_dir  # java.io.tmpdir, for the sockets to the ranks
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        config = self.log_dir / "config.properties"  # in run_dir itself may lie the one that was given
+        config = self.log_dir / "config.properties"  # run_dir itself may contain the user's file
         config.write_text(self._complete_properties(num_hosts), encoding="latin-1")
         torchserve = program("torchserve")
         command = [str(torchserve), "--ncs", "--start", "--model-store", str(self.model_store)]
@@ -113,7 +113,7 @@ class TorchServe:
         """Return once a token has been generated through all ranks. ServerError on failure or timeout."""
         deadline = monotonic() + timeout_s
         progress = StartupProgress(self._log)
-        problem: str | None = "there was no time to ask"
+        problem: str | None = "no time to check"
         try:
             while monotonic() < deadline:
                 self._check_alive()
@@ -129,7 +129,7 @@ class TorchServe:
         raise ServerError(f"not ready after {timeout_s:g} s: {problem}; see {self.log_file}")
 
     def wait_until_ended(self) -> None:
-        """Print what the ranks log, as long as the server runs. ServerError when it has ended by itself."""
+        """Print the ranks' log while the server runs. ServerError when it exits on its own."""
         while True:
             for line in self._log.new_lines():
                 print(line, flush=True)
@@ -138,17 +138,17 @@ class TorchServe:
             sleep(0.2)
 
     def stop(self) -> bool:
-        """End the server that was started, and its ranks; False if none is running. Returns when they are gone."""
+        """End the server and its ranks, and wait until they are gone; False if none is running."""
         return self._is_launched and stop_server(self.port)
 
     def _check(self) -> None:
-        """Refuse what would make TorchServe fail, or silently ignore a setting."""
+        """Reject anything that would make TorchServe fail or silently ignore a setting."""
         if running := find_frontend(self.port, ours_only=True):
-            raise ServerError(f"a server on port {self.port} is running already (process {running.pid}); stop it first")
+            raise ServerError(f"a server is already running on port {self.port} (process {running.pid}); stop it first")
         if not (self.model_store / self.model_name).is_dir():
             models = sorted(path.name for path in self.model_store.glob("[!.]*") if path.is_dir())
-            there = f"it has {', '.join(models)}" if models else "make one with `llama-tp package`"
-            raise ServerError(f"there is no model {self.model_name!r} in {self.model_store}; {there}")
+            remedy = f"choose from {', '.join(models)}" if models else "create one with `llama-tp package`"
+            raise ServerError(f"there is no model {self.model_name!r} in {self.model_store}; {remedy}")
         if not self.log_config.is_file():
             raise ServerError(f"--log_config {self.log_config} does not exist")
         own = self.properties
@@ -165,7 +165,7 @@ class TorchServe:
             check_free(address)
 
     def _complete_properties(self, num_hosts: int) -> str:
-        """The operator's file, and what it leaves open."""
+        """The operator's file, with defaults for settings that it omits."""
         own = self.properties
         open_settings: dict[str, object] = {
             "inference_address": self.listeners.inference,
@@ -205,7 +205,7 @@ class TorchServe:
     def _check_alive(self) -> None:
         if self.pid is None:
             console = str(self.log_dir / "console.log")
-            raise ServerError(f"torchserve has ended: {_last_line(console)}; see {console}")
+            raise ServerError(f"torchserve has exited: {_last_line(console)}; see {console}")
 
 
 def stop_server(port: int) -> bool:
@@ -221,8 +221,8 @@ def stop_server(port: int) -> bool:
 
 
 def why_unhealthy(model_name: str, port: int, timeout_s: float) -> str | None:
-    """Why the TorchServe on this port of this host does not generate a token; None if it does. However it was started:
-    where it listens and has its tokens is what its process says."""
+    """Why the TorchServe on this port of this host does not generate a token; None if it does. Works however it was
+    started: its process shows where it listens and keeps its tokens."""
     frontend = find_frontend(port)
     properties = frontend.properties if frontend else None
     if frontend is None or properties is None:
@@ -234,8 +234,8 @@ def why_unhealthy(model_name: str, port: int, timeout_s: float) -> str | None:
 
 
 def _num_hosts(model_dir: Path) -> int:
-    """How many hosts the model is spread over. What is wrong with its configuration, the ranks will say."""
-    from llama_tp.torchserve.config import read_yaml  # needs pydantic, which stopping a server does not
+    """The number of hosts of the model. The ranks report errors in its configuration."""
+    from llama_tp.torchserve.config import read_yaml  # needs pydantic, which is not needed to stop a server
 
     try:
         manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
@@ -251,7 +251,7 @@ def _last_line(path: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
+    """Ports that are currently free."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -263,11 +263,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port_range(count: int) -> int:
-    """The first of `count` free ports in a row. ServerError if there are none."""
+    """The first of `count` consecutive free ports. ServerError if there are none."""
     for _ in range(100):
         (port,) = free_ports(1)
         with suppress(ServerError, OverflowError):
             for offset in range(count):
                 check_free(Address("http", "127.0.0.1", port + offset))
             return port
-    raise ServerError(f"no {count} ports in a row are free")
+    raise ServerError(f"no {count} consecutive ports are free")

@@ -1,1 +1,1 @@
-"""What gpu_check.py consists of: a harness, prototypes of GPU kernels, and sections by subject. See README.md."""
+"""The parts of gpu_check.py: a harness, prototype GPU kernels, and sections by subject. See README.md."""

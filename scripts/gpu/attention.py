@@ -1,4 +1,4 @@
-"""Attention: what SDPA chooses for the engine's calls, the prototype's kernel, and chunks of grouped queries."""
+"""Attention: SDPA's kernel choice for the engine's calls, the prototype's kernel, and chunks with grouped queries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Call = dict[str, Any]
 
 
 def sdpa(r: Report) -> None:
-    """Which kernel SDPA takes for the calls that the engine makes, and what a length never seen before costs."""
+    """Which kernel SDPA chooses for the engine's calls, and the cost of a new length."""
     for label, heads, kv_heads in (("mha", 4, 4), ("gqa", 4, 1)) if SMOKE else (("mha", 32, 32), ("gqa", 32, 8)):
         for name, case in _sdpa_cases(heads, kv_heads).items():
             for cudnn in (True, False) if CUDA else (False,):
@@ -42,7 +42,7 @@ def sdpa(r: Report) -> None:
 
 
 def _sdpa_cases(heads: int, kv_heads: int) -> dict[str, Callable[[int], Call]]:
-    """By name, the call for the i-th of several lengths."""
+    """Name -> function that makes the call for the i-th of several lengths."""
     d, slots, scale = (16, 512, 16) if SMOKE else (128, 40960, 1)
     count, stride = (4, 64) if SMOKE else (32, 1024)
     cache_k, cache_v = randn(kv_heads, slots, d), randn(kv_heads, slots, d)
@@ -69,7 +69,7 @@ def _sdpa_cases(heads: int, kv_heads: int) -> dict[str, Callable[[int], Call]]:
         length = (512 - 16 * i) // scale
         return dict(query=chunk_of(length), is_causal=True, enable_gqa=True, **keys_and_values(1, length, 0))
 
-    def prefill_behind(i: int) -> Call:
+    def prefill_after(i: int) -> Call:
         tokens, length = 512 // scale, (1536 + 16 * i) // scale
         return dict(query=chunk_of(tokens), attn_mask=chunk_mask(tokens, length), enable_gqa=True,
                     **keys_and_values(1, length, 0))  # fmt: skip
@@ -82,13 +82,13 @@ def _sdpa_cases(heads: int, kv_heads: int) -> dict[str, Callable[[int], Call]]:
         "decode, one sequence": decode_one,
         f"decode, {count} in one masked call": decode_many,
         "prefill from 0": prefill,
-        "prefill chunk behind 1024": prefill_behind,
+        "prefill chunk after 1024": prefill_after,
         "deterministic: 16 queries, stride 0": deterministic,
     }
 
 
 def chunk_mask(tokens: int, length: int) -> Tensor:
-    """For the last `tokens` of `length` tokens: each sees what came before it, and itself."""
+    """Causal mask for the last `tokens` of `length` tokens."""
     hidden = torch.arange(length, device=DEVICE) > torch.arange(length - tokens, length, device=DEVICE).unsqueeze(1)
     return torch.zeros(hidden.shape, dtype=DTYPE, device=DEVICE).masked_fill_(hidden, float("-inf"))
 
@@ -119,7 +119,7 @@ def _measure_sdpa(case: Callable[[int], Call]) -> dict[str, Any]:
 
 
 def gqa_chunk(r: Report) -> None:
-    """A chunk behind a context with grouped queries, as the engine computes it, against SDPA with enable_gqa."""
+    """A chunk after a context with grouped queries, as the engine computes it, against SDPA with enable_gqa."""
     d, heads, kv_heads = (16, 4, 2) if SMOKE else (128, 32, 8)
     for tokens, length in ((8, 24),) if SMOKE else ((512, 1536), (512, 8192), (2048, 8192)):
         q, k, v = randn(tokens, heads, d), randn(1, kv_heads, length, d), randn(1, kv_heads, length, d)
@@ -150,7 +150,7 @@ def _time_and_memory(function: Callable[[], Any]) -> dict[str, float]:
 
 
 class _PagedCache:
-    """Keys and values of `batch` sequences of one length on pages in random order, several times, beyond the L2."""
+    """Keys and values of `batch` sequences of one length, on pages in random order; several copies exceed the L2."""
 
     page_size = 16
 
@@ -166,13 +166,13 @@ class _PagedCache:
         self.q = randn(batch, heads, d)
 
     def rate(self, attend: Callable[[Tensor, Tensor], Tensor], exact: Tensor) -> dict[str, float]:
-        """`exact`: the right result for the first few sequences."""
+        """`exact`: the expected result for the first few sequences."""
         error = _checked_error(attend(*self.copies[0])[: exact.size(0)], exact)
         us = graph_us(lambda: [attend(k, v) for k, v in self.copies], 10) / len(self.copies)
         return {"us": round(us, 1), "gb_s": round(self.nbytes / us / 1e3, 1), "error": error}
 
     def exact(self, slots_of: Callable[[int], Tensor]) -> Tensor:
-        """In float32, for the first few sequences, whose slots the argument tells."""
+        """In float32, for the first few sequences, given their slots."""
         k, v = self.copies[0]
         rows = self.q.view(self.batch, self.kv_heads, -1, self.d).float()
         out = []
@@ -225,11 +225,11 @@ def attention(r: Report) -> None:
                 r.guard(f"{name}: aten flash varlen, seqused_k, starts in any order", lambda: _flash_rate(cache))
     if CUDA:
         for tokens, context in ((512, 0), (512, 1536), (2048, 0), (2048, 6144)):
-            r.guard(f"flash varlen prefill of {tokens} behind {context}", lambda: _flash_prefill(tokens, context))
+            r.guard(f"flash varlen prefill of {tokens} after {context}", lambda: _flash_prefill(tokens, context))
 
 
 def _flash_rate(cache: _PagedCache) -> dict[str, float]:
-    """FlashAttention 2 of torch itself: neighbouring slots anywhere in the cache, lengths on the device."""
+    """PyTorch's FlashAttention 2: contiguous slots anywhere in the cache, lengths on the device."""
     batch, length = cache.batch, cache.length
     order = torch.randperm(batch, device=DEVICE) * (cache.pages // batch * cache.page_size)
     starts = torch.cat([order, order.new_tensor([cache.pages * cache.page_size])]).int()
@@ -263,7 +263,7 @@ def _flash(
 
 
 def _flash_prefill(tokens: int, context: int) -> dict[str, float]:
-    """A chunk behind a context, causal from the bottom right."""
+    """A chunk after a context, with a bottom-right causal mask."""
     heads, kv_heads, d, first, slots = 32, 8, 128, 4096, 16384
     k, v, q = randn(kv_heads, slots, d), randn(kv_heads, slots, d), randn(tokens, heads, d)
     length = tokens + context

@@ -1,4 +1,4 @@
-"""Sections in processes of their own: for another's program, for several ranks, for what may hang.
+"""Sections in child processes: for other programs, for several ranks, and for code that may hang.
 
 A child runs gpu_check.py --child NAME and prints its results as lines `RESULT ["key", value]`.
 """
@@ -24,12 +24,12 @@ _TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-en
 
 
 def emit(key: str, value: Any) -> None:
-    """A child's result. In a single write: ranks share the pipe, and print() writes a line in pieces."""
+    """Print a child's result in a single write: ranks share the pipe, and print() splits lines."""
     os.write(1, f"{_MARK}{json.dumps([key, value], default=str)}\n".encode())
 
 
 def results_in(line: str) -> Iterator[tuple[str, Any]]:
-    """Results in a line of output, which may hold several, and other text around them."""
+    """Results in a line of output, which may contain several, and other text."""
     decoder = json.JSONDecoder()
     at = line.find(_MARK)
     while at >= 0:
@@ -49,8 +49,8 @@ def run_child(
     python: str = sys.executable,
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run --child NAME, under torchrun if it has ranks, and note its results as they come. It is killed when the
-    section's time is up. All of its results."""
+    """Run --child NAME, under torchrun if it has ranks, and record its results as they come. It is killed when the
+    section's time is up. Returns all results."""
     launcher = [*_TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks else []
     command = [python, "-u", *launcher, str(ENTRY), "--child", name, *options, *(["--cpu-smoke"] if SMOKE else [])]
     process = subprocess.Popen(
@@ -83,7 +83,7 @@ def run_child(
 
 
 def _lines_of(process: subprocess.Popen[bytes], deadline: float) -> Iterator[str]:
-    """What a process prints, until it has ended or the deadline has passed. Its children may hold the pipe longer."""
+    """A process's output, until it exits or the deadline passes. Its children may keep the pipe open longer."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     rest = b""
@@ -98,7 +98,7 @@ def _lines_of(process: subprocess.Popen[bytes], deadline: float) -> Iterator[str
                 yield from (line.decode(errors="replace") for line in whole)
             elif has_ended:
                 break
-            elif ready:  # the pipe is closed, the process is about to end
+            elif ready:  # the pipe is closed, the process is about to exit
                 time.sleep(0.02)
     if rest:
         yield rest.decode(errors="replace")

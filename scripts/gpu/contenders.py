@@ -1,4 +1,4 @@
-"""Others on the same GPU, in processes of their own: gpt-fast's compiled decode, and transformers' generate."""
+"""Other engines on the same GPU, in child processes: gpt-fast's compiled decode, and transformers' generate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gpu.report import Report
 
 
 def gptfast(r: Report, options: list[str], directory: str | None, layers: int) -> None:
-    """gpt-fast itself if its repository is at hand, else a model written alike. 7B's layers, random weights.
+    """gpt-fast itself if its repository is given, else an equivalent model. 7B's layers, random weights.
 
-    Fewer layers compile sooner; compare GB/s, which hardly depend on their number.
+    Fewer layers compile faster; compare GB/s, which hardly depend on the number of layers.
     """
     run_child(
         r, "gptfast", [*options, "--gpt-fast-layers", str(layers), *(["--gpt-fast", directory] if directory else [])]
@@ -44,7 +44,7 @@ def child_gptfast(directory: str | None, layers: int) -> None:
         decode_one = torch.compile(decode_one, mode="reduce-overhead", fullgraph=True)
 
     def loop(count: int, start: int) -> float:
-        """Seconds a token."""
+        """Seconds per token."""
         token = torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
         pos = torch.tensor([start], device=DEVICE, dtype=torch.int)
         sync()
@@ -163,14 +163,14 @@ def _gptfast_alike(num_layers: int) -> tuple[Any, Callable[..., tuple[Tensor, Te
 
 
 def transformers(r: Report, options: list[str]) -> None:
-    """Its `generate` with SDPA and a dynamic cache, the same architecture with random weights."""
+    """transformers' `generate` with SDPA and a dynamic cache, on the same architecture with random weights."""
     run_child(r, "transformers", options)
 
 
 def child_transformers() -> None:
     model = _llama_of_transformers()
     if CUDA:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its plans, one for each length, would be timed otherwise
+        torch.backends.cuda.enable_cudnn_sdp(False)  # else the timing would include its plans, one per length
     new = 24 if CUDA else 4
     for batch in (1, 8, 32) if CUDA else (1,):
         ids = torch.randint(0, model.config.vocab_size, (batch, 512 if CUDA else 8), device=DEVICE)
@@ -178,7 +178,7 @@ def child_transformers() -> None:
         if batch == 1:
             tokens = _generate(model, ids, new)[1:-1]
             seconds = statistics.median(b - a for a, b in itertools.pairwise(tokens))
-        else:  # it streams a single sequence only: subtract a run of one token
+        else:  # streaming supports only one sequence: subtract a run of one token
             whole, one = (_generate(model, ids, count)[-1] for count in (new, 1))
             seconds = (whole - one) / (new - 1)
         emit(f"transformers B={batch}", {"ms": round(1e3 * seconds, 2), "tok_s": round(batch / seconds, 1)})
@@ -204,7 +204,7 @@ def _llama_of_transformers() -> Any:
 
 
 class _Times(list[float]):
-    """A streamer that notes when tokens come."""
+    """A streamer that records when tokens come."""
 
     def put(self, _: Any) -> None:
         self.append(time.perf_counter())
@@ -214,7 +214,7 @@ class _Times(list[float]):
 
 
 def _generate(model: Any, ids: Tensor, count: int) -> list[float]:
-    """When the prompt was given, when tokens came (of one sequence), and the end, in seconds from the start."""
+    """Times of the prompt, of each token (for one sequence), and of the end, in seconds from the start."""
     times = _Times()
     begin = time.perf_counter()
     with torch.inference_mode():

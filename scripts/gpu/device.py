@@ -1,4 +1,4 @@
-"""The device that is checked, and how calls on it are timed.
+"""The device under test, and timing of calls on it.
 
 With --cpu-smoke everything runs on a CPU with tiny sizes, to test these scripts.
 """
@@ -20,10 +20,10 @@ SMOKE = "--cpu-smoke" in sys.argv
 CUDA = torch.cuda.is_available() and not SMOKE
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 INTERPRETED = not CUDA and os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's kernels run on the CPU."""
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter's tl.dot takes bfloat16 for integers
+"""Triton kernels run on the CPU."""
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter's tl.dot treats bfloat16 as integers
 THREADS = 1 if SMOKE else None
-"""Of engines on the CPU."""
+"""For engines on the CPU."""
 
 
 def sync() -> None:
@@ -32,14 +32,14 @@ def sync() -> None:
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Of one call, on the host."""
+    """Time of one call, on the host."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 def call_us(function: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> float:
-    """Median microseconds of one call: on a GPU between two events, so gaps between its launches count."""
+    """Median microseconds of one call: on a GPU between two events, including gaps between launches."""
     repeats, warmup = (2, 1) if SMOKE else (repeats, warmup)
     for _ in range(warmup):
         function()
@@ -59,7 +59,7 @@ def _call_us(function: Callable[[], Any]) -> float:
 
 
 def graph_us(function: Callable[[], Any], repeats: int = 10) -> float:
-    """Median microseconds of one call replayed from a CUDA graph: what its kernels take without the host."""
+    """Median microseconds of one call replayed from a CUDA graph: the time of its kernels without the host."""
     return call_us(capture(function).replay, repeats) if CUDA else call_us(function)
 
 
@@ -79,12 +79,12 @@ def capture(function: Callable[[], Any]) -> Any:
 
 
 def randn(*shape: int, std: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
-    """On the device, made there."""
+    """Random values, generated on the device."""
     return torch.empty(*shape, device=DEVICE, dtype=dtype).normal_(0, std)
 
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""A relative error above this is a mistake, not rounding."""
+"""A relative error above this is a bug, not rounding."""
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -103,7 +103,7 @@ def cudnn_attention(enabled: bool) -> Iterator[None]:
 
 
 def kernel_times(function: Callable[[], Any], most: int = 16) -> dict[str, Any]:
-    """One call under the profiler: its kernels (on a CPU: operators), how long the device was busy, and with what."""
+    """One call under the profiler: its kernels (on a CPU: operators) and the device's busy time, by kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     sync()

@@ -1,4 +1,4 @@
-"""llama_tp's engine on the GPU: right against itself on a CPU, and how fast."""
+"""llama_tp's engine on the GPU: correctness against the CPU, and speed."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _LIMITS: dict[str, Any] = {"max_seq_len": 192, "max_batch_size": 4, "max_batched
 
 
 def correct(r: Report) -> None:
-    """The engine on the GPU against itself on the CPU in float32: logits and greedy tokens; and the prototype."""
-    with cudnn_attention(False):  # which would build a plan for every length
+    """The engine on the GPU against the CPU in float32: logits and greedy tokens; and the prototype."""
+    with cudnn_attention(False):  # it would build a plan for every length
         for name in ("tiny",) if SMOKE else ("small mha", "small gqa", "small 3to1"):
             _Correctness(name).check(r)
 
@@ -109,7 +109,7 @@ def engine(r: Report) -> None:
     def measure(lengths: list[int], steps: int, seconds: float) -> dict[str, Any]:
         return with_roofline(r, _decode(engine, args, lengths, steps, min(seconds, r.left() / 3)), args)
 
-    if CUDA:  # what cuDNN's plans, one for every new length, cost: load_engine switches them off
+    if CUDA:  # the cost of cuDNN's plans, one per new length: load_engine disables it
         with cudnn_attention(True):
             r.guard("B=1 with cuDNN", lambda: measure([prompt], 12, 12))
     with cudnn_attention(False):
@@ -133,7 +133,7 @@ def _decode(engine: Engine, args: ModelArgs, lengths: list[int], steps: int, sec
         if CUDA and time.monotonic() < until + 3:
             try:
                 found["profile"] = kernel_times(engine.step, 12)
-            except Exception as error:  # the profiler's; the timings stand
+            except Exception as error:  # from the profiler; the timings are still valid
                 found["profile"] = str(error)[:200]
         return found
     finally:
@@ -170,9 +170,9 @@ def _decode_steps(engine: Engine, lengths: list[int], steps: int, until: float) 
 
 
 def _fill(engine: Engine, args: ModelArgs, lengths: list[int], steps: int, until: float) -> float:
-    """Seconds that prefilling took."""
+    """Seconds of prefill."""
     budget = engine.config.max_batched_tokens - len(lengths)
-    new = steps + 8 + 2 * -(-sum(lengths) // max(1, budget))  # those that are filled first decode meanwhile
+    new = steps + 8 + 2 * -(-sum(lengths) // max(1, budget))  # sequences prefilled first decode meanwhile
     for i, prompt in enumerate(random_prompts(lengths, args.vocab_size, seed=len(lengths))):
         engine.add(Request(str(i), tuple(prompt), SamplingParams(temperature=0, max_new_tokens=new)))
     begin = time.perf_counter()
@@ -185,7 +185,7 @@ def _fill(engine: Engine, args: ModelArgs, lengths: list[int], steps: int, until
 
 
 def _time_calls(owner: Any, name: str, times: list[float]) -> Callable[[], None]:
-    """Note the milliseconds of each call of a method. The result ends that."""
+    """Record the milliseconds of each call of a method. Call the result to stop."""
     function = getattr(owner, name)
 
     def timed(*args: Any) -> Any:
@@ -200,7 +200,7 @@ def _time_calls(owner: Any, name: str, times: list[float]) -> Callable[[], None]
 
 
 def prefill(r: Report) -> None:
-    """7B: one prompt at a time, by its length and the size of chunks."""
+    """7B: one prompt at a time, by length and chunk size."""
     args = model_args("tiny" if SMOKE else "7b")
     model = build_local_model(args)
     gemm_tflops = r.get("ceilings", "gemm_8192_tflops", 700.0)
@@ -238,7 +238,7 @@ def _prefill_flops(args: ModelArgs, tokens: int) -> float:
 
 
 def slice70b(r: Report) -> None:
-    """One rank of 70B at TP 8 with collectives left out: the engine, then the prototype."""
+    """One rank of 70B at TP 8 without collectives: the engine, then the prototype."""
     args = model_args("tiny 70b" if SMOKE else "70b")
     prompt, batches = (20, (1, 2)) if SMOKE else (512, (1, 32))
     limits: dict[str, Any] = {"max_seq_len": prompt + 64, "max_batch_size": batches[-1], "max_batched_tokens": 8192}

@@ -1,4 +1,4 @@
-"""What the machine can do: packages, launches, copies, bandwidth, matrix products."""
+"""The machine's capabilities: packages, launches, copies, bandwidth, matrix products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpu.report import Report
 SHAPES = {"wqkv": (12288, 4096), "wo": (4096, 4096), "w13": (22016, 4096), "w2": (4096, 11008)}
 if SMOKE:
     SHAPES = {"wqkv": (96, 64), "wo": (64, 64), "w13": (128, 64), "w2": (64, 64)}
-NUM_LAYERS = 2 if SMOKE else 6  # together beyond the L2 cache
+NUM_LAYERS = 2 if SMOKE else 6  # together larger than the L2 cache
 
 _PACKAGES = ("triton", "transformers", "flash-attn", "flashinfer-python", "torchao", "numpy", "pydantic", "torchserve")
 
@@ -64,7 +64,7 @@ def _sdpa_order() -> list[str]:
 
 
 def _launch_us() -> dict[str, float]:
-    """What a launch costs the host: the time until it is through with many tiny kernels."""
+    """Host time per launch, from many tiny kernels."""
     x = torch.zeros(16, device=DEVICE)
     for _ in range(200):
         x.add_(1)
@@ -79,7 +79,7 @@ def _launch_us() -> dict[str, float]:
 
 
 def _copy_waits() -> dict[str, float]:
-    """How long a non_blocking copy holds the host while the device is busy."""
+    """How long a non_blocking copy blocks the host while the device is busy."""
     waits = {}
     for kind in ("pageable", "pinned"):
         for size in (1 << 10, 1 << 15, 1 << 16, 1 << 17, 1 << 20):
@@ -119,7 +119,7 @@ def _weights() -> Weights:
 
 
 def _layers_gb_s(tokens: int, multiply: Callable[[Tensor, Any], Any], weights: Weights) -> float:
-    """Bandwidth at which the products of the layers, one after the other, read their weights, counted as bfloat16."""
+    """Bandwidth at which the layers' products, in sequence, read their weights, counted as bfloat16."""
     inputs = {name: randn(tokens, shape[1]) for name, shape in SHAPES.items()}
     us = graph_us(lambda: [multiply(inputs[name], w) for layer in weights for name, w in layer.items()], 5)
     return round(len(weights) * _layer_bytes() / us / 1e3, 1)
@@ -130,7 +130,7 @@ def _layer_bytes() -> int:
 
 
 def ceilings(r: Report) -> None:
-    """Read and copy bandwidth, and the rates of matrix products in bfloat16 and quantized."""
+    """Read and copy bandwidth, and rates of matrix products in bfloat16 and quantized."""
     _bandwidth(r)
     if CUDA:
         a, b = randn(8192, 8192), randn(8192, 8192)
@@ -167,7 +167,7 @@ def _bandwidth(r: Report) -> None:
 
 
 def _quantized(r: Report, weights: Weights) -> None:
-    """Products of core torch. GB/s are of the bf16 weights they stand for: divide by those of cuBLAS for the gain."""
+    """PyTorch's own products. GB/s are of the bfloat16 weights they replace: divide by cuBLAS's for the speedup."""
 
     def int8(w: Tensor) -> tuple[Tensor, Tensor]:
         return torch.randint(-127, 127, w.shape, dtype=torch.int8, device=DEVICE), randn(w.size(0), std=0.01)
@@ -230,7 +230,7 @@ _TILES = (
 
 
 def gemv(r: Report) -> None:
-    """The matrix-vector products of a layer: cuBLAS against our own kernel, by tile, without and with PDL."""
+    """The matrix-vector products of a layer: cuBLAS against our kernel, by tile, without and with PDL."""
     weights = _weights()
     launches = (False, True) if kernels.HAS_PDL else (False,)
     tiles = _TILES if CUDA else ((16, 64, 1), (8, 32, 1))

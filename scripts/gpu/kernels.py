@@ -1,7 +1,7 @@
-"""Prototypes of the GPU's kernels in Triton, each with a stand-in in plain torch for machines without Triton.
+"""Prototype GPU kernels in Triton, each with a plain torch fallback for machines without Triton.
 
 Every kernel can be launched with programmatic dependent launch (PDL, Hopper and newer): it then starts while the
-kernel before it still runs, and waits for that one's results only where it reads them.
+previous kernel is still running, and waits for its results only where it reads them.
 
 Legend: T tokens, B sequences, H heads, K kv heads, G = H / K, d head dim.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpu.device import CUDA, INTERPRETED
 
-# Parameters of kernels are annotated with what Triton can see from inside a kernel: tl's names and no others.
+# Kernel parameters are annotated with names that Triton can see from inside a kernel: only those of tl.
 try:
     # On a CPU the kernels need Triton's interpreter.
     if not CUDA and not INTERPRETED:
@@ -63,7 +63,7 @@ if triton is not None:
         x: tl.tensor, w: tl.tensor, y: tl.tensor, N: tl.tensor,
         KD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """Loads the first weights before the kernel that makes x has ended, and the next while it multiplies."""
+        """Loads the first weights before the kernel that produces x has finished, and the next while it multiplies."""
         rows = tl.program_id(0) * BN + tl.arange(0, BN)
         cols = tl.arange(0, BK)
         base = w + rows[:, None].to(tl.int64) * KD
@@ -125,7 +125,7 @@ if triton is not None:
         v_cache: tl.tensor, stride_kh: tl.tensor, stride_table: tl.tensor,
         H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """Rotate queries and keys (Meta's layout: neighbouring pairs); keys and values go to their slots."""
+        """Rotate queries and keys (Meta's layout: adjacent pairs), and store keys and values in their slots."""
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
@@ -162,7 +162,7 @@ if triton is not None:
         K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr,
         SPLITS: tl.constexpr, PDL: tl.constexpr,
     ) -> None:  # fmt: skip
-        """One query per sequence over pages; the G heads of a kv head together; SPLITS parts of the keys in parallel.
+        """One query per sequence over pages: the G heads of a kv head together, SPLITS parts of the keys in parallel.
 
         `scale` is log2(e) / sqrt(D): all exponentials are powers of two.
         """
@@ -209,9 +209,9 @@ if triton is not None:
             where = out + heads[:, None].to(tl.int64) * D + d[None, :]
             tl.store(where, result.to(out.dtype.element_ty), mask=(g < G)[:, None])
         else:
-            place = heads * SPLITS + s
-            tl.store(part + place[:, None].to(tl.int64) * D + d[None, :], result, mask=(g < G)[:, None])
-            tl.store(lse + place, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=g < G)
+            index = heads * SPLITS + s
+            tl.store(part + index[:, None].to(tl.int64) * D + d[None, :], result, mask=(g < G)[:, None])
+            tl.store(lse + index, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=g < G)
 
     @triton.jit
     def _combine_kernel(
@@ -231,13 +231,13 @@ if triton is not None:
 
 
 def _launch(pdl: bool) -> dict[str, bool]:
-    """The launch options. triton before 3.3 does not know launch_pdl, so it is not passed without need."""
+    """Launch options. triton before 3.3 lacks launch_pdl, so it is passed only if needed."""
     assert HAS_PDL or not pdl, "needs Hopper and triton 3.3"
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def read(x: Tensor, out: Tensor, block: int, warps: int) -> None:
-    """Read all of an int32 tensor, by out.numel() programs."""
+    """Read an entire int32 tensor with out.numel() programs."""
     _read_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=block, num_warps=warps)
 
 
@@ -248,7 +248,7 @@ GEMV_SHAPES: dict[int, GemvShape] = {
     1024: (1, 1024, 2), 3584: (1, 4096, 4), 4096: (1, 2048, 4), 5120: (1, 1024, 4), 8192: (1, 2048, 4),
     11008: (1, 4096, 4), 13824: (1, 1024, 4), 14336: (1, 2048, 4),
 }  # fmt: skip
-"""By input size: the fastest found for 4096 and 11008 on H100 and H200 (section gemv), guesses for the others."""
+"""By input size: the fastest on H100 and H200 for 4096 and 11008 (section gemv), guesses for the others."""
 
 
 def gemv(x: Tensor, w: Tensor, shape: GemvShape | None = None, pdl: bool = False) -> Tensor:
@@ -295,9 +295,9 @@ def silu_mul(gate_up: Tensor, pdl: bool = False) -> Tensor:
 def rope_write(
     qkv: Tensor, rope: Tensor, table: Tensor, pos: Tensor, k: Tensor, v: Tensor, *, page_size: int, pdl: bool = False
 ) -> Tensor:
-    """qkv (T, (H + 2K) d) -> rotated queries (T, H, d); keys and values go into the cache, k and v (K, slots, d).
+    """qkv (T, (H + 2K) d) -> rotated queries (T, H, d); stores keys and values in the cache, k and v (K, slots, d).
 
-    rope is float32 (positions, d); table (T, pages) has one row per token.
+    rope is float32 (positions, d); table (T, pages) has one table row per token.
     """
     num_kv, _, d = k.shape
     tokens = qkv.size(0)
@@ -307,8 +307,8 @@ def rope_write(
         angles = torch.view_as_complex(rope.view(-1, d // 2, 2))[pos.long()].unsqueeze(1)
         pairs = torch.view_as_complex(parts[:, : heads + num_kv].float().unflatten(-1, (-1, 2))) * angles
         qk = torch.view_as_real(pairs).flatten(-2).to(qkv.dtype)
-        rows = torch.arange(tokens, device=qkv.device)
-        slots = table[rows, pos.long() // page_size].long() * page_size + pos.long() % page_size
+        table_rows = torch.arange(tokens, device=qkv.device)
+        slots = table[table_rows, pos.long() // page_size].long() * page_size + pos.long() % page_size
         k[:, slots] = qk[:, heads:].transpose(0, 1)
         v[:, slots] = parts[:, heads + num_kv :].transpose(0, 1)
         return qk[:, :heads].contiguous()
@@ -324,9 +324,9 @@ def paged_decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, pos: Tensor, *, page_size: int, most: int,
     splits: int = 0, block: int = 64, warps: int = 4, stages: int = 3, dot: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """q (B, H, d) over pages of k, v (K, slots, d); row b sees keys 0 .. pos[b]; `most`: keys of the longest row.
+    """q (B, H, d) over pages of k, v (K, slots, d); sequence b sees keys 0 .. pos[b]; `most`: keys of the longest one.
 
-    `dot`: multiply on tensor cores also where a kv head has a single query, which is padded to 16.
+    `dot`: use tensor cores even if a kv head has a single query, padded to 16.
     """
     batch, heads, d = q.shape
     num_kv = k.size(0)
@@ -359,6 +359,6 @@ _NUM_SMS = 132
 
 
 def _splits_for(batch: int, num_kv: int, most: int) -> int:
-    """Parts of the keys, so that there is work for every multiprocessor: a power of two."""
+    """Parts to split the keys into, to occupy every multiprocessor: a power of two."""
     wanted = max(1, 4 * _NUM_SMS // (batch * num_kv))
     return max(1, min(32, 1 << (wanted.bit_length() - 1), 1 << max(0, (most // 64).bit_length() - 1)))

@@ -1,4 +1,4 @@
-"""Models of the project's own kind with random weights, engines for them, and their roofline."""
+"""llama_tp models with random weights, engines for them, and their roofline."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     # for the smoke test
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 128, "multiple_of": 16},
     "tiny 70b": {"dim": 128, "n_layers": 2, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 128, "multiple_of": 16},
-    # head dims as real models have them, small otherwise
+    # real head dims, otherwise small
     "small mha": {"dim": 512, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 1000, "multiple_of": 64},
     "small gqa": {"dim": 1024, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 1000, "multiple_of": 64},
     "small 3to1": {"dim": 576, "n_layers": 4, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 1000, "multiple_of": 64},
@@ -51,7 +51,7 @@ def model_args(name: str) -> ModelArgs:
 
 
 class StubComm:
-    """One rank of a group that is not there: reductions return this rank's part."""
+    """One rank of a nonexistent group: reductions return this rank's part."""
 
     rank, is_leader = 0, False
 
@@ -74,7 +74,7 @@ class StubComm:
 def build_local_model(
     args: ModelArgs, comm: Comm | None = None, *, dtype: torch.dtype = DTYPE, device: torch.device = DEVICE
 ) -> Transformer:
-    """One rank's model of local modules with random weights, made on the device: no checkpoint, no copy."""
+    """One rank's model of local modules with random weights, created on the device: no checkpoint, no copy."""
     comm = comm or SingleComm()
     size, dim, d = comm.size, args.dim, args.head_dim
     shapes = local_shapes(args, size, comm.rank)
@@ -112,7 +112,7 @@ def _set(owner: torch.nn.Module, **modules: torch.nn.Module) -> None:
 
 
 def copy_of(reference: Transformer, args: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """A model of local modules on the device with the weights of one on a CPU in float32."""
+    """A model of local modules on the device, with the weights of a float32 model on the CPU."""
     model = build_local_model(args, dtype=dtype)
     for name, theirs in reference.named_modules():
         if isinstance(theirs, Linear):
@@ -148,12 +148,12 @@ def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[in
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> list[int]:
-    """How many tokens of each sequence are the same."""
+    """How many leading tokens of each sequence are equal."""
     return [sum(a == b for a, b in zip(*pair, strict=False)) for pair in zip(ours, theirs, strict=False)]
 
 
 def write_random_checkpoint(folder: Path, args: ModelArgs, dtype: torch.dtype = DTYPE) -> int:
-    """A converted checkpoint, without an original. Its bytes of weights."""
+    """Write a converted checkpoint with random weights. Returns its bytes of weights."""
     generator = torch.Generator().manual_seed(0)
 
     def random(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -171,18 +171,18 @@ def write_random_checkpoint(folder: Path, args: ModelArgs, dtype: torch.dtype = 
 
 
 def weight_bytes(args: ModelArgs, size: int = 1) -> int:
-    """What a decode step reads of the weights: all but the embedding."""
+    """Bytes of weights read by a decode step: all but the embedding."""
     return 2 * (num_parameters_of_rank(args, size, 0) - -(-args.vocab_size // size) * args.dim)
 
 
 def kv_bytes(args: ModelArgs, size: int = 1) -> int:
-    """What a decode step reads of one token of context."""
+    """Bytes read by a decode step per token of context."""
     return 2 * 2 * args.n_layers * local_kv_heads(args, size, 0) * args.head_dim
 
 
 def with_roofline(report: Report, found: dict[str, Any], args: ModelArgs, size: int = 1) -> dict[str, Any]:
-    """A result with its share of the roofline: weights, keys and values over the bandwidth that section ceilings
-    measured."""
+    """A result with its share of the roofline: weights, keys and values over the bandwidth measured by section
+    ceilings."""
     bandwidth = report.get("ceilings", "read_best_gb_s", 3000.0 if CUDA else 10.0)
     num_bytes = weight_bytes(args, size) + found["batch"] * found["context"] * kv_bytes(args, size)
     floor_ms = num_bytes / bandwidth / 1e6

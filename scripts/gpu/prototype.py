@@ -1,4 +1,4 @@
-"""The decode step as it could be on a GPU: in one CUDA graph, with fused Triton kernels over a paged cache."""
+"""A prototype of the decode step on a GPU: one CUDA graph, with fused Triton kernels over a paged cache."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from llama_tp.parallel.sharding import local_kv_heads
 
 @dataclass(frozen=True)
 class Variant:
-    """How the prototype's step is computed."""
+    """Options of the prototype's step."""
 
     dot: bool = False
-    """Attention on tensor cores also where a kv head has a single query."""
+    """Attention on tensor cores even if a kv head has a single query."""
     own_gemv: bool = False
-    """At batch 1, our matrix-vector product instead of cuBLAS's, with PDL where there is PDL."""
+    """At batch 1, our matrix-vector product instead of cuBLAS's, with PDL if available."""
     pdl: bool = False
     """Programmatic dependent launch of the small kernels."""
 
     def differs(self, batch: int) -> bool:
-        """Whether there is anything to measure that another variant does not have."""
+        """Whether it differs from the other variants."""
         return (self.pdl or batch == 1 or not self.own_gemv) and (kernels.HAS_PDL or not self.pdl or SMOKE)
 
 
@@ -50,7 +50,7 @@ VARIANTS = {
 
 
 class Prototype:
-    """Static buffers, and the sampled token is fed back on the device: nothing in a step needs the host."""
+    """Uses static buffers and feeds the sampled token back on the device: a step does not need the host."""
 
     def __init__(
         self, model: Transformer, cache: KVCache, rope: Tensor, table: Tensor, tokens: Tensor, pos: Tensor, most: int
@@ -88,12 +88,12 @@ class Prototype:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Compute a token of each sequence, and go on to the next."""
+        """Compute a token for each sequence, and advance."""
         self.tokens.copy_(self.forward().argmax(-1))
         self.pos.add_(1)
 
     def _linear(self, x: Tensor, linear: Any) -> Tensor:
-        if not CUDA:  # where weights may be packed
+        if not CUDA:  # weights may be packed
             return linear(x)
         if self.variant.own_gemv and x.size(0) == 1:
             return kernels.gemv(x, linear.dense_weight(), pdl=kernels.HAS_PDL)
@@ -135,11 +135,11 @@ def errors_against(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[s
 CONTEXT = 20 if SMOKE else 512
 _PAGE_SIZE = 16
 _PAGES = -(-(CONTEXT + 128) // _PAGE_SIZE)
-"""Of a sequence."""
+"""Tokens per sequence."""
 
 
 class _Bed:
-    """A model and a cache for prototypes of any batch up to `most`."""
+    """A model and a cache for prototypes with any batch size up to `most`."""
 
     def __init__(self, name: str, tp: int, most: int) -> None:
         self.args: ModelArgs = model_args(("tiny" if tp == 1 else "tiny 70b") if SMOKE else name)
@@ -158,7 +158,7 @@ class _Bed:
         self.rope = rope_table(self.args, 4096 if CUDA else 256, DEVICE)
 
     def prototype(self, batch: int) -> Prototype:
-        """The same one for the same batch."""
+        """The prototype for a batch size, cached."""
         torch.manual_seed(batch)
         table = torch.randperm(self.cache.num_pages, device=DEVICE)[: batch * _PAGES].view(batch, _PAGES).int()
         tokens = torch.randint(0, self.args.vocab_size // self.tp, (batch,), dtype=torch.int32, device=DEVICE)
@@ -176,7 +176,7 @@ def prototype(r: Report) -> None:
 
 
 def measure_prototype(r: Report, name: str, batches: tuple[int, ...], tp: int = 1) -> None:
-    """Every variant at every batch, against its roofline; and how far the logits are from the first one's."""
+    """Every variant at every batch size, against its roofline, and its logits' error against the first variant."""
     bed = _Bed(name, tp, batches[-1])
     for batch in batches:
         first: list[Tensor] = []
@@ -216,7 +216,7 @@ def _time(one: Prototype) -> dict[str, Any]:
 
 
 def _loop_ms(graph: Any, tokens: Tensor, steps: int = 30) -> float:
-    """A step in the shape of a serving loop: replay, copy the ids to pinned memory, read them one step late."""
+    """A step as in a serving loop: replay, copy the ids to pinned memory, read them one step later."""
     host = torch.empty(2, tokens.size(0), dtype=torch.int32, pin_memory=True)
     events = [torch.cuda.Event() for _ in range(2)]
     sync()

@@ -17,7 +17,7 @@ from llama_tp.config import ModelArgs
 
 
 def ranks(r: Report, options: list[str]) -> None:
-    """Two ranks where the second has no GPU: every rank hears it, within seconds."""
+    """Two ranks, the second without a GPU: every rank must learn of it within seconds."""
     one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     found = run_child(r, "ranks", options, num_ranks=2, env=one_gpu)
     heard = [found.get(f"rank {rank} heard", {}).get("what") for rank in range(2)]

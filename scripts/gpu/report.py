@@ -1,6 +1,5 @@
-"""Sections: each is fenced off from the others, has a time budget of its own, prints results as it gets them, and is
-written to a JSON file when it ends. One that hangs, or loses the CUDA context, ends the process but not the run: a
-fresh process goes on with the next section.
+"""Sections: each is isolated from the others, has its own time budget, prints results as it gets them, and is written
+to a JSON file when it ends. If one hangs or loses the CUDA context, a fresh process continues with the next section.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ T = TypeVar("T")
 
 ENTRY = Path(__file__).resolve().parent.parent / "gpu_check.py"
 _HUNG_S = 15.0
-"""Seconds over its budget after which a section must be waiting in a call into CUDA, where no signal reaches it."""
+"""Seconds over budget after which a section must be stuck in a CUDA call, where signals do not reach it."""
 _LEAST_S = 4.0
 """A section with less time left is not started."""
 
 
 class SectionTimeout(BaseException):
-    """The section's time is up. Not an Exception: code that catches those must not swallow it."""
+    """The section's time is up. Not an Exception, so that handlers for those do not swallow it."""
 
 
 class Report:
-    """What was found: section -> key -> value."""
+    """Results: section -> key -> value."""
 
     def __init__(self, path: Path, budget_s: float, used_s: float = 0.0) -> None:
-        """`used_s`: seconds that an earlier process of the same run has used; its results are in the file."""
+        """`used_s`: seconds used by earlier processes of the same run, whose results are in the file."""
         self.path = path
         self.data: dict[str, dict[str, Any]] = json.loads(path.read_text()) if used_s else {}
         self.section = ""
@@ -48,14 +47,14 @@ class Report:
         self._budget_s = budget_s
 
     def put(self, key: str, value: T) -> T:
-        """Note a result of the current section."""
+        """Record a result of the current section."""
         self.data[self.section][key] = value
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         print(f"[{self.elapsed():6.1f}s {self.section}] {key} = {text[:1500]}", flush=True)
         return value
 
     def guard(self, key: str, measure: Callable[[], T]) -> T | None:
-        """Note the result of one measurement, or what went wrong, which does not end the section."""
+        """Record the result of one measurement, or its error, which does not end the section."""
         try:
             return self.put(key, measure())
         except Exception as error:
@@ -65,13 +64,13 @@ class Report:
             return None
 
     def expect(self, key: str, is_right: bool, value: Any = None) -> None:
-        """Note a result that shows whether something is correct; one that is not fails the section in the end."""
+        """Record a correctness check; a failed check fails the section at its end."""
         if not is_right:
             self._complain("wrong", key)
         self.put(key, value if is_right else {"WRONG": value})
 
     def get(self, section: str, key: str, default: Any) -> Any:
-        """An earlier result; the default if there is none."""
+        """An earlier result, or the default."""
         value = self.data.get(section, {}).get(key, default)
         return default if isinstance(value, dict) and "error" in value else value
 
@@ -79,7 +78,7 @@ class Report:
         return time.monotonic() - self._start
 
     def left(self) -> float:
-        """Seconds of the current section."""
+        """Remaining seconds of the current section."""
         return self.deadline - time.monotonic()
 
     def total_left(self) -> float:
@@ -98,7 +97,7 @@ Section = tuple[str, Callable[[Report], None], float]
 
 
 def run_sections(report: Report, sections: list[Section]) -> None:
-    """Run them in order. May end in a fresh process, which runs those that are left."""
+    """Run them in order. May replace this process by a fresh one, which runs the rest."""
     names = [name for name, *_ in sections]
     with _watch_for_hangs(report, names):
         for index, (name, function, budget_s) in enumerate(sections):
@@ -158,7 +157,7 @@ def _state(found: dict[str, Any]) -> str:
 
 def _is_healthy() -> bool:
     if not CUDA:
-        return os.environ.get("GPU_CHECK_LOST") is None  # plays a lost context, to test what follows
+        return os.environ.get("GPU_CHECK_LOST") is None  # simulates a lost context in tests
     try:
         return float(torch.ones(1, device=DEVICE).add_(1)) == 2
     except Exception:
@@ -167,7 +166,7 @@ def _is_healthy() -> bool:
 
 @contextmanager
 def _watch_for_hangs(report: Report, names: list[str]) -> Iterator[None]:
-    """A kernel that never ends holds the main thread in C code, where no signal handler runs."""
+    """A kernel that never ends blocks the main thread in C code, where signal handlers do not run."""
     done = threading.Event()
 
     def watch() -> None:
@@ -185,8 +184,8 @@ def _watch_for_hangs(report: Report, names: list[str]) -> Iterator[None]:
 
 
 def _resume(report: Report, names: list[str], why: str) -> None:
-    """Replace this process by a fresh one that runs the sections `names`: its CUDA context is of no use any more."""
-    print(f"!!!! {why}; a fresh process goes on with {', '.join(names) or 'nothing'}", flush=True)
+    """Replace this process, whose CUDA context is unusable, by a fresh one that runs the sections `names`."""
+    print(f"!!!! {why}; a fresh process continues with {', '.join(names) or 'nothing'}", flush=True)
     report.write()
     options = _without(sys.argv[1:], "--sections", "--skip", "--used")
     options += ["--sections", ",".join(names) or "none", "--used", f"{report.elapsed():.1f}"]
@@ -195,7 +194,7 @@ def _resume(report: Report, names: list[str], why: str) -> None:
 
 
 def _without(options: list[str], *names: str) -> list[str]:
-    """Command-line options without these and their values."""
+    """Command-line options, without the given ones and their values."""
     kept: list[str] = []
     skip = False
     for option in options:
@@ -209,7 +208,7 @@ def _without(options: list[str], *names: str) -> list[str]:
 
 
 def summarize(report: Report) -> bool:
-    """Print a line for each section, and the shares of the roofline. Whether every section is ok or was skipped."""
+    """Print a line per section, and the shares of the roofline. Returns whether every section was ok or skipped."""
     print("\n==== summary ====")
     for section, values in report.data.items():
         print(f"{section:<14}{values.get('seconds', ''):>7} s  {values['state']}")

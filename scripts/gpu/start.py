@@ -1,4 +1,4 @@
-"""The way from a checkpoint to an engine on a GPU: reading, real weights, and what fits into memory."""
+"""From a checkpoint to an engine on a GPU: loading, real weights, and memory limits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _release() -> None:
 
 
 def load(r: Report) -> None:
-    """The start on one GPU: write a checkpoint, join, read it through DTensor onto the device, generate."""
+    """Startup on one GPU: write a checkpoint, join, load it through DTensor onto the device, generate."""
     args = model_args("tiny")
     if CUDA:
         args = ModelArgs(dim=2048, n_layers=16, n_heads=16, n_kv_heads=8, vocab_size=32000, ffn_hidden_dim=5632)
@@ -79,7 +79,7 @@ def demo(r: Report, checkpoint: str) -> None:
     """Real weights: greedy tokens of a converted checkpoint, on the GPU against the CPU in float32."""
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
     rng = random.Random(1)
-    # "What is the capital of France?" in SmolLM2's ids; of any other model it is a prompt like another.
+    # "What is the capital of France?" in SmolLM2's ids; for other models just some prompt.
     prompts = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]]
     prompts += [[rng.randrange(args.vocab_size) for _ in range(length)] for length in (3, 40, 150)]
     prompts = [[token % args.vocab_size for token in prompt] for prompt in prompts]
@@ -96,7 +96,7 @@ def demo(r: Report, checkpoint: str) -> None:
 
 
 def memory(r: Report) -> None:
-    """Whether the memory model keeps what it promises: with little memory left, nothing runs out."""
+    """Check the memory model: with little memory left, nothing runs out of memory."""
     args = model_args("tiny" if SMOKE else "8b")
     length, batch = (64, 4) if SMOKE else (8192, 64)
     with _without_checkpoint(args):
@@ -111,7 +111,7 @@ def memory(r: Report) -> None:
             _release()
         size = max(0, torch.cuda.mem_get_info()[0] - 16 * 10**9) if CUDA else 0
         ballast = torch.empty(size, dtype=torch.uint8, device=DEVICE)
-        r.put("free GB beside the weights and a ballast", _free_gb())
+        r.put("free GB after the weights and a ballast", _free_gb())
         config = EngineConfig(
             max_seq_len=length, max_batch_size=2 * batch, max_batched_tokens=2048, threads=THREADS,
             kv_cache_memory=0.99 if CUDA else "1MiB",
@@ -124,7 +124,7 @@ def memory(r: Report) -> None:
 
 @contextmanager
 def _without_checkpoint(args: ModelArgs) -> Iterator[None]:
-    """load_engine gets one model with random weights, which is there already."""
+    """Make load_engine use an existing model with random weights."""
     model = build_local_model(args)
     with ExitStack() as stack:
         for owner, name, replacement in (

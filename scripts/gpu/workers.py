@@ -1,4 +1,4 @@
-"""What the ranks of sections ranks, tp2 and nccl do. They import little: a rank should start quickly."""
+"""The ranks of sections ranks, tp2 and nccl. Imports little, so that ranks start quickly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ranks() -> None:
     rank = os.environ["RANK"]
     heard = None
     try:
-        if SMOKE and rank == "1":  # two ranks have a CPU
+        if SMOKE and rank == "1":  # simulates a rank without its GPU
             with patch.object(torch.cuda, "device_count", lambda: 0):
                 launch.join("cuda")
         launch.join(DEVICE.type)

@@ -66,5 +66,5 @@ def test_a_lost_cuda_context_costs_one_section(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     states = {name: values["state"] for name, values in found.items()}
     assert states == {"env": "failed: the CUDA context was lost", "gqa_chunk": "ok"}, done.stdout + done.stderr
-    assert "a fresh process goes on with gqa_chunk" in done.stdout
+    assert "a fresh process continues with gqa_chunk" in done.stdout
     assert done.returncode == 1

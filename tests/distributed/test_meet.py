@@ -29,7 +29,7 @@ def results(case: str, folder: object = "") -> list[dict]:
 
 def test_all_ranks_hear_at_once_that_one_has_no_gpu():
     for one in results("no_device"):
-        assert one["heard"].startswith("rank 1: device=cuda: local rank 1 needs GPU number 1, but 0 are visible")
+        assert one["heard"].startswith("rank 1: device=cuda: local rank 1 needs GPU number 1, but only 0 are visible")
         assert one["seconds"] < 30
 
 

@@ -199,5 +199,5 @@ def test_a_lost_leader_is_one_line_on_the_follower_which_then_follows_the_next(
     assert server.post(PASSAGE_REQUEST).json()["text"] == REST_OF_PASSAGE
     lines = [line for line in other.log()[before:].splitlines() if " CRITICAL " in line]
     assert len(lines) == 1
-    assert ": ending: " in lines[0]
+    assert ": exiting: " in lines[0]
     assert "exitcode  : 70" in other.log()[before:]

@@ -166,7 +166,7 @@ def test_a_conversion_on_two_ranks_is_verified_and_answers_alike(user: User, dem
     torchrun = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "llama_tp"]
     done = user.run("torchrun", *torchrun, "convert", "demo/weights", "again", "--max_seq_len=256")
     assert done.returncode == 0, done.stderr
-    assert "files are as they were written" in user.llama_tp("verify", "again")
+    assert "files match the manifest" in user.llama_tp("verify", "again")
     assert json.loads((user.folder / "again" / "model_args.json").read_text())["max_seq_len"] == 256
     options = ["--tokenizer=demo/weights/tokenizer.json", "--temperature=0", "--dtype=float32"]
     assert user.llama_tp("chat", "again", *options, stdin=f"{QUESTION}\n") == f"{ANSWER}\n"

@@ -92,7 +92,7 @@ def test_a_sentencepiece_vocabulary_refuses_tokens_that_only_tokenizer_json_can_
     size = load_tokenizer(path).vocab_size
     update_config(tmp_path, added_tokens_decoder={size: describe("<obs>", **{flag: True})})
     with pytest.raises(
-        ValueError, match=rf"tokenizer\.model: .*adds '<obs>' with .*{flag}.*give the model's tokenizer\.json"
+        ValueError, match=rf"tokenizer\.model: .*adds '<obs>' with .*{flag}.*pass the model's tokenizer\.json"
     ):
         load_tokenizer(path)
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_json_that_lacks_ids_in_between_is_refused(tmp_path):
     size = load_tokenizer(path).vocab_size
     update_config(tmp_path, added_tokens_decoder={size + 7: describe("<|end|>", special=True)})
     with pytest.raises(
-        ValueError, match=rf"'<\|end\|>' is to have id {size + 7}, but the vocabulary goes on at {size}"
+        ValueError, match=rf"'<\|end\|>' should have id {size + 7}, but the vocabulary continues at {size}"
     ):
         load_tokenizer(path)
 
@@ -164,7 +164,7 @@ def test_llama3s_reserved_tokens_have_the_names_that_the_files_beside_give_them(
     assert tokenizer.special_ids["<|pad|>"] == plain.vocab_size
     assert tokenizer.eos_id == tokenizer.special_ids["<|eot_id|>"]
     update_config(tmp_path, added_tokens_decoder={5: describe("<odd>")})
-    with pytest.raises(ValueError, match=r"tokenizer\.model: the files beside it add '<odd>'.*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: the files next to it add '<odd>'.*tokenizer\.json"):
         load_tokenizer(path)
 
 
@@ -204,7 +204,7 @@ def test_a_template_that_writes_such_a_token_fails_by_name_and_a_content_may(pad
     tokenizer = load_tokenizer(path, embedding_rows=rows)
     assert tokenizer.decode(chat_format("auto", tokenizer).encode([Message("user", text)])) == text
     (path.parent / "chat_template.jinja").write_text("{{ pad_token }}")
-    with pytest.raises(RuntimeError, match=f"writes '<pad>', whose id {rows} the model lacks"):
+    with pytest.raises(RuntimeError, match=f"emits '<pad>', whose id {rows} the model lacks"):
         chat_format("auto", load_tokenizer(path, embedding_rows=rows)).encode([Message("user", "x")])
 
 

@@ -151,7 +151,7 @@ def test_another_checkpoint_is_deleted_only_on_request(job):
     build_archive(**job)
     (job["checkpoint"] / "manifest.json").unlink()  # it is linked
     (job["checkpoint"] / "manifest.json").write_text("of other weights")
-    with pytest.raises(FileExistsError, match=r"llama holds another checkpoint, .* --overwrite to replace it"):
+    with pytest.raises(FileExistsError, match=r"llama contains another checkpoint, .* --overwrite to replace it"):
         build_archive(**job)
     folder = build_archive(**job, overwrite=True)
     assert (folder / "converted_checkpoints" / "manifest.json").read_text() == "of other weights"

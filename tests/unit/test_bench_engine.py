@@ -41,10 +41,10 @@ def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, again
     names = ["llama_tp"] + ([against] if against else [])
     assert [(row["batch"], row["contender"]) for row in rows] == [(size, name) for size in (1, 2) for name in names]
     assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
-    assert "prompts of 24, of which 16 are the same in all, 3 new; median of 1 runs" in table[0]
+    assert "prompts of 24 tokens, 16 of them shared, 3 new; median of 1 runs" in table[0]
     assert sum("ratio" in line for line in table) == 2 * (len(names) - 1)
     gain = rows[-len(names)]["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
-    assert table[-1] == f"batch 2 decodes {gain:.2f} times as many tokens a second as batch 1"
+    assert table[-1] == f"batch 2 decodes {gain:.2f} times as many tokens per second as batch 1"
 
 
 class Clock:
@@ -67,9 +67,9 @@ def test_tokens_that_were_decoded_beside_prompts_do_not_count_as_decoded_after_t
     """They did: at batch 16 the rate was 4 % too high, with long prompts 46 %."""
     engine = engine_of(random_model(MODELS["gqa"]), max_batched_tokens=24)
     monkeypatch.setattr(bench, "perf_counter", Clock(engine))
-    taken = bench.OurEngine(engine).run([[1 + row] * 20 for row in range(4)], 6)
+    timing = bench.OurEngine(engine).run([[1 + row] * 20 for row in range(4)], 6)
     # Steps of 20 + 4, 1 + 16 + 7, 1 + 1 + 13 + 9, 1 + 1 + 1 + 11 tokens: then there are 4, 3, 2 and 1 new ones.
-    assert taken == bench.Taken(prefill_s=4, decode_s=5, decoded=4 * 6 - (4 + 3 + 2 + 1))
+    assert timing == bench.Timing(prefill_s=4, decode_s=5, decoded=4 * 6 - (4 + 3 + 2 + 1))
 
 
 def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded(monkeypatch):
@@ -86,7 +86,7 @@ def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded
         ({"batch": (1, 0)}, "batch=1,0 must be integers of at least 1"),
         ({"runs": 0}, "runs=0 must be an integer of at least 1"),
         ({"new": 1}, "new=1 must be at least 2"),
-        ({"prompt": 8, "prefix": 8}, "prefix=8 must be 0 or more, and less than prompt=8"),
+        ({"prompt": 8, "prefix": 8}, "prefix=8 must be at least 0 and less than prompt=8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, settings, words):

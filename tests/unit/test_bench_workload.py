@@ -248,7 +248,7 @@ def test_what_computes_beside_the_engine_is_counted_for_each_token():
     text = where_it_goes({**latencies, "leader_cpu_s": 8.0}, {**served, "duration": 10.0, "total_output_tokens": 1000})
     assert "median ITL +2.00 ms" in text
     assert "engine threads 8.50" in text
-    assert "2000 us a token" in text
+    assert "2000 us per token" in text
 
 
 def test_a_recorder_counts_from_its_beginning():

@@ -144,7 +144,7 @@ def test_llama2_marks_every_exchange_and_leaves_the_last_one_open():
 )
 def test_llama2_refuses_roles_out_of_order_and_names_the_first(roles, index):
     dialog = [Message(role, "x") for role in roles]
-    with pytest.raises(ChatError, match=r"roles go: |the last message is from 'assistant'") as caught:
+    with pytest.raises(ChatError, match=r"roles must be |the last message is from 'assistant'") as caught:
         chat_format("llama2", tiny("sentencepiece")).encode(dialog)
     assert caught.value.code == "invalid_role_order"
     assert (caught.value.index, caught.value.field) == (index, "role")
@@ -464,7 +464,7 @@ def test_llama2_continues_a_message_within_the_last_exchange():
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}", THINK_TEMPLATE])
 def test_a_message_that_the_template_leaves_out_or_cuts_cannot_be_continued(template):
     dialog = dialog_of("Where?", "<think>Hm.</think>In the sea")
-    with pytest.raises(ChatError, match="leaves out the last message or a part of it") as caught:
+    with pytest.raises(ChatError, match="omits the last message or part of it") as caught:
         chat_format("jinja", tokenizer_with(template)).encode(dialog, continue_final_message=True)
     assert (caught.value.code, caught.value.param("dialog")) == ("cannot_continue_message", "dialog[1].content")
 
@@ -495,7 +495,10 @@ def test_auto_finds_the_format_that_fits(tmp_path):
 
 def test_every_format_says_where_it_is_from(tmp_path):
     assert chat_format("auto", tiny("tokenizer.json")).origin == "the chat_template in tokenizer_config.json"
-    assert "sentencepiece model, and no chat template is beside" in chat_format("auto", tiny("sentencepiece")).origin
+    assert (
+        "sentencepiece model, and there is no chat template next to"
+        in chat_format("auto", tiny("sentencepiece")).origin
+    )
     assert "<|start_header_id|>" in chat_format("auto", tiny("tiktoken")).origin
     assert chat_format("llama3", tiny("tiktoken")).origin == "as configured"
     path = tiny_text.make_sentencepiece_model(tmp_path)

@@ -309,7 +309,7 @@ def test_generate_refuses_a_prompt_that_does_not_fit(run, checkpoint):
     code, out, err = run("generate", str(checkpoint), "fox " * 200, "--device=cpu")
     assert (code, out) == (1, "")
     assert is_one_line(err)
-    assert "at most 128" in err
+    assert "fewer than max_seq_len=128" in err
 
 
 def test_chat_answers_line_by_line_and_ends_with_the_input(run, checkpoint, monkeypatch):
@@ -452,7 +452,7 @@ def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoin
     shutil.copytree(checkpoint, copy)
     code, out, err = run("verify", str(copy))
     assert (code, err) == (0, "")
-    assert out == f"{copy}: 4 files are as they were written\n"
+    assert out == f"{copy}: 4 files match the manifest\n"
     shard = next(copy.glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

@@ -155,7 +155,7 @@ REFUSED = {
     ),
     "overwriting what is not ours": (
         lambda job, folder: ((folder / "converted_checkpoints/mine").mkdir(parents=True), job.update(overwrite=True)),
-        "it is not overwritten",
+        "is not overwritten",
     ),
     "a destination that is a file": (lambda _, folder: (folder / "converted_checkpoints").touch(), "is not a folder"),
 }

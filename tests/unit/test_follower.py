@@ -117,7 +117,7 @@ def test_a_torchrun_of_one_host_is_not_enough(config_file, monkeypatch):
 
 
 def test_a_configuration_of_one_host_says_what_to_set(config_file):
-    with pytest.raises(ConfigError, match=r"torchrun\.nnodes=1: .*set torchrun\.nnodes .* torchrun\.rdzv-endpoint"):
+    with pytest.raises(ConfigError, match=r"torchrun\.nnodes=1, .*set torchrun\.nnodes .* torchrun\.rdzv-endpoint"):
         follow_module.follow_leader(config_file())
 
 
@@ -201,9 +201,9 @@ def test_a_released_follower_lets_go_of_the_group(loaded, caplog):
     follow_module.follow_leader("model-config.yaml")
     assert engine.closed
     assert caplog.messages == [
-        "rank 1 of 2: waiting until all ranks are here and have loaded",
+        "rank 1 of 2: waiting for all ranks to start and load",
         "rank 1 of 2: loaded; following the leader (FakeEngine)",
-        "rank 1 of 2: ending: the leader has released this rank",
+        "rank 1 of 2: exiting: the leader has released this rank",
     ]
 
 
@@ -215,7 +215,7 @@ def test_a_follower_that_is_left_alone_ends_with_one_line(loaded, caplog, kind):
         follow_module.follow_leader("model-config.yaml")
     assert caught.value.args == (EXIT_STEP_FAILED,)
     assert not engine.closed
-    assert caplog.messages[-1] == "rank 1 of 2: ending: publishing a plan failed; at some address"
+    assert caplog.messages[-1] == "rank 1 of 2: exiting: publishing a plan failed; at some address"
     assert caplog.records[-1].exc_info in (None, False)
 
 

@@ -57,7 +57,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(monkeypatch, tmp_path):
     folder = tmp_path / f"llama_tp.{launch.os.getuid()}.ranks"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(ValueError, match="is not a private folder of yours"):
+    with pytest.raises(ValueError, match="must be a private folder that you own"):
         launch._host_store(1)
 
 

@@ -180,7 +180,7 @@ def test_what_is_remembered_is_no_part_of_the_checkpoint(folder, load, settled):
 def test_the_log_says_what_was_hashed_and_where_that_is_remembered(folder, load, settled, caplog):
     caplog.set_level(logging.INFO, logger="llama_tp")
     load(folder)
-    (line,) = [record.message for record in caplog.records if "is as its manifest says" in record.message]
+    (line,) = [record.message for record in caplog.records if "matches its manifest" in record.message]
     assert str(folder / HASH_CACHE) in line
     caplog.clear()
     load(folder)

@@ -69,11 +69,13 @@ def test_the_needs_include_biases_and_the_norms_of_heads(args, size):
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read():
-    with pytest.raises(ValueError, match=r"2\.0 GiB of KV cache beside 12\.6 GiB .* 14\.0 GiB are free; use more"):
+    with pytest.raises(
+        ValueError, match=r"2\.0 GiB of KV cache in addition to 12\.6 GiB .* 14\.0 GiB are free; use more"
+    ):
         model_of().check(14 * GIB)
-    with pytest.raises(ValueError, match=r"beside 25\.1 GiB .*; or set dtype to bfloat16"):
+    with pytest.raises(ValueError, match=r"in addition to 25\.1 GiB .*; or set dtype to bfloat16"):
         model_of("float32").check(24 * GIB)
-    with pytest.raises(ValueError, match=r"^kv_cache_memory='20GiB' asks for 20\.0 GiB .* are free; lower it"):
+    with pytest.raises(ValueError, match=r"^kv_cache_memory='20GiB' requests 20\.0 GiB .* are free; reduce it"):
         model_of(kv_cache_memory="20GiB").check(24 * GIB)
     model_of().check(15 * GIB)
     model_of().check(None)
@@ -99,11 +101,21 @@ def test_the_cache_takes_what_was_asked_for_or_a_share_of_what_is_left(memory, f
 @pytest.mark.parametrize(
     ("memory", "free", "step", "words"),
     [
-        (None, 2 * GIB, GIB, r"the KV cache needs 2\.0 GiB on each rank, and a step 1\.0 GiB, but 2\.0 GiB are free"),
+        (
+            None,
+            2 * GIB,
+            GIB,
+            r"the KV cache needs 2\.0 GiB on each rank, and a step 1\.0 GiB, but only 2\.0 GiB are free",
+        ),
         ("10GiB", 10 * GIB, GIB, r"the KV cache needs 10\.0 GiB"),
-        ("1GiB", 10 * GIB, 0, r"holds 2048 tokens on a rank, not one sequence of max_seq_len=4096; raise"),
-        (0.1, 10 * GIB, 0, r"kv_cache_memory=0\.1 holds 2048 tokens"),
-        (0.5, None, 0, r"does not tell how much memory is free; give bytes"),
+        (
+            "1GiB",
+            10 * GIB,
+            0,
+            r"holds only 2048 tokens on each rank, less than one sequence of max_seq_len=4096; raise",
+        ),
+        (0.1, 10 * GIB, 0, r"kv_cache_memory=0\.1 holds only 2048 tokens"),
+        (0.5, None, 0, r"cannot determine how much memory is free on this system; set bytes"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused_by_name(memory, free, step, words):

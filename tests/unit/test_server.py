@@ -164,10 +164,10 @@ def test_variables_that_torchserve_lets_in_count_as_written(make, monkeypatch):
         (["inference_address=http://127.0.0.1:99999"], {}, "an integer from 1 to 65534"),
         ([], {"port": 65534}, "management would be at 65535; choose a port of at most 65532"),
         ([], {"port": 65533}, "metrics would be at 65535"),
-        ([], {"port": 0}, "--port 0: a port is an integer"),
-        ([], {"port": 1e3}, r"--port 1000\.0: a port is an integer"),
-        ([], {"port": True}, "--port True: a port is an integer"),
-        ([], {"host": "::1"}, "--host ::1: TorchServe listens on an IPv4 address"),
+        ([], {"port": 0}, "--port 0: a port must be an integer"),
+        ([], {"port": 1e3}, r"--port 1000\.0: a port must be an integer"),
+        ([], {"port": True}, "--port True: a port must be an integer"),
+        ([], {"host": "::1"}, "--host ::1: must be an IPv4 address"),
         ([], {"host": "http://me"}, "--host http://me: "),
         ([], {"properties": "nowhere.properties"}, "nowhere.properties: No such file"),
     ],
@@ -185,8 +185,8 @@ def test_an_address_that_cannot_be_is_refused_by_name(make, lines, arguments, wo
         (["model_store=/somewhere/else"], {}, "--model_store .* contradicts model_store=/somewhere/else in "),
         (["load_models=all"], {}, "--model_name llama contradicts load_models=all"),
         (["vmargs=-Xmx1g -Dlog4j.configurationFile=/mine.xml"], {}, "has no effect; use --log_config"),
-        ([], {"model_name": "other"}, "there is no model 'other' in .*; it has llama"),
-        ([], {"model_store": "/nowhere"}, "there is no model 'llama' in /nowhere; make one with `llama-tp package`"),
+        ([], {"model_name": "other"}, "there is no model 'other' in .*; choose from llama"),
+        ([], {"model_store": "/nowhere"}, "there is no model 'llama' in /nowhere; create one with `llama-tp package`"),
         ([], {"log_config": "nowhere.xml"}, "nowhere.xml does not exist"),
         ([], {"host": "192.0.2.1"}, "host '192.0.2.1' is not an address of this machine"),
         ([], {"host": "no-such-host.invalid"}, "host 'no-such-host.invalid' does not resolve"),
@@ -205,7 +205,7 @@ def test_a_busy_port_is_named(make, started):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ServerError, match=f"port {port} is busy"):
+        with pytest.raises(ServerError, match=f"port {port} is in use"):
             make(port=port).start()
     assert not started
 
@@ -245,7 +245,7 @@ def test_on_one_host_torchrun_is_told_to_use_loopback_unless_the_operator_says_o
 def test_of_several_hosts_the_first_must_be_reachable_by_its_name(bare, name):
     """The others would wait for it, for ever and without a word."""
     bare.setattr(environment.socket, "gethostname", lambda: name)
-    with pytest.raises(ServerError, match=f"{name!r}, which .*set PET_LOCAL_ADDR"):
+    with pytest.raises(ServerError, match=f"{name!r}, .*set PET_LOCAL_ADDR"):
         variables(num_hosts=2)
     bare.setenv("PET_LOCAL_ADDR", "10.1.2.3")
     assert variables(num_hosts=2)["PET_LOCAL_ADDR"] == "10.1.2.3"
@@ -333,7 +333,7 @@ def test_a_folder_for_sockets_that_others_can_enter_is_refused(tmp_path, monkeyp
     folder = tmp_path / f"llama_tp.{os.getuid()}.7"
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(ServerError, match="is not a private folder of yours"):
+    with pytest.raises(ServerError, match="must be a private folder that you own"):
         private_folder(7)
 
 
@@ -380,7 +380,7 @@ def test_a_server_is_found_and_stopped_whatever_the_temporary_folder_is_by_then(
 
 
 def test_a_second_server_on_the_port_is_refused_and_the_first_lives_on(running, make):
-    with pytest.raises(ServerError, match=f"on port {running.port} is running already .*stop it first"):
+    with pytest.raises(ServerError, match=f"already running on port {running.port} .*stop it first"):
         (second := make(port=running.port)).start()
     assert not second.stop()
     assert is_alive(running.pid)
@@ -413,7 +413,7 @@ def test_in_the_foreground_the_ranks_log_is_printed_until_the_server_ends_by_its
     running.log_file.write_text("a line of rank 0\n")
     (running.log_dir / "console.log").write_text("Java has no memory\n\n")
     os.kill(running.pid, signal.SIGKILL)
-    with pytest.raises(ServerError, match=r"torchserve has ended: Java has no memory; see .*console\.log"):
+    with pytest.raises(ServerError, match=r"torchserve has exited: Java has no memory; see .*console\.log"):
         running.wait_until_ended()
     assert capsys.readouterr().out == "a line of rank 0\n"
 
@@ -590,7 +590,7 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         "TorchServe is starting",
         "the ranks are loading the model",
         "generating the first token",
-        "the ranks are loading the model once more, after 1 have ended",
+        "the ranks are loading the model again, after 1 exited",
     ]
     assert progress.refusal == "rank 1: no memory"
 

@@ -132,7 +132,7 @@ def test_a_rank_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch, e
 def test_a_number_of_threads_that_is_not_used_is_said(monkeypatch, caplog):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     threads.choose_num_threads(None)
-    assert caplog.messages == ["OMP_NUM_THREADS=64 is more than the 8 core(s) of this rank; using 8"]
+    assert caplog.messages == ["OMP_NUM_THREADS=64 exceeds the 8 core(s) of this rank; using 8"]
 
 
 def test_what_the_user_says_of_spinning_stands():

@@ -225,7 +225,7 @@ def test_a_rank_file_of_another_model_is_refused_by_name(tmp_path, num_ranks, wh
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     with pytest.raises(
-        ValueError, match=rf"tokenizer\.model is {whose}.*{num_ranks} tokens; Llama 3's has 128000.*give"
+        ValueError, match=rf"tokenizer\.model is {whose}.*{num_ranks} tokens; Llama 3's has 128000.*pass"
     ):
         load_tokenizer(path)
 
@@ -293,8 +293,11 @@ def test_the_space_that_begins_a_text_is_dropped_where_the_decoder_says_so(tmp_p
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        (decoders.Sequence([REPLACE, STRIP, decoders.Fuse()]), "a Strip must take one space off the whole text"),
-        (decoders.Sequence([REPLACE, decoders.Fuse(), decoders.Strip(" ", 0, 1)]), "a Strip must take one space"),
+        (decoders.Sequence([REPLACE, STRIP, decoders.Fuse()]), "a Strip must remove one leading space from the text"),
+        (
+            decoders.Sequence([REPLACE, decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+            "a Strip must remove one leading space",
+        ),
         (decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]), "supported are ByteLevel, or Replace"),
         (decoders.Sequence([decoders.BPEDecoder(), decoders.Fuse()]), r"\['BPEDecoder', 'Fuse'\]; supported are"),
     ],
@@ -406,8 +409,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e556af\n
         (b'{"model": {"type": "NoSuch"}}', "not a readable tokenizer.json"),
         (b"\n".join(SINGLE_BYTES[:200]), "56 of the 256 single bytes are missing"),
         (b"\n".join([*SINGLE_BYTES, b"YWI="]), "line 257: not a base64 token and its rank"),
-        (b"\n".join([*SINGLE_BYTES, b"YWI= 300"]), "not one token for each rank"),
-        (b"\n".join([*SINGLE_BYTES, b"YQ== 256"]), "not one token for each rank"),
+        (b"\n".join([*SINGLE_BYTES, b"YWI= 300"]), "exactly one token per rank"),
+        (b"\n".join([*SINGLE_BYTES, b"YQ== 256"]), "exactly one token per rank"),
         (b"\n".join([*SINGLE_BYTES, b"Y!I= 256"]), "line 257"),
     ],
 )

@@ -70,7 +70,7 @@ def with_template(folder):
         (
             tiny_text.make_sentencepiece_model,
             {},
-            "llama2 (the vocabulary is a sentencepiece model, and no chat template is beside the tokenizer)",
+            "llama2 (the vocabulary is a sentencepiece model, and there is no chat template next to the tokenizer)",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""The checkpoint that is served: sharded files, and the manifest that vouches for them."""
+"""The served checkpoint: sharded files, and the manifest that verifies them."""

@@ -1,4 +1,4 @@
-"""Where a stored tensor is cut, so that every tensor-parallel size reads its own bytes once."""
+"""Where stored tensors are cut, so that ranks at every tensor-parallel size read only their own bytes, once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DEFAULT_TP_MAX = 8
 
 
 def chunk_bounds(args: ModelArgs, name: str, shape: tuple[int, ...], tp_max: int) -> list[tuple[int, int]]:
-    """(start, length) of the chunks of a tensor along `tp_dim`, ascending: one chunk for what is replicated.
+    """(start, length) of a tensor's chunks along `tp_dim`, ascending: one chunk for a replicated tensor.
 
-    The cuts are those of every rank at every size up to `tp_max`, and no others. So each rank's share is a union of
-    whole chunks. Ranks of larger groups read a little more than their share, at both ends.
+    The cuts are exactly those of every rank at every TP size up to `tp_max`, so each rank's shard is a union of whole
+    chunks. In larger groups, ranks read slightly more than their shard.
     """
     dim = tp_dim(name)
     length = shape[dim or 0]

@@ -1,8 +1,8 @@
-"""The sharded form that is served: a PyTorch Distributed Checkpoint, which a plain `dcp.load` reads too.
+"""The served form: a PyTorch Distributed Checkpoint, which a plain `dcp.load` can also read.
 
-Every tensor is stored in chunks along its own tensor-parallel dim (`chunks.chunk_bounds`), so that each rank, at any
-TP size up to a limit, reads its own bytes and no others. Writing streams: memory is bounded by one chunk. Reading
-refuses what manifest.json does not vouch for, and unpickles nothing but DCP's own classes.
+Every tensor is stored in chunks along its tensor-parallel dim (`chunks.chunk_bounds`), so that each rank, at any TP
+size up to a limit, reads only its own bytes. Writing streams: memory is bounded by one chunk. Reading rejects files
+that do not match manifest.json, and unpickles only DCP's own classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import (
     FileSystemWriter,
 )
 
-# The one private name: a FileSystemReader finds each chunk by an object of this class, which nothing public makes.
+# The only private name: FileSystemReader locates chunks by objects of this class, which no public API creates.
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -65,15 +65,15 @@ from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.sharding import tp_dim
 
 FILE_BYTES = 1 << 30
-"""A .distcp file is closed once it has this size."""
+"""A .distcp file is closed once it reaches this size."""
 LOAD_THREADS = 4
-"""Concurrent reads, over all ranks of a host, and as many hashes: DCP's own reader has one thread."""
+"""Concurrent reads, and concurrent hashes, over all ranks of a host: DCP's own reader has one thread."""
 
 T = TypeVar("T")
 
 
 class WeightsError(ValueError):
-    """What was read is not fit to be a checkpoint: the reader's or a file's fault, not the disk's."""
+    """The content read is invalid: an error of the reader or a file, not of the disk."""
 
 
 def save(
@@ -81,9 +81,9 @@ def save(
 ) -> dict[str, FileEntry]:
     """Write all tensors of `reader` into a folder as one checkpoint; every rank of the process group writes its share.
 
-    At any tensor-parallel size up to `tp_max` each rank will read its own bytes and no others. Returns size and hash of
-    the files that were written, those of all ranks. `advance` hears of this rank's bytes.
-    ValueError on all ranks if any failed: what is then in the folder is no checkpoint.
+    At any tensor-parallel size up to `tp_max`, each rank will read only its own bytes.
+    Returns size and hash of the files written by all ranks. `advance` gets this rank's bytes. ValueError on all ranks
+    if any failed; the folder is then not a checkpoint.
     """
     writer = _StreamingWriter(folder)
     with _one_line_errors(f"cannot write to {folder}"), _lean_writing():
@@ -106,33 +106,32 @@ class Slices:
 
 
 def load(wanted: Mapping[str, Tensor | Slices], folder: str | Path, *, verify_files: str = "size") -> None:
-    """Fill tensors on any device, in place; each rank reads its own slices only.
+    """Fill tensors on any device, in place; each rank reads only its own slices.
 
-    `wanted` has all tensors of the checkpoint, by name. Values are converted to the dtype of the target. ValueError on
-    all ranks, before anything is read, if the folder is not what its manifest says as far as the quick check tells, or
-    the names and shapes are not those of `wanted`; after reading, if a file has another hash. `verify_files` says which
-    are hashed: see `LoadVerification`.
+    `wanted` names every tensor of the checkpoint. Values are converted to the target's dtype. ValueError on all ranks:
+    before reading, if the folder fails the quick check against its manifest, or names and shapes differ from `wanted`;
+    after reading, if a hash differs. `verify_files` selects the files to hash: see `LoadVerification`.
     """
     slices = {name: one if isinstance(one, Slices) else Slices.whole(one) for name, one in wanted.items()}
     metadata = agree(lambda: _check_target(slices, folder))
     with agree(lambda: LoadVerification(folder, verify_files, num_threads=_load_threads())) as verification:
         try:
             with _one_line_errors(f"cannot load {folder}"):
-                torch_dcp.load({}, storage_reader=_VouchedReader(folder, metadata), planner=_SlicePlanner(slices))
+                torch_dcp.load({}, storage_reader=_VerifiedReader(folder, metadata), planner=_SlicePlanner(slices))
         except ValueError:
-            verification.finish()  # a damaged file is named by its hash rather than by where reading broke off
+            verification.finish()  # report a damaged file by its hash rather than by where reading failed
             raise
         verification.finish()
 
 
 def read_metadata(folder: str | Path) -> Metadata:
-    """The tensors of a checkpoint and where the chunks lie. ValueError if the folder is not what its manifest says."""
+    """The tensors of a checkpoint and the locations of their chunks. ValueError if the folder fails the quick check."""
     manifest = verify(folder, full=False)
     return load_metadata(Path(folder), manifest.files.keys())
 
 
 def checkpoint_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype that the checkpoint is stored in."""
+    """The dtype of the stored tensors."""
     return next(iter(_tensors(read_metadata(folder)).values())).properties.dtype
 
 
@@ -171,7 +170,7 @@ class _Chunk:
 
 
 def _chunks_of_rank(reader: CheckpointReader, tp_max: int, rank: int, world_size: int) -> list[_Chunk]:
-    """A run of neighbouring chunks with about the same bytes for each rank: sources are read in order."""
+    """Consecutive chunks, about the same number of bytes for each rank, so that sources are read in order."""
     chunks = [
         _Chunk(name, tp_dim(name) or 0, start, length, source)
         for name, source in reader.tensors.items()
@@ -188,7 +187,7 @@ def _chunks_of_rank(reader: CheckpointReader, tp_max: int, rank: int, world_size
 
 
 class _ReaderPlanner(DefaultSavePlanner):
-    """Plans the chunks of a reader instead of a state dict in memory, and reads each when it is about to be written."""
+    """Plans the chunks of a reader instead of an in-memory state dict, and reads each just before it is written."""
 
     def __init__(self, reader: CheckpointReader, tp_max: int, advance: Advance) -> None:
         super().__init__(flatten_state_dict=False)
@@ -208,13 +207,13 @@ class _ReaderPlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of one chunk, valid until the next call: in the source's mapping or in a reused buffer."""
+        """The values of one chunk, in the source's mapping or a reused buffer; valid until the next call."""
         chunk = self.chunks[write_item.index]
         self.advance(chunk.nbytes)
         piece = chunk.source.read(chunk.dim, chunk.start, chunk.length)
         _check_finite(chunk, piece)
         if not piece.is_contiguous():
-            # Fresh memory for each would cost more than the copy: the page faults alone take 2 s per GB (measured).
+            # Fresh memory would cost more than the copy: page faults alone take 2 s per GB (measured).
             if self.buffer.nbytes < chunk.nbytes:
                 self.buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
             piece = self.buffer[: chunk.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
@@ -222,29 +221,29 @@ class _ReaderPlanner(DefaultSavePlanner):
 
 
 def _check_finite(chunk: _Chunk, piece: Tensor) -> None:
-    """The least and the largest element show a NaN or an infinity in a fortieth of the time of torch.isfinite."""
+    """torch.aminmax finds a NaN or an infinity in a fortieth of the time of torch.isfinite."""
     least, largest = torch.aminmax(piece)
     if not (least.isfinite() and largest.isfinite()):
         raise WeightsError(
-            f"{chunk.name} holds weights that are not finite (NaN or infinity), in entries {chunk.start} to "
+            f"{chunk.name} has non-finite weights (NaN or infinity) in entries {chunk.start} to "
             f"{chunk.start + chunk.length - 1} of dim {chunk.dim}: the originals are damaged, download them again"
         )
 
 
 def _exact_storage(tensor: Tensor) -> Tensor:
-    """The same memory as a storage of its own size, without a copy: torch.save writes the whole storage of a view."""
+    """The same memory as a storage of exactly its size, without a copy: torch.save writes a view's whole storage."""
     return torch.frombuffer(tensor.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
 
 
 class _StreamingWriter(FileSystemWriter):
-    """DCP's writer, but holding one chunk at a time, where DCP keeps a rank's whole share until its file is closed."""
+    """DCP's writer, but holding one chunk at a time instead of a rank's whole share."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.written: dict[str, FileEntry] = {}
 
     def storage_meta(self) -> StorageMeta | None:
-        """Nothing: DCP would record the temporary path and a random id, and equal checkpoints would differ."""
+        """None: DCP would record the temporary path and a random id, so equal checkpoints would differ."""
         return None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -317,8 +316,8 @@ def _read_items(name: str, wanted: Slices, stored: TensorStorageMetadata) -> Ite
                 )
 
 
-class _VouchedReader(FileSystemReader):
-    """Reads with metadata that was checked before, and several files at the same time."""
+class _VerifiedReader(FileSystemReader):
+    """Uses metadata that has been checked, and reads several files concurrently."""
 
     def __init__(self, folder: str | Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -365,14 +364,14 @@ def _check_target(wanted: Mapping[str, Slices], folder: str | Path) -> Metadata:
             problems.append(f"{name} has shape {shape} in the checkpoint, {wanted[name].shape} in the model")
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
-        raise ValueError(f"{folder} does not hold this model: {'; '.join(problems[:4])}{more}")
+        raise ValueError(f"{folder} does not contain this model: {'; '.join(problems[:4])}{more}")
     return metadata
 
 
 @contextmanager
 def _lean_writing() -> Iterator[None]:
-    """No zip checksums: the manifest has a sha256 of each file, and they are a third of the time. And one thread for
-    copies: the other cores hash and serve the other ranks, and torch's threads spin while they wait for a core."""
+    """No zip checksums, which take a third of the time: the manifest has a sha256 of each file. And one thread for
+    copies: the other cores hash and run the other ranks, and torch's threads spin while waiting for a core."""
     checksums, threads = get_crc32_options(), torch.get_num_threads()
     set_crc32_options(False)
     torch.set_num_threads(1)
@@ -385,7 +384,7 @@ def _lean_writing() -> Iterator[None]:
 
 @contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
-    """ValueError in the place of DCP's report of all ranks' stacks, and no warning that there is no process group."""
+    """Raise ValueError instead of DCP's report of all ranks' stacks; no warning about a missing process group."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -394,7 +393,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except CheckpointException as error:
         rank, (reason, _stack) = sorted(error.failures.items())[0]
         if not isinstance(reason, Exception):
-            raise reason from None  # the end of the process
+            raise reason from None  # SystemExit or KeyboardInterrupt
         if isinstance(reason, WeightsError):
             raise ValueError(str(reason)) from None
         where = f" (rank {rank})" if dist.is_initialized() else ""
@@ -403,4 +402,4 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        raise ValueError(f"{what}: another rank ended: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{what}: another rank exited: {str(error).splitlines()[0]}") from None

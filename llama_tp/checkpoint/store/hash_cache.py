@@ -1,8 +1,8 @@
-"""Which files of a checkpoint were hashed, and are the same files still: those need not be hashed at every load.
+"""Which files of a checkpoint were hashed and have not changed since, so that loads need not hash them again.
 
-A file counts as the same while its size, its inode and both its times of change are. A program can set mtime but not
-ctime, which the kernel sets whenever content or attributes change. What no file system notices, such as a disk that
-forgets, is not noticed here either.
+A file is unchanged if its size, inode, mtime and ctime are. A program can set mtime but not ctime, which the kernel
+sets whenever content or attributes change. Damage that the file system does not notice, such as bit rot, is not
+detected.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llama_tp.checkpoint.user_cache import cache_folder
 _FORMAT_VERSION = 1
 _MAX_BYTES = 4 << 20
 _SETTLED_NS = 2_000_000_000
-"""A file system's clock has ticks, within which a second change would go unseen. So a file is trusted only if its last
+"""Timestamps are coarse, so a second change within one tick would go unnoticed. A file is trusted only if its last
 change is at least this old when it is hashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What identifies the content of a file as long as nobody changes it."""
+    """Identifies the content of a file that nobody changes."""
 
     size: int
     inode: int
@@ -46,44 +46,44 @@ class FileState:
 
 
 def recall(folder: Path) -> set[tuple[str, FileState]]:
-    """The files that were hashed, as they were then. Empty if the manifest is another now, or nothing is remembered."""
+    """The hashed files and their states at that time. Empty if the manifest has changed or nothing is recorded."""
     digest = _manifest_digest(folder)
     found: set[tuple[str, FileState]] = set()
-    for place in _places(folder):
-        # What cannot be read as it was written is forgotten, whatever is wrong with it.
+    for path in _cache_files(folder):
+        # A cache that cannot be read is ignored, for whatever reason.
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if place.stat().st_size > _MAX_BYTES:
+            if path.stat().st_size > _MAX_BYTES:
                 continue
-            content = json.loads(place.read_bytes())
+            content = json.loads(path.read_bytes())
             if content["format_version"] == _FORMAT_VERSION and content["manifest_sha256"] == digest:
                 found |= {(name, FileState(*map(int, state))) for name, state in content["files"].items()}
     return found
 
 
 def remember(folder: Path, states: Mapping[str, FileState]) -> Path | None:
-    """Note that these files had the hashes of the manifest. The file that says so; None if it cannot be kept anywhere.
+    """Record that these files matched the manifest. The file written; None if no location is writable.
 
-    It lies in the checkpoint's folder or, if that cannot be written to, in the user's cache.
+    It is in the checkpoint's folder or, if that is not writable, in the user's cache.
     """
     content = {
         "format_version": _FORMAT_VERSION,
         "manifest_sha256": _manifest_digest(folder),
         "files": {name: astuple(state) for name, state in sorted(states.items())},
     }
-    for place in _places(folder):
+    for path in _cache_files(folder):
         with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(place, json.dumps(content, indent=1) + "\n")
-            return place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(content, indent=1) + "\n")
+            return path
     return None
 
 
-def _places(folder: Path) -> list[Path]:
-    places = [folder / HASH_CACHE]
-    with suppress(ValueError):  # there is no home folder
+def _cache_files(folder: Path) -> list[Path]:
+    files = [folder / HASH_CACHE]
+    with suppress(ValueError):  # no home folder
         key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
-        places.append(cache_folder() / "verified" / f"{key}.json")
-    return places
+        files.append(cache_folder() / "verified" / f"{key}.json")
+    return files
 
 
 def _manifest_digest(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""A file that is hashed while it is written: a checkpoint is not read again for its manifest."""
+"""A file hashed while it is written, so that a checkpoint need not be read again for its manifest."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from llama_tp.checkpoint.store.manifest import FileEntry
 
 _LARGE = 1 << 20
-"""A block of this size is hashed while it is written, a smaller one before."""
+"""A block of this size or more is hashed concurrently with its write, a smaller one before."""
 _SYNC_BYTES = 512 << 20
-"""The disk is set to work after this many bytes, in the background, else it idles until the final sync. A quarter of
-it costs more than it gains (measured): writes wait for the journal."""
+"""Start a background sync after this many bytes, or the disk idles until the final sync. A quarter of this costs more
+than it gains (measured): writes wait for the journal."""
 
 
 class HashingFile:
-    """Written once from start to end; on disk for good when the context ends.
+    """Written sequentially, once; durable when the context ends.
 
-    What a write raises (a full disk, the end of the process) is raised again when the context ends: torch's zip writer
-    goes on after it and reports something else.
+    An error in a write (a full disk, the process exiting) is raised again when the context ends, because torch's zip
+    writer continues after it and reports something else.
     """
 
     def __init__(self, path: Path) -> None:

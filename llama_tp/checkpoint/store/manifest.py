@@ -15,7 +15,7 @@ from llama_tp.file_kind import describe_model_folder
 
 MANIFEST = "manifest.json"
 HASH_CACHE = ".verified.json"
-"""Not vouched for: it says which files have been hashed since, see `hash_cache`."""
+"""Not in the manifest: it records which files have been hashed since, see `hash_cache`."""
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
 _BLOCK = 4 << 20
@@ -23,39 +23,39 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """What a file was when it was written."""
+    """A file as it was written."""
 
     size: int
     """Bytes."""
     sha256: str
-    """Lower-case hex."""
+    """Lowercase hex."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What is vouched for."""
+    """The contents of manifest.json."""
 
     files: Mapping[str, FileEntry]
     """By file name. A checkpoint folder has no subfolders."""
     about: Mapping[str, Any]
-    """Where the checkpoint came from: for people, and to tell two checkpoints apart."""
+    """Where the checkpoint came from: for humans, and to distinguish checkpoints."""
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read manifest.json. ValueError if it is absent or is not one."""
+    """Read manifest.json. ValueError if it is missing or invalid."""
     path = Path(folder) / MANIFEST
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError("it is too large")
         content = json.loads(path.read_bytes())
         if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version={content['format_version']!r}, this program reads {FORMAT_VERSION}")
+            raise ValueError(f"format_version={content['format_version']!r}, but this program reads {FORMAT_VERSION}")
         files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
         if odd := [name for name in files if name != os.path.basename(name) or name in ("", ".", "..")]:
             raise ValueError(f"{odd[0]!r} is not a file name")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
-        found = describe_model_folder(Path(folder)) or "is not a complete checkpoint of ours; convert it again"
+        found = describe_model_folder(Path(folder)) or "is not a complete converted checkpoint; convert it again"
         raise ValueError(f"{path} does not exist: {folder} {found}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from None
@@ -64,7 +64,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 def write_manifest(
     folder: str | Path, *, known: Mapping[str, FileEntry] | None = None, about: Mapping[str, Any] | None = None
 ) -> Manifest:
-    """Hash every file of the folder, save those in `known`, and write manifest.json durably."""
+    """Hash every file of the folder except those in `known`, and write manifest.json durably."""
     folder = Path(folder)
     files = dict(known or {})
     for path in sorted(folder.iterdir()):

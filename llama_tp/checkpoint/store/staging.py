@@ -1,4 +1,4 @@
-"""A folder, or a small file, that is there complete or not at all: made beside its destination, moved by one rename."""
+"""Atomic creation of a folder or small file: written next to its destination, then moved by one rename."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _RENAME_EXCHANGE = 2
 class StagedFolder:
     """The temporary sibling of a folder. `begin`, fill `path`, then `commit`; `discard` after any error.
 
-    Whenever the process is killed, the destination is absent, the old one or the new one, whole. What is left of the
-    temporary folder goes when the next process begins. Two processes cannot stage one destination at the same time.
+    Whenever the process is killed, the destination is missing, or the complete old or new folder. A leftover temporary
+    folder is removed by the next `begin`. Two processes cannot stage the same destination at the same time.
     """
 
     def __init__(self, destination: str | Path, *, overwrite: bool = False) -> None:
@@ -30,7 +30,7 @@ class StagedFolder:
         self._lock: int | None = None
 
     def begin(self) -> Path:
-        """Make `path`, empty. ValueError if the destination may not be replaced or is being written by someone else."""
+        """Create an empty `path`. ValueError if the destination may not be replaced or is being written."""
         if _aside(self.destination).exists() and not self.destination.exists():
             _aside(self.destination).rename(self.destination)
         self._check_destination()
@@ -58,7 +58,7 @@ class StagedFolder:
             self._unlock()
 
     def _lock_destination(self) -> None:
-        """Hold a file beside the folder; one inside would be lost by the rename."""
+        """Lock a file next to the folder; one inside would be lost by the rename."""
         path = self._lock_path()
         while True:
             handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
@@ -69,7 +69,7 @@ class StagedFolder:
                 raise ValueError(
                     f"another process is writing {self.destination}: wait for it or choose another folder"
                 ) from None
-            # The holder before us may have removed the file that we opened.
+            # The previous holder may have removed the file that we opened.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 self._lock = handle
                 return
@@ -95,12 +95,12 @@ class StagedFolder:
             raise ValueError(f"{self.destination} exists: pass --overwrite to replace it, or choose another folder")
         if not (self.destination / MANIFEST).is_file():
             raise ValueError(
-                f"{self.destination} exists and is no checkpoint of ours (it has no {MANIFEST}): it is not overwritten"
+                f"{self.destination} exists and is not overwritten, because it has no {MANIFEST}; choose another folder"
             )
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one."""
+    """Write a small file atomically: readers see the old one or the new one."""
     handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -113,7 +113,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step. Where the file system cannot: in three, and `begin` repairs a kill in between."""
+    """Swap two folders atomically. If the file system cannot, in three steps; `begin` repairs a kill between them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
         return

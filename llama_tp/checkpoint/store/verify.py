@@ -1,4 +1,4 @@
-"""Is a checkpoint folder what its manifest says? Quickly before each load, to the last bit on request."""
+"""Compare a checkpoint folder with its manifest: a quick check before each load, all bytes on request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llama_tp.file_kind import read_head, why_no_content
 
 WEIGHT_SUFFIXES = (".distcp", ".pth")
 SMALL = 16 << 20
-"""Files up to this many bytes are hashed by the quick check too: metadata and settings steer what is read."""
+"""Even the quick check hashes files up to this many bytes: metadata and settings decide what is read."""
 
 
 def verify(folder: str | Path, full: bool = True) -> Manifest:
-    """Compare a folder with its manifest, and return that. ValueError names the first bad file.
+    """Compare a folder with its manifest, and return the manifest. ValueError names the first bad file.
 
-    The quick check (`full=False`) takes milliseconds: every file has its recorded size and is no link, no weight file
-    is there that the manifest does not know, and small files have their recorded hash. The full one hashes all files,
-    and the next load need not do it again.
+    The quick check (`full=False`) takes milliseconds: every file has its recorded size and is not a link, there are no
+    weight files missing from the manifest, and small files have their recorded hash. The full check hashes all files,
+    so that the next load need not.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -44,18 +44,20 @@ def verify(folder: str | Path, full: bool = True) -> Manifest:
 
 
 def check_hash(path: Path, entry: FileEntry, advance: Advance = no_progress) -> FileState | None:
-    """The state that the file was hashed in; None if that may not be relied on later. ValueError for another hash."""
+    """The state of the file when hashed, or None if it may have changed meanwhile. ValueError if the hash differs."""
     before = FileState.of(path)
     is_settled = before.is_settled()
     if (sha256 := hash_file(path, advance)) != entry.sha256:
-        raise ValueError(f"{path} is corrupt: its sha256 is {sha256[:16]}..., {MANIFEST} says {entry.sha256[:16]}...")
+        raise ValueError(
+            f"{path} is corrupt: its sha256 is {sha256[:16]}..., but {MANIFEST} says {entry.sha256[:16]}..."
+        )
     return before if is_settled and FileState.of(path) == before else None
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is missing (or is no plain file), {MANIFEST} lists it with {entry.size} bytes")
+        raise ValueError(f"{path} is missing or not a regular file, but {MANIFEST} lists it with {entry.size} bytes")
     if (size := path.stat().st_size) != entry.size:
         if problem := why_no_content(read_head(path)):
             raise ValueError(f"{path} {problem}")
-        raise ValueError(f"{path} has {size} bytes, {MANIFEST} says {entry.size}: it is truncated or was changed")
+        raise ValueError(f"{path} has {size} bytes, but {MANIFEST} says {entry.size}: it is truncated or was changed")

@@ -10,5 +10,5 @@ __all__ = ["AttentionBackend", "SequenceTokens", "StepAttention", "choose_backen
 
 
 def choose_backend(cache: KVCache, *, deterministic: bool) -> AttentionBackend:
-    """The back end for the cache's device. `deterministic`: see SdpaBackend; the cache's last page is then scratch."""
+    """The backend for the cache's device. `deterministic`: see SdpaBackend; the cache's last page is then scratch."""
     return SdpaBackend(cache, can_merge=cache.device.type == "cpu", deterministic=deterministic)

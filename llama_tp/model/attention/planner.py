@@ -1,8 +1,8 @@
-"""Which attention calls a step takes: as few as reach every sequence's keys, without copying much.
+"""Plans the attention calls of a step: as few as possible without copying much.
 
-Contiguous pages (a range) are read in place, as a slice; ranges at equal distances are read in place together, as one
-strided view. A sequence of several ranges is read range by range, and the ranges before its last one are read once for
-all sequences that share them. Only what that would break into too many calls is gathered.
+Contiguous pages (a range) are read in place, as a slice; equally spaced ranges are read in place together, as one
+strided view. A sequence of several ranges is read range by range, and all but its last range are read once for all
+sequences that share them. Keys are gathered only where this would take too many calls.
 
 Legend: B sequences, G query heads per kv head, S keys.
 """
@@ -19,21 +19,21 @@ from llama_tp.model.attention.base import SequenceTokens
 from llama_tp.model.kv_cache import GatheredPages, KVCache, SlotRange
 
 _BUCKET = 64
-"""In deterministic mode a query at position p is shown this many keys, times the least factor that covers p."""
+"""In deterministic mode, a query at position p sees the smallest multiple of this many keys that covers p."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SdpaCosts:
-    """What decides between more calls and more bytes, measured on CPUs (docs/performance.md)."""
+    """The trade-off between more calls and more bytes, measured on CPUs (docs/performance.md)."""
 
     call_bytes: int = 1 << 18
-    """Keys and values whose reading takes about as long as one more attention call."""
+    """Bytes of keys and values that are read in about the time of one more attention call."""
     gather_bytes: int = 3 << 18
-    """Keys and values whose gathering takes about as long as one more range: a call, and merging its result."""
+    """Bytes of keys and values that are gathered in about the time of one more range: a call, and merging."""
     max_ranges: int = 8
-    """A sequence of more ranges is gathered in any case."""
+    """A sequence with more ranges is always gathered."""
     upcast_elements: int = 1 << 23
-    """Keys and values that become float32 at a time where the CPU lacks half precision, if of more than one head."""
+    """Elements of keys and values to upcast at a time if the CPU lacks half precision; at least one head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class AttentionCall:
     keys: SlotRange | GatheredPages
     """Read in place, or gathered."""
     shared: tuple[SlotRange, ...] = ()
-    """More keys, which every one of the queries sees: only of one query each, and only where results can be merged."""
+    """More keys that all the queries see. Only for one query per sequence, and if results can be merged."""
     mask: Tensor | None = None
     """Additive, broadcastable to the scores with `keys`; None: every query sees every key."""
     causal: bool = False
-    """Query i sees keys 0 .. i: a prompt from its beginning."""
+    """Query i sees keys 0 .. i: a prompt from its start."""
     aligned: bool = False
-    """Pad every kv head's queries, so that it does not matter which thread computes them (see sdpa.py)."""
+    """Pad every kv head's queries, so that results do not depend on which thread computes them (see sdpa.py)."""
 
 
 class CallPlanner:
@@ -62,12 +62,12 @@ class CallPlanner:
         self._costs = costs
         self._can_merge = can_merge
         self._num_slots = cache.num_pages * cache.page_size
-        # In keys of one layer.
+        # Numbers of keys in one layer.
         self._call_keys = costs.call_bytes // cache.bytes_per_slot
         self._gather_keys = costs.gather_bytes // cache.bytes_per_slot
 
     def plan(self, sequences: Sequence[SequenceTokens]) -> list[AttentionCall]:
-        """The calls for the sequences in order; those of one token share calls where that pays."""
+        """The calls for the sequences, in order; sequences with one token share calls if that is faster."""
         calls: list[AttentionCall] = []
         first = 0
         groups = _fold([self._group(one) for one in sequences], self._can_be_read_together)
@@ -78,7 +78,7 @@ class CallPlanner:
         return calls
 
     def plan_fixed(self, sequences: Sequence[SequenceTokens]) -> list[AttentionCall]:
-        """Calls in which each query sees a number of keys that depends on its position and nothing else."""
+        """Calls in which the number of keys for each query depends only on its position."""
         calls: list[AttentionCall] = []
         first = 0
         for one in sequences:
@@ -96,7 +96,7 @@ class CallPlanner:
         return _Group([one], tuple(shared), [own.first], longest=own.length, used=own.length)
 
     def _can_be_read_together(self, one: _Group, two: _Group) -> bool:
-        """Whether both read the same shared ranges, and the rest of their keys are at equal distances, in one call."""
+        """Whether one call can read both: same shared ranges, and their own keys equally spaced."""
         if one.is_scattered or two.is_scattered or one.shared != two.shared or not self._pays(one, two):
             return False
         distance = two.firsts[0] - one.firsts[-1]
@@ -107,7 +107,7 @@ class CallPlanner:
         return one.is_scattered and two.is_scattered and self._pays(one, two)
 
     def _pays(self, one: _Group, two: _Group) -> bool:
-        """Whether one call for both takes no longer than two."""
+        """Whether one call for both is no slower than two."""
         if one.sequences[0].num_tokens > 1 or two.sequences[0].num_tokens > 1:
             return False
         count = len(one.sequences) + len(two.sequences)
@@ -115,7 +115,7 @@ class CallPlanner:
         return masked <= (count - 1) * self._call_keys
 
     def _gathered_if_cheaper(self, group: _Group) -> _Group:
-        """The group as it is best read: gathered where its ranges hold too little."""
+        """The group, gathered if its ranges are too short."""
         if not group.shared:
             return group
         shared = sum(one.length for one in group.shared)
@@ -157,7 +157,7 @@ class CallPlanner:
             keys: SlotRange | GatheredPages
             ranges = one.pages.ranges(end, limit=1)
             if ranges and ranges[0].first + length <= self._num_slots:
-                keys = SlotRange(ranges[0].first, length, count=count)  # all of them read the same slots: no stride
+                keys = SlotRange(ranges[0].first, length, count=count)  # all read the same slots: no stride
             else:
                 keys = self._gather([one], length, count)
             positions = torch.arange(position, position + count, device=device)
@@ -169,8 +169,8 @@ class CallPlanner:
         return calls
 
     def _gather(self, sequences: Sequence[SequenceTokens], length: int, count: int = 1) -> GatheredPages:
-        """The first `length` keys of each sequence, with anything behind the end of a shorter one; or of one sequence,
-        `count` times."""
+        """The first `length` keys of each sequence, with arbitrary keys after the end of a shorter one; or of one
+        sequence, `count` times."""
         used = -(-length // self._cache.page_size)
         table = [one.pages.pages[:used] for one in sequences]
         padded = torch.tensor([pages + [0] * (used - len(pages)) for pages in table])
@@ -184,17 +184,17 @@ class CallPlanner:
 
 @dataclass(slots=True)
 class _Group:
-    """Sequences that one call computes: a prompt, or several of one token each."""
+    """Sequences computed by one call: a prompt, or several sequences with one token each."""
 
     sequences: list[SequenceTokens]
     shared: tuple[SlotRange, ...]
-    """What all of them see."""
+    """Keys that all sequences see."""
     firsts: list[int]
-    """The first slots of what each of them sees besides; that is one range each, unless the group is scattered."""
+    """First slot of each sequence's own keys, one range each; empty if the group is scattered."""
     longest: int
-    """The most keys that one of them sees besides."""
+    """Maximum number of own keys of any sequence."""
     used: int
-    """The keys that all of them see besides."""
+    """Total number of own keys."""
     is_scattered: bool = False
 
     def absorb(self, other: _Group) -> None:
@@ -205,7 +205,7 @@ class _Group:
 
 
 def _fold(groups: list[_Group], fit: Callable[[_Group, _Group], bool]) -> list[_Group]:
-    """The groups in order, neighbours that fit merged."""
+    """The groups in order, merging adjacent ones that fit."""
     folded = groups[:1]
     for group in groups[1:]:
         if fit(folded[-1], group):

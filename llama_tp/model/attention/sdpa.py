@@ -1,9 +1,9 @@
-"""Attention by scaled_dot_product_attention over ranges of slots, on any device.
+"""Attention with scaled_dot_product_attention over ranges of slots, on any device.
 
 Legend: T tokens of the step, B sequences, H heads, K kv heads, G = H / K, d head dim, S keys.
 
-The cost follows the used length: keys are a view of the cache where slots are contiguous, a gather where not; on a CPU
-a prefix that sequences share is read once for all of them.
+The cost follows the used length. Keys in contiguous slots are views of the cache, others are gathered; on a CPU a
+shared prefix is read once for all its sequences.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llama_tp.model.fp32_fallback import needs_fp32, upcast
 from llama_tp.model.kv_cache import KVCache, LayerCache, SlotMapping, SlotRange
 
 _ALIGNED_QUERIES = 16
-"""SDPA's scratch memory of a thread lies behind that of the thread before it, and its size follows the number of
-queries: 3 of them leave it aligned differently in each thread, and BLAS adds up in another order."""
+"""SDPA packs the scratch memory of its threads back to back, sized by the number of queries: with 3 queries, each
+thread's is aligned differently, and BLAS sums in a different order."""
 
 
 class SdpaBackend:
     """See `llama_tp.model.attention.base.AttentionBackend`.
 
-    `can_merge`: whether results over several ranges of keys can be merged, for which SDPA's CPU kernel returns what is
-    needed. `deterministic`: every query attends alone over a number of keys that depends on its position only, and
-    padding is written to the cache's last page.
+    `can_merge`: whether results over several ranges of keys can be merged; SDPA's CPU kernel returns the sums needed.
+    `deterministic`: every query attends alone, over a number of keys that depends only on its position, and padding is
+    written to the cache's last page.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SdpaBackend:
         deterministic: bool = False,
         fp32_fallback: bool | None = None,
     ) -> None:
-        """`fp32_fallback`: compute half precision in float32; None: if the CPU has no instructions for it."""
+        """`fp32_fallback`: compute half precision in float32; None: if the CPU lacks instructions for it."""
         self._cache = cache
         self._costs = costs or SdpaCosts()
         self._planner = CallPlanner(cache, self._costs, can_merge=can_merge)
@@ -87,7 +87,7 @@ class SdpaStep:
         k, v = cache.read(call.keys)  # (B, K, S, d)
         b, num_kv_heads, _, d = k.shape
         if q.size(0) == b:
-            # One query each: the G heads that share a kv head become G queries of it, so no key is read twice.
+            # One query each: the G heads that share a kv head become G queries of one head, so no key is read twice.
             groups = q.view(b, num_kv_heads, -1, d)  # (B, K, G, d)
             if call.aligned:
                 size = groups.size(2)
@@ -106,9 +106,9 @@ class SdpaStep:
         return out.squeeze(0).transpose(0, 1)
 
     def _attend_ranges(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, call: AttentionCall) -> Tensor:
-        """Queries (B, K, G, d) over their own keys (B, K, S, d) and the shared ones, which all B read as one sequence.
+        """Queries (B, K, G, d) over their own keys (B, K, S, d) and over shared keys, which all B read as one sequence.
 
-        Softmax over several ranges is the mean of their softmaxes, weighted by their sums of exponentials (Hydragen,
+        Attention over several ranges is the mean of their results, weighted by their sums of exponentials (Hydragen,
         arXiv:2402.05099).
         """
         b, _, size, _ = q.shape
@@ -123,12 +123,12 @@ class SdpaStep:
         return out.to(q.dtype)
 
     def _attend_range(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """SDPA for queries (B, K, G, d), and the logarithms of its sums of exponentials, (B, K, G)."""
+        """SDPA for queries (B, K, G, d), and its log-sum-exps (B, K, G)."""
         return self._attend_upcast(q, k, v, mask) if self._fp32_fallback else _flash(q, k, v, attn_mask=mask)
 
     def _attend_upcast(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same from half precision to float32, on a CPU without instructions for it: SDPA would convert one number
-        at a time, which for one query of a kv head takes 2 to 3 times as long. A few heads at a time are upcast."""
+        """The same for half precision on a CPU without instructions for it, upcasting a few heads at a time. SDPA
+        converts one element at a time, which takes 2 to 3 times as long for a single query per kv head."""
         out = torch.empty_like(q, dtype=torch.float32)
         lse = out.new_empty(q.shape[:3])
         mask = None if mask is None else mask.float()
@@ -141,14 +141,14 @@ class SdpaStep:
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""What SDPA calls on CPUs; it also returns the logarithms."""
+"""The kernel behind SDPA on CPUs; it also returns the log-sum-exps."""
 
 
 def attend_masked_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """One sequence's queries (T, H, d) over keys (1, K, S, d) under a mask (T, S).
 
-    With a mask and enable_gqa, CUDA has no kernel but the one that writes out all scores in float32. Seen as K
-    sequences of G heads that read the same keys, the memory-efficient kernel computes them in place.
+    With a mask and enable_gqa, CUDA only has the kernel that materializes all scores in float32. Treated as K sequences
+    of G heads with the same keys, the memory-efficient kernel can compute this.
     """
     num_kv_heads = k.size(1)
     groups = q.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # (K, G, T, d)
@@ -158,11 +158,11 @@ def attend_masked_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor
 
 
 def slot_mapping(slots: Sequence[list[int]], device: torch.device) -> SlotMapping:
-    """Where the tokens of each sequence are stored: a slice where several are contiguous, indices (T,) otherwise."""
+    """The slots to store each sequence's tokens in: a slice if several are contiguous, else indices (T,)."""
     flat = [slot for one in slots for slot in one]
     indices = torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
     mapping: list[tuple[slice, slice | Tensor]] = []
-    first = at = 0  # tokens first .. at - 1 are to be written one by one
+    first = at = 0  # tokens first .. at - 1 are written by index
     for one in slots:
         end = at + len(one)
         if len(one) > 1 and one[-1] - one[0] == len(one) - 1 and one == list(range(one[0], one[-1] + 1)):
