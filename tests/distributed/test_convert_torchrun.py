@@ -17,7 +17,8 @@ from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.verify import verify
-from tests.distributed.torchrun import ROOT, check, torchrun
+from tests.distributed.torchrun import check, torchrun
+from tests.paths import ROOT
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model
 

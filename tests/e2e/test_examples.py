@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from llama_tp.checkpoint.demo import make_demo
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.e2e
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
     MARK,
-    ROOT,
     convert,
     environment,
     free_ports,
@@ -32,6 +31,7 @@ from tests.e2e.torchserve_rig import (
     processes_marked,
     wait_until,
 )
+from tests.paths import CONFIGS, ROOT, SCRIPTS
 from tests.tiny_llama2 import PASSAGE, passage_prompt
 
 pytestmark = pytest.mark.e2e
@@ -39,7 +39,6 @@ pytestmark = pytest.mark.e2e
 REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
 REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 LLAMA_TP = [sys.executable, "-m", "llama_tp"]
-CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +198,7 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
     for name in ("log4j2.xml", "requests"):
         (tmp_path / "configs" / name).symlink_to(CONFIGS / name)
     (tmp_path / "handler").symlink_to(ROOT / "handler")
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "scripts").symlink_to(SCRIPTS)
     (tmp_path / "model-config.yaml").write_text(yaml.safe_dump(CONFIG))
     keys = ["inference_address", "management_address", "metrics_address"]
     settings = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(keys, ports, strict=False)]

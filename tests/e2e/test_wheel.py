@@ -22,8 +22,9 @@ import pytest
 
 import llama_tp
 from llama_tp.torchserve.server import free_port_range
-from tests.e2e.torchserve_rig import MARK, ROOT, processes_marked, wait_until
+from tests.e2e.torchserve_rig import MARK, processes_marked, wait_until
 from tests.fresh_environment import bare_variables, install_alone
+from tests.paths import CONFIGS, ROOT
 
 pytestmark = pytest.mark.e2e
 
@@ -220,4 +221,4 @@ def test_the_ranks_run_the_handler_and_the_library_of_the_wheel(user: User, serv
 
 def test_the_configuration_that_was_given_is_left_as_it_was(user: User, server: http.client.HTTPConnection) -> None:
     """TorchServe was started in that folder; its own one, with other ports, used to be written over it."""
-    assert (user.folder / "config.properties").read_text() == (ROOT / "configs" / "config.properties").read_text()
+    assert (user.folder / "config.properties").read_text() == (CONFIGS / "config.properties").read_text()

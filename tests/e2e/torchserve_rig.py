@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import CONFIGS, ROOT, SCRIPTS
+
 BIN = Path(sys.executable).parent
 PREDICT = "/predictions/llama"
 MARK = "LLAMA_TP_TEST_RIG"
@@ -61,7 +62,7 @@ CONFIG: dict[str, Any] = {
 def convert(original: Path, work: Path, *, model_parallel_size: int = 2, nproc: int = 2) -> None:
     """Meta's files -> converted_checkpoints, model_args.json and tokenizer.model in `work`."""
     command = ["torchrun", "--nnodes", "1", "--nproc_per_node", str(nproc), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "scripts/convert_checkpoints.py")]
+    command += ["--rdzv-endpoint", "localhost:0", str(SCRIPTS / "convert_checkpoints.py")]
     command += ["--original_ckpt_dir", str(original), "--tokenizer_path", str(original / "tokenizer.model")]
     command += ["--model_parallel_size", str(model_parallel_size), "--save_checkpoint_dir", "converted_checkpoints"]
     _run([*command, "--max_seq_len", "512", "--max_batch_size", "2"], cwd=work)
@@ -141,7 +142,7 @@ class TorchServe:
         config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         command = [str(BIN / "torchserve"), "--ncs", "--start", "--foreground", "--model-store", str(store)]
         command += ["--models", "llama", "--ts-config", str(config)]
-        command += ["--log-config", str(ROOT / "configs" / "log4j2.xml")]
+        command += ["--log-config", str(CONFIGS / "log4j2.xml")]
         variables = {
             **environment(),
             "TMPDIR": str(tmp),  # torchserve's pid file

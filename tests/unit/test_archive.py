@@ -13,8 +13,7 @@ import yaml
 from llama_tp.config import ConfigError
 from llama_tp.torchserve import archive
 from llama_tp.torchserve.archive import build_archive
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
     not Path(sys.executable).with_name("torch-model-archiver").exists(), reason="needs torch-model-archiver: [serve]"

@@ -16,12 +16,9 @@ import pytest
 import llama_tp
 from llama_tp.cli import command
 from llama_tp.cli import main as cli
-from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
+from tests.paths import CONFIGS, ROOT, SCRIPTS
+from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_3_1_8B
 from tests.unit.text_fixtures import file_of
-
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
-DEMO = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}
 
 
 @pytest.fixture
@@ -145,7 +142,7 @@ def test_plan_lists_the_legal_sizes_and_what_a_rank_holds(run, params):
 
 
 def test_plan_of_the_demo_lists_one_and_three_ranks(run, params):
-    _, out, _ = run("plan", params({**DEMO, "tied_embeddings": True}))
+    _, out, _ = run("plan", params({**json.loads(DEMO), "tied_embeddings": True}))
     assert out.startswith("0.13 billion parameters")
     assert [row.split()[0] for row in out.splitlines()[2:]] == ["1", "3"]
 
@@ -397,8 +394,8 @@ DOORS = {
 }
 PACKAGED = {
     "handler": ROOT / "handler" / "llama_handler.py",
-    "properties": ROOT / "configs" / "config.properties",
-    "log_config": ROOT / "configs" / "log4j2.xml",
+    "properties": CONFIGS / "config.properties",
+    "log_config": CONFIGS / "log4j2.xml",
 }
 
 
@@ -427,7 +424,7 @@ def test_config_lists_what_comes_along_and_prints_it(run):
     names = out.splitlines()
     assert {"llama2-7b.yaml", "config.production.properties", "requests/dialogs.txt"} <= set(names)
     for name in names:
-        assert run("config", name) == (0, (ROOT / "configs" / name).read_text(), "")
+        assert run("config", name) == (0, (CONFIGS / name).read_text(), "")
 
 
 @pytest.mark.parametrize("name", ["llama9.yaml", "../pyproject.toml", "/etc/hostname", "."])

@@ -18,7 +18,7 @@ from llama_tp.parallel.comm import PeerLost
 from llama_tp.torchserve import follower as follow_module
 from llama_tp.torchserve import worker as start_module
 from llama_tp.torchserve.config import ModelConfig
-from tests.unit.test_torchserve_config import ROOT
+from tests.paths import ROOT
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 

@@ -22,8 +22,7 @@ from llama_tp.parallel.sharding import (
     num_parameters_of_rank,
     why_illegal,
 )
-from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_2_1B
-from tests.unit.test_torchserve_config import DEMO
+from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_2_1B
 
 MODELS = {
     "7B": (LLAMA_2_7B, [1, 2, 4, 8, 16, 32]),

@@ -25,9 +25,7 @@ from llama_tp.torchserve.processes import MARK, find_frontend, is_alive
 from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Properties, parse_properties
 from llama_tp.torchserve.server import TorchServe, stop_server, why_unhealthy
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+from tests.paths import CONFIGS, ROOT
 
 
 @pytest.fixture

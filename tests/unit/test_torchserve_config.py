@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from llama_tp.config import ConfigError, ModelArgs
 from llama_tp.torchserve.config import HandlerSection, ModelConfig, TorchrunSection
-from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B
+from tests.paths import CONFIGS, ROOT
+from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B
 
-ROOT = Path(__file__).parents[2]
-DEMO = '{"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}'
 SHIPPED = {
     "model-config.yaml": (LLAMA_2_7B, 1),
     "configs/llama2-7b.yaml": (LLAMA_2_7B, 1),
@@ -40,9 +38,7 @@ def problems_of(values):
 
 
 def test_every_configuration_that_is_shipped_is_tested_here():
-    assert {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"model-config.yaml"} == set(
-        SHIPPED
-    )
+    assert {f"configs/{path.name}" for path in CONFIGS.glob("*.yaml")} | {"model-config.yaml"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -59,7 +55,7 @@ def test_a_shipped_configuration_fits_its_model(name):
 
 @pytest.mark.parametrize("name", ["config.properties", "config.production.properties"])
 def test_what_is_shipped_for_the_frontend_keeps_every_address_on_this_host(name):
-    lines = (ROOT / "configs" / name).read_text().splitlines()
+    lines = (CONFIGS / name).read_text().splitlines()
     addresses = dict(line.split("=") for line in lines if "_address=" in line)
     assert {"grpc_inference_address", "grpc_management_address"} <= addresses.keys()
     assert {address.removeprefix("http://").partition(":")[0] for address in addresses.values()} == {"127.0.0.1"}
