@@ -29,15 +29,13 @@ from tests.e2e.torchserve_rig import (
     free_ports,
     package,
     processes_marked,
-    wait_until,
 )
 from tests.paths import CONFIGS, ROOT, SCRIPTS
-from tests.tiny_llama2 import PASSAGE, passage_prompt
+from tests.tiny_llama2 import PASSAGE_REQUEST, REST_OF_PASSAGE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
-REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 LLAMA_TP = [sys.executable, "-m", "llama_tp"]
 
 
@@ -76,7 +74,7 @@ def ask(port: int, token: str | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        connection.request("POST", "/predictions/llama", json.dumps(REQUEST), headers)
+        connection.request("POST", "/predictions/llama", json.dumps(PASSAGE_REQUEST), headers)
         response = connection.getresponse()
         return response.status, response.read()
     finally:

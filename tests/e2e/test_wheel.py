@@ -22,14 +22,14 @@ import pytest
 
 import llama_tp
 from llama_tp.torchserve.server import free_port_range
-from tests.e2e.torchserve_rig import MARK, processes_marked, wait_until
+from tests.e2e.demo_answers import ANSWER, QUESTION
+from tests.e2e.torchserve_rig import MARK, processes_marked
 from tests.fresh_environment import bare_variables, install_alone
 from tests.paths import CONFIGS, ROOT
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
-QUESTION = "What is the capital of France?"
-ANSWER = "The capital of France is Paris."
 WHERE = "import llama_tp, sys; print(llama_tp.__file__); print(*sys.path, sep='\\n')"
 
 

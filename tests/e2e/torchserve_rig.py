@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from tests.paths import CONFIGS, ROOT, SCRIPTS
 BIN = Path(sys.executable).parent
 PREDICT = "/predictions/llama"
 MARK = "LLAMA_TP_TEST_RIG"
+CUT_OFF = (http.client.HTTPException, ConnectionError)
+"""What a client sees of a response that breaks off."""
 
 CONFIG: dict[str, Any] = {
     "minWorkers": 1,
@@ -276,6 +278,13 @@ class Stream:
         while line := self._response.readline():
             yield time.monotonic(), json.loads(line)
 
+    def how_it_ends(self) -> str:
+        """Read what is left of it: "complete", with a reason, "explicit end", as of an error, or "cut off"."""
+        try:
+            return "complete" if "finish_reason" in [chunk for _, chunk in self][-1] else "explicit end"
+        except CUT_OFF:
+            return "cut off"
+
     def close(self) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -302,14 +311,6 @@ def is_gone(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it has come true."""
-    deadline = time.monotonic() + timeout_s
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return met
 
 
 def environment() -> dict[str, str]:

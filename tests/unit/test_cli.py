@@ -22,11 +22,10 @@ from tests.unit.text_fixtures import file_of
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, own_sigterm):
     """Runs a command line in this process: exit code, stdout, stderr."""
     monkeypatch.setenv("PAGER", "cat")
     monkeypatch.delenv("RANK", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
 
     def run_one(*argv):
         monkeypatch.setattr(sys, "argv", ["/somewhere/bin/llama-tp", *argv])
@@ -38,8 +37,7 @@ def run(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    yield run_one
-    signal.signal(signal.SIGTERM, before)
+    return run_one
 
 
 @pytest.fixture

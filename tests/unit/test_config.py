@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
 from llama_tp.model.rope import rope_table
 from tests.published_params import (
     CODE_LLAMA_7B,
@@ -24,6 +24,7 @@ from tests.published_params import (
     LLAMA_3_2_3B,
     LLAMA_3_8B,
 )
+from tests.unit.problems import problems_of
 
 # The hidden sizes are those of the published weights, the scalings those of the same models' config.json on the hub.
 META = {
@@ -39,13 +40,6 @@ META = {
     "Code Llama 7B": (CODE_LLAMA_7B, 11008, 32, 128, None),
 }
 TINY = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100}
-
-
-def problems_of(make, /, *args, **kwargs):
-    with pytest.raises(ConfigError) as caught:
-        make(*args, **kwargs)
-    assert str(caught.value).splitlines() == caught.value.problems  # a line each
-    return caught.value.problems
 
 
 @pytest.mark.parametrize("name", META)

@@ -204,6 +204,18 @@ def test_the_api_knows_of_the_engine_only_the_types_that_travel():
         assert ours <= {"llama_tp.engine.request", "llama_tp.serving.schema"}
 
 
+def test_no_test_file_is_imported():
+    """What several of them need is in a conftest.py, or in a module whose name says what it is."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    assert len(tests) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                assert not tests & {part for name in names for part in name.split(".")}, f"{path}:{node.lineno}"
+
+
 def test_no_two_modules_import_each_other():
     done, path = set(), []
 

@@ -15,16 +15,9 @@ import torch
 from llama_tp.engine.request import Request, SamplingParams, Sequence
 from llama_tp.engine.sampler import Sampler, probabilities
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors lose more by being handed to other threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row_of(request_id, **params):

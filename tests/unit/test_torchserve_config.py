@@ -12,6 +12,7 @@ from llama_tp.config import ConfigError, ModelArgs
 from llama_tp.torchserve.config import HandlerSection, ModelConfig, TorchrunSection
 from tests.paths import CONFIGS, ROOT
 from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B
+from tests.unit.problems import problems_of
 
 SHIPPED = {
     "model-config.yaml": (LLAMA_2_7B, 1),
@@ -28,13 +29,6 @@ TINY = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=100, ma
 def values():
     """A parsed configuration that is in order."""
     return yaml.safe_load((ROOT / "model-config.yaml").read_text())
-
-
-def problems_of(values):
-    with pytest.raises(ConfigError) as caught:
-        ModelConfig.of(values)
-    assert str(caught.value).splitlines() == caught.value.problems  # a line each
-    return caught.value.problems
 
 
 def test_every_configuration_that_is_shipped_is_tested_here():
@@ -104,14 +98,14 @@ def test_the_model_s_own_limits_hold_where_the_handler_sets_none(values):
 )
 def test_a_misspelt_key_is_answered_with_the_one_that_was_meant(values, section, key, meant):
     (values[section] if section else values)[key] = 1
-    (problem,) = problems_of(values)
+    (problem,) = problems_of(ModelConfig.of, values)
     path = f"{section}.{key}" if section else key
     assert problem == f"{path} is not a known key; did you mean {meant}?"
 
 
 def test_a_key_that_resembles_nothing_is_answered_with_all_that_are_known(values):
     values["handler"]["zzz"] = 1
-    (problem,) = problems_of(values)
+    (problem,) = problems_of(ModelConfig.of, values)
     assert all(key in problem for key in HandlerSection.model_fields)
 
 
@@ -127,7 +121,7 @@ def test_a_key_that_resembles_nothing_is_answered_with_all_that_are_known(values
     ],
 )
 def test_a_key_of_torchserve_s_that_breaks_us_is_refused_with_the_reason(values, key, reason):
-    (problem,) = problems_of({**values, key: True})
+    (problem,) = problems_of(ModelConfig.of, {**values, key: True})
     assert problem.startswith(f"{key} must not be set")
     assert reason in problem
     assert "remove it" in problem
@@ -181,7 +175,7 @@ def test_a_key_of_torchserve_s_that_breaks_us_is_refused_with_the_reason(values,
 )
 def test_a_wrong_value_is_named_with_its_key(values, section, key, value):
     (values[section] if section else values)[key] = value
-    (problem,) = problems_of(values)
+    (problem,) = problems_of(ModelConfig.of, values)
     path = f"{section}.{key}" if section else key
     assert problem.startswith(f"{path}={json.dumps(value)}: "), problem
     assert not any(word in problem for word in ("None", "True", "False")), problem
@@ -190,7 +184,7 @@ def test_a_wrong_value_is_named_with_its_key(values, section, key, value):
 @pytest.mark.parametrize("key", ["deviceType", "parallelType", "continuousBatching", "torchrun", "handler"])
 def test_a_missing_section_is_named(values, key):
     del values[key]
-    assert problems_of(values) == [f"{key} is missing"]
+    assert problems_of(ModelConfig.of, values) == [f"{key} is missing"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +193,7 @@ def test_a_missing_section_is_named(values, key):
 )
 def test_a_missing_key_of_a_section_is_named(values, section, key):
     del values[section][key]
-    assert problems_of(values) == [f"{section}.{key} is missing"]
+    assert problems_of(ModelConfig.of, values) == [f"{section}.{key} is missing"]
 
 
 def test_several_problems_are_said_at_once(values):
@@ -207,7 +201,7 @@ def test_several_problems_are_said_at_once(values):
     values["batchSize"] = "many"
     values["handler"]["top_p"] = 2
     values["torchrun"]["nprocs"] = 8
-    problems = problems_of(values)
+    problems = problems_of(ModelConfig.of, values)
     assert len(problems) == 4
     for word in ("useJobTicket", "batchSize", "handler.top_p", "torchrun.nprocs"):
         assert any(problem.startswith(word) for problem in problems), word
@@ -217,7 +211,7 @@ def test_settings_that_contradict_each_other_are_all_named(values):
     values["responseTimeout"] = 20
     values["handler"]["heartbeat_s"] = 30
     values["torchrun"]["rdzv-endpoint"] = ""
-    assert [problem.split("=")[0].split(" ")[0] for problem in problems_of(values)] == [
+    assert [problem.split("=")[0].split(" ")[0] for problem in problems_of(ModelConfig.of, values)] == [
         "responseTimeout",
         "handler.heartbeat_s",
         "torchrun.rdzv-endpoint",
@@ -226,7 +220,7 @@ def test_settings_that_contradict_each_other_are_all_named(values):
 
 def test_the_ranks_must_notice_a_lost_peer_before_torchserve_gives_up(values):
     values["responseTimeout"], values["handler"]["collective_timeout_s"] = 60, 60
-    (problem,) = problems_of(values)
+    (problem,) = problems_of(ModelConfig.of, values)
     assert "responseTimeout=60" in problem
     assert "handler.collective_timeout_s=60" in problem
     values["handler"]["collective_timeout_s"] = 59.5
@@ -281,7 +275,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_key_that_is_not_a_string_is_refused(values):
-    assert "1" in problems_of({**values, 1: 2})[0]
+    assert "1" in problems_of(ModelConfig.of, {**values, 1: 2})[0]
 
 
 def test_the_documentation_names_every_key_of_the_handler_section():
@@ -309,7 +303,7 @@ def test_the_cache_can_be_sized_by_memory(values, memory):
 @pytest.mark.parametrize("memory", ["much", 0, -5, "0GiB"])
 def test_a_cache_of_no_size_is_named(values, memory):
     values["handler"]["kv_cache_memory"] = memory
-    (problem,) = problems_of(values)
+    (problem,) = problems_of(ModelConfig.of, values)
     assert problem.startswith(f"handler.kv_cache_memory={json.dumps(memory)} must be bytes (6442450944, ")
 
 
