@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import llama_tp
 from tests.paths import SCRIPTS
-from tests.tiny_checkpoint import meta_tensors, write_meta
-from tests.tiny_text import make_sentencepiece_model
+from tests.tiny_converted import convert_beside, write_originals
 
 pytestmark = pytest.mark.distributed
 
@@ -32,13 +30,7 @@ def gpu_check(out: Path, *options: str, **variables: str) -> subprocess.Complete
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    original = write_meta(tmp_path / "original", meta_tensors())
-    tokenizer = make_sentencepiece_model(original)
-    converted = tmp_path / "converted"
-    llama_tp.convert(
-        str(original), str(tokenizer), 1, str(converted), model_args_path=str(tmp_path / "model_args.json")
-    )
-    return converted
+    return convert_beside(write_originals(tmp_path / "originals"))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from llama_tp.torchserve.server import free_port_range
+from tests.documentation import block_below
 from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
@@ -182,12 +183,6 @@ def inference_token(run_dir: Path) -> str:
     return token
 
 
-def commands_of_the_readme(heading: str) -> str:
-    """The block of commands below words in bold."""
-    text = (ROOT / "README.md").read_text()
-    return text[text.index(f"**{heading}") :].partition("```bash\n")[2].partition("```")[0]
-
-
 def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama2: Path, tmp_path: Path) -> None:
     """curl came before the server listened, `llama-tp chat` looked for what had been moved away, and where the host's
     name does not resolve torchrun hung."""
@@ -205,7 +200,7 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
     (tmp_path / "configs" / "config.properties").write_text("\n".join([text, *settings, ""]))
     work = tmp_path / "t"  # short: sockets
     work.mkdir()
-    steps = [commands_of_the_readme(heading) for heading in ("Convert.", "Archive, serve, call", "In the terminal")]
+    steps = [block_below(f"**{words}") for words in ("Convert.", "Archive, serve, call", "In the terminal")]
     script = "\n".join(steps)
     assert "llama-tp verify" in script
     assert "curl" in script

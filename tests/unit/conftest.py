@@ -1,10 +1,12 @@
 """Fixtures that several unit tests share."""
 
 import signal
+import sys
 
 import pytest
 import torch
 
+from llama_tp.cli import main as cli
 from llama_tp.engine import loop as loop_module
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -49,3 +51,22 @@ def own_sigterm():
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, own_sigterm):
+    """Runs a command line of llama-tp in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("PAGER", "cat")
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run_one(*argv):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/llama-tp", *argv])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_one

@@ -18,26 +18,7 @@ from llama_tp.cli import command
 from llama_tp.cli import main as cli
 from tests.paths import CONFIGS, ROOT, SCRIPTS
 from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_3_1_8B
-from tests.unit.text_fixtures import file_of
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, own_sigterm):
-    """Runs a command line in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("PAGER", "cat")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run_one(*argv):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/llama-tp", *argv])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_one
+from tests.tiny_converted import convert_beside, write_originals
 
 
 @pytest.fixture
@@ -55,29 +36,13 @@ def params(tmp_path):
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """Two shards as Meta's, with their tokenizer."""
-    from tests.tiny_checkpoint import meta_tensors, write_meta
-
-    folder = tmp_path_factory.mktemp("model") / "originals"
-    write_meta(folder, meta_tensors(), 2)
-    (folder / "tokenizer.model").write_bytes(file_of("sentencepiece").read_bytes())
-    return folder
+    return write_originals(tmp_path_factory.mktemp("model") / "originals", num_shards=2)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(originals):
     """A tiny converted checkpoint, alone in its folder."""
-    from llama_tp.checkpoint.convert import convert
-
-    folder = originals.parent
-    convert(
-        str(originals),
-        str(originals / "tokenizer.model"),
-        2,
-        str(folder / "converted"),
-        max_seq_len=128,
-        model_args_path=str(folder / "model_args.json"),
-    )
-    return folder / "converted"
+    return convert_beside(originals, max_seq_len=128)
 
 
 def is_one_line(text):
