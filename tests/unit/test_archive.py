@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory, monkeypatch):
+    """torch-model-archiver works in a folder there that is named after the model, whoever else uses it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+
+
 @pytest.fixture
 def job(tmp_path):
     """The arguments of a build that works, with files of a few bytes for weights."""
