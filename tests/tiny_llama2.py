@@ -54,6 +54,14 @@ def passage_prompt(num_words: int) -> str:
     return " ".join(PASSAGE.split(" ")[:num_words])
 
 
+PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
+REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
+"""Its answer."""
+
+LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
+"""Streams for as long as a test needs it to."""
+
+
 def make_tiny_llama2(folder: Path, *, model_parallel_size: int = 2) -> Path:
     """Train the model and write it to the folder, as Meta ships Llama 2. A few seconds. The folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -94,22 +94,32 @@ def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def engine_of(
-    model: Transformer, *, make_backend: Callable[[KVCache], AttentionBackend] | None = None, **config: object
-) -> Engine:
-    """A single-rank engine of local modules around a copy of the model's weights."""
+def runner_of(
+    model: Transformer,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    make_backend: Callable[[KVCache], AttentionBackend] | None = None,
+) -> ModelRunner:
+    """A single rank's runner of local modules around a copy of the model's weights."""
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
-    engine_config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **config})  # type: ignore[arg-type]
-    runner = ModelRunner(
-        localize(twin, SingleComm()),
-        engine_config,
+    return ModelRunner(
+        localize(twin.to(dtype), SingleComm()),
+        config,
         num_kv_heads=model.args.n_kv_heads,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
         make_backend=make_backend,
     )
-    return Engine(runner, SingleComm(), engine_config)
+
+
+def engine_of(
+    model: Transformer, *, make_backend: Callable[[KVCache], AttentionBackend] | None = None, **config: object
+) -> Engine:
+    """A single-rank engine around a copy of the model's weights; `config` are fields of EngineConfig."""
+    engine_config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **config})  # type: ignore[arg-type]
+    return Engine(runner_of(model, engine_config, make_backend=make_backend), SingleComm(), engine_config)
 
 
 def transformers_twin(model: Transformer) -> Any:

@@ -17,7 +17,7 @@ from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.parallel.shared_memory import SharedMemoryComm
 from tests.distributed.torchrun import exit_rank
 from tests.tiny_model import random_model
-from tests.unit.test_deterministic import logits_of
+from tests.watched_request import logits_of
 
 ARGS = ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=32)
 SITUATIONS = [
@@ -37,7 +37,7 @@ def run(group: Group, comm: Comm, dtype: torch.dtype, settings: dict, others: li
     if not comm.is_leader:
         engine.follow()
         return None
-    logits, _ = logits_of(engine, others)
+    logits = logits_of(engine, others)
     engine.release()
     return logits
 

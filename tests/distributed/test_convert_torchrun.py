@@ -17,7 +17,8 @@ from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.verify import verify
-from tests.distributed.torchrun import ROOT, check, torchrun
+from tests.distributed.torchrun import check, torchrun
+from tests.paths import ROOT, names_in
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model
 
@@ -56,10 +57,6 @@ def run_script(nproc, *args):
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def bytes_by_file(folder):
     """Bytes of tensors, without the wrapping of each chunk."""
     metadata = dcp.read_metadata(folder)
@@ -81,7 +78,7 @@ def test_the_command_of_the_readme_works_with_any_number_of_ranks(originals, tmp
     done = run_script(nproc, *arguments(originals, tmp_path))
     check(done)
     assert done.stdout.count("Wrote") == 1
-    assert names(tmp_path) == ["converted", "model_args.json"]
+    assert names_in(tmp_path) == ["converted", "model_args.json"]
     folder = tmp_path / "converted"
     verify(folder)
     files = sorted(folder.glob("*.distcp"))
@@ -99,7 +96,7 @@ def test_a_failed_check_ends_all_ranks_with_one_line_from_one_of_them(originals,
     assert done.returncode != 0
     assert len(our_lines(done)) == 1, done.stderr
     assert "pass --model_parallel_size 2" in our_lines(done)[0]
-    assert names(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("shard", [0, 1])
@@ -111,7 +108,7 @@ def test_a_damaged_original_is_found_by_the_rank_that_hashes_it(originals, tmp_p
     assert done.returncode != 0
     assert len(our_lines(done)) == 1, done.stderr
     assert f"consolidated.0{shard}.pth is damaged or is another file" in our_lines(done)[0]
-    assert names(tmp_path) == ["damaged"]
+    assert names_in(tmp_path) == ["damaged"]
 
 
 FAULTS = {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}
@@ -125,7 +122,7 @@ def test_what_only_one_rank_meets_ends_all_with_one_line_and_leaves_nothing(orig
     assert {"a full disk on rank 1": "File too large", "an unreadable shard on rank 1": "not readable"}[
         fault
     ] in our_lines(done)[0]
-    assert names(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -137,7 +134,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_succeeds(originals, t
     assert not (tmp_path / "converted").exists()
     convert(**settings(originals, tmp_path))
     verify(tmp_path / "converted")
-    assert names(tmp_path) == ["converted", "model_args.json"]
+    assert names_in(tmp_path) == ["converted", "model_args.json"]
 
 
 def test_two_ranks_load_their_slices_through_dtensor_and_fail_together(originals, tmp_path):

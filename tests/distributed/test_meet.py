@@ -13,7 +13,8 @@ import time
 import psutil
 import pytest
 
-from tests.distributed.torchrun import ROOT, check, torchrun
+from tests.distributed.torchrun import check, torchrun
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.distributed
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import llama_tp
 from llama_tp.text import Message
 from tests.distributed.torchrun import exit_rank
+from tests.e2e.demo_answers import QUESTION
 
 PROMPTS = ["Once upon a time", "The capital of France is", "def fibonacci(n):", "Water boils at"]
-
-QUESTION = "What is the capital of France?"
 
 
 def main() -> None:

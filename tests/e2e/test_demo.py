@@ -10,33 +10,21 @@ import torch
 
 import llama_tp
 from llama_tp.checkpoint import demo
-from llama_tp.checkpoint.convert import convert
 from tests.distributed.torchrun import check, torchrun
+from tests.e2e.demo_answers import ANSWER
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return demo.fetch_demo(tmp_path_factory.mktemp("demo") / "weights")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(weights):
-    folder = weights.parent / "converted"
-    convert(
-        str(weights), str(weights / "tokenizer.json"), 1, str(folder), model_args_path=str(weights.parent / "args.json")
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def greedy(checkpoint, weights):
+def greedy(demo_folder, tmp_path_factory):
     """By number of ranks: pairs of prompt ids and generated ids."""
+    checkpoint, tokenizer = demo_folder / "converted_checkpoints", demo_folder / "weights" / "tokenizer.json"
+    folder = tmp_path_factory.mktemp("greedy")
 
     def run(ranks):
-        out = weights.parent / f"{ranks}.json"
-        check(torchrun(ranks, "tests.e2e.demo_worker", str(checkpoint), str(weights / "tokenizer.json"), str(out)))
+        out = folder / f"{ranks}.json"
+        check(torchrun(ranks, "tests.e2e.demo_worker", str(checkpoint), str(tokenizer), str(out)))
         return json.loads(out.read_text())
 
     return {ranks: run(ranks) for ranks in (1, 3)}
@@ -47,10 +35,10 @@ def test_greedy_tokens_are_the_same_on_one_rank_and_on_three(greedy):
     assert all(len(generated) == 48 for _, generated in greedy[1])
 
 
-def test_the_capital_of_france_is_paris(greedy, weights):
-    tokenizer = llama_tp.load_tokenizer(weights)
+def test_the_capital_of_france_is_paris(greedy, demo_folder):
+    tokenizer = llama_tp.load_tokenizer(demo_folder / "weights")
     for pairs in greedy.values():
-        assert tokenizer.decode(pairs[-1][1]).startswith("The capital of France is Paris.")
+        assert tokenizer.decode(pairs[-1][1]).startswith(ANSWER)
 
 
 def test_greedy_tokens_are_those_of_transformers(greedy, tmp_path):

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from llama_tp.checkpoint.demo import make_demo
+from tests.e2e.demo_answers import QUESTION
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.e2e
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo(tmp_path_factory.mktemp("demo"))[1]
+def checkpoint(demo_folder: Path) -> Path:
+    return demo_folder / "converted_checkpoints"
 
 
 def run(*command: str) -> str:
@@ -46,6 +45,6 @@ def test_prompts_are_completed_alike_on_one_rank_and_on_three(checkpoint: Path) 
 
 
 def test_a_conversation_goes_on(checkpoint: Path) -> None:
-    said = run("examples/chat.py", str(checkpoint), "What is the capital of France?", "And of Italy?")
+    said = run("examples/chat.py", str(checkpoint), QUESTION, "And of Italy?")
     assert "Paris" in said
     assert "Rome" in said

@@ -16,17 +16,15 @@ import grpc
 import psutil
 import pytest
 
-from tests.e2e.torchserve_rig import PREDICT, Stream, TorchServe, convert, package, serve, wait_until
-from tests.tiny_llama2 import ENDLESS, PASSAGE, passage_prompt
+from tests.e2e.torchserve_rig import PREDICT, Stream, TorchServe, convert, package, serve
+from tests.tiny_llama2 import LONG_REQUEST, PASSAGE_REQUEST, REST_OF_PASSAGE
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
 NUM_SLOTS = 4
 QUEUE_SIZE = 40
-PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
-LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0}
-PATIENCE_S = 60
+LONG_WHOLE = {**LONG_REQUEST, "stream": False}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def a_neighbour(server: TorchServe) -> Iterator[None]:
                 break
         return chunks
 
-    with server.stream({**LONG_REQUEST, "stream": True}) as stream, ThreadPoolExecutor(1) as pool:
+    with server.stream(LONG_REQUEST) as stream, ThreadPoolExecutor(1) as pool:
         _, first = next(iter(stream))
         reading = pool.submit(read, stream)
         try:
@@ -117,7 +115,7 @@ def test_over_grpc_what_cannot_be_served_is_refused_and_touches_nobody(server: T
 
 def test_a_grpc_client_that_leaves_touches_nobody(server: TorchServe, call: Call, protos: Any) -> None:
     messages, services = protos
-    request = messages.PredictionsRequest(model_name="llama", input={"data": json.dumps(LONG_REQUEST).encode()})
+    request = messages.PredictionsRequest(model_name="llama", input={"data": json.dumps(LONG_WHOLE).encode()})
     with a_neighbour(server):
         with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
             stub = services.InferenceAPIsServiceStub(channel)
@@ -145,7 +143,7 @@ def send(server: TorchServe, payload: object) -> http.client.HTTPConnection:
 
 def test_a_new_request_does_not_wait_for_those_whose_clients_have_left(server: TorchServe) -> None:
     """To generate for them all would take many times PATIENCE_S."""
-    connections = [send(server, LONG_REQUEST) for _ in range(QUEUE_SIZE - 10)]
+    connections = [send(server, LONG_WHOLE) for _ in range(QUEUE_SIZE - 10)]
     for connection in connections:
         connection.close()
 
@@ -157,7 +155,7 @@ def test_every_client_of_a_full_queue_gets_an_answer_in_json(server: TorchServe)
     with ThreadPoolExecutor(3 * QUEUE_SIZE) as pool:
         with ExitStack() as running:
             for _ in range(NUM_SLOTS):
-                next(iter(running.enter_context(server.stream({**LONG_REQUEST, "stream": True}))))
+                next(iter(running.enter_context(server.stream(LONG_REQUEST))))
             asked = [pool.submit(server.post, request) for _ in range(3 * QUEUE_SIZE)]
             assert wait_until(lambda: sum(one.done() for one in asked) >= 2 * QUEUE_SIZE, PATIENCE_S)
         answers = [one.result() for one in asked]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import SCRIPTS
+
 pytestmark = pytest.mark.e2e
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
+SCRIPT = SCRIPTS / "gpu_check.py"
 
 
 def test_what_torchserve_answers_is_held_to_the_engine(tmp_path: Path) -> None:

@@ -20,26 +20,24 @@ import pytest
 import yaml
 
 from llama_tp.torchserve.server import free_port_range
+from tests.documentation import block_below
 from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
     MARK,
-    ROOT,
     convert,
     environment,
     free_ports,
     package,
     processes_marked,
-    wait_until,
 )
-from tests.tiny_llama2 import PASSAGE, passage_prompt
+from tests.paths import CONFIGS, ROOT, SCRIPTS
+from tests.tiny_llama2 import PASSAGE_REQUEST, REST_OF_PASSAGE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
-REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 LLAMA_TP = [sys.executable, "-m", "llama_tp"]
-CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,7 @@ def ask(port: int, token: str | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        connection.request("POST", "/predictions/llama", json.dumps(REQUEST), headers)
+        connection.request("POST", "/predictions/llama", json.dumps(PASSAGE_REQUEST), headers)
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -185,12 +183,6 @@ def inference_token(run_dir: Path) -> str:
     return token
 
 
-def commands_of_the_readme(heading: str) -> str:
-    """The block of commands below words in bold."""
-    text = (ROOT / "README.md").read_text()
-    return text[text.index(f"**{heading}") :].partition("```bash\n")[2].partition("```")[0]
-
-
 def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama2: Path, tmp_path: Path) -> None:
     """curl came before the server listened, `llama-tp chat` looked for what had been moved away, and where the host's
     name does not resolve torchrun hung."""
@@ -199,7 +191,7 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
     for name in ("log4j2.xml", "requests"):
         (tmp_path / "configs" / name).symlink_to(CONFIGS / name)
     (tmp_path / "handler").symlink_to(ROOT / "handler")
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "scripts").symlink_to(SCRIPTS)
     (tmp_path / "model-config.yaml").write_text(yaml.safe_dump(CONFIG))
     keys = ["inference_address", "management_address", "metrics_address"]
     settings = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(keys, ports, strict=False)]
@@ -208,7 +200,7 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
     (tmp_path / "configs" / "config.properties").write_text("\n".join([text, *settings, ""]))
     work = tmp_path / "t"  # short: sockets
     work.mkdir()
-    steps = [commands_of_the_readme(heading) for heading in ("Convert.", "Archive, serve, call", "In the terminal")]
+    steps = [block_below(f"**{words}") for words in ("Convert.", "Archive, serve, call", "In the terminal")]
     script = "\n".join(steps)
     assert "llama-tp verify" in script
     assert "curl" in script

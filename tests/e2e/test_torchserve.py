@@ -20,6 +20,7 @@ import pytest
 
 from llama_tp.text import Tokenizer, load_tokenizer
 from tests.e2e.torchserve_rig import (
+    CUT_OFF,
     PREDICT,
     Response,
     Stream,
@@ -28,9 +29,20 @@ from tests.e2e.torchserve_rig import (
     is_gone,
     package,
     serve,
-    wait_until,
 )
-from tests.tiny_llama2 import ANSWER, DIALOG, ENDLESS, LONG_ANSWER, LONG_DIALOG, PASSAGE, passage_prompt
+from tests.tiny_llama2 import (
+    ANSWER,
+    DIALOG,
+    ENDLESS,
+    LONG_ANSWER,
+    LONG_DIALOG,
+    LONG_REQUEST,
+    PASSAGE,
+    PASSAGE_REQUEST,
+    REST_OF_PASSAGE,
+    passage_prompt,
+)
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -40,12 +52,7 @@ DEFAULTS = {"max_new_tokens": 24, "temperature": 1.9, "top_p": 0.95, "manual_see
 ABANDON_AFTER_S = 3.0
 REFUSAL_CPU_S = 2.0
 BEGINS_WITHIN_S = 10.0
-CUT_OFF = (http.client.HTTPException, ConnectionError)
-
-PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
-LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
-"""Several times BEGINS_WITHIN_S of tokens when NUM_SLOTS of them run."""
+"""A fraction of what NUM_SLOTS times LONG_REQUEST takes."""
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +395,11 @@ def prompt(**fields: object) -> dict[str, object]:
 INVALID: dict[str, list[object]] = {
     "invalid_json": [b"", b"  \n", b"not json", b'{"prompt": "a"', b"{'prompt': 'a'}"]
     + [b'{"prompt": "a", "temperature": %s}' % number for number in (b"NaN", b"Infinity", b"-Infinity")],
-    "invalid_utf8": [gzip.compress(b'{"prompt": "a"}'), '{"prompt": "a"}'.encode("utf-16"), b'{"prompt": "\xff"}'],
+    "invalid_utf8": [
+        gzip.compress(b'{"prompt": "a"}', mtime=0),
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "\xff"}',
+    ],
     "not_an_object": [b"[]", b"42", b"null", b'"text"', b"true"],
     "too_deep": [b"[" * 100_000, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' * 100_000],
     "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
@@ -681,13 +692,6 @@ def wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.
     return left
 
 
-def how_it_ends(stream: Stream) -> str:
-    try:
-        return "complete" if "finish_reason" in [chunk for _, chunk in stream][-1] else "explicit end"
-    except CUT_OFF:
-        return "cut off"
-
-
 @pytest.mark.parametrize("victim", ["leader", "follower", "agent"])
 def test_after_a_kill_streams_end_and_what_was_queued_is_served_or_ends_with_them(
     server: TorchServe, victim: str
@@ -702,7 +706,7 @@ def test_after_a_kill_streams_end_and_what_was_queued_is_served_or_ends_with_the
 
         {"leader": ranks[0], "follower": ranks[1], "agent": agent}[victim].kill()
         killed = time.monotonic()
-        ends = list(pool.map(how_it_ends, streams))
+        ends = list(pool.map(Stream.how_it_ends, streams))
         assert time.monotonic() - killed < 10
         assert ends == ["cut off"] * NUM_SLOTS
         assert wait_gone([*ranks.values(), agent], 20) == []
@@ -726,6 +730,6 @@ def test_when_the_frontend_is_killed_nothing_stays_behind(store: Path, tmp_path:
 
         server.frontend().kill()
 
-        assert how_it_ends(stream) == "cut off"
+        assert stream.how_it_ends() == "cut off"
         assert wait_gone(processes, 20) == []
         assert server.processes() == [], "the agent has started new ranks"

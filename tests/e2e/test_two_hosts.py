@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shlex
 import shutil
@@ -20,7 +19,6 @@ import pytest
 
 from tests.e2e.torchserve_rig import (
     MARK,
-    Stream,
     TorchServe,
     convert,
     environment,
@@ -29,16 +27,13 @@ from tests.e2e.torchserve_rig import (
     package,
     processes_marked,
     serve,
-    wait_until,
 )
-from tests.tiny_llama2 import ENDLESS, PASSAGE, passage_prompt
+from tests.tiny_llama2 import LONG_REQUEST, PASSAGE_REQUEST, REST_OF_PASSAGE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 8.0
-PASSAGE_REQUEST = {"prompt": passage_prompt(3), "max_new_tokens": 300, "temperature": 0}
-REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
-LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
 
 
 class SecondHost:
@@ -147,13 +142,6 @@ def test_torchserve_names_the_group_after_the_model_and_its_port(hosts: tuple[To
     assert command[command.index("--rdzv-id") + 1] == f"llama_{server.distribution_port}"
 
 
-def how_it_ends(stream: Stream) -> str:
-    try:
-        return "complete" if "finish_reason" in [chunk for _, chunk in stream][-1] else "explicit end"
-    except (http.client.HTTPException, ConnectionError):
-        return "cut off"
-
-
 def wait_until_both_serve_again(server: TorchServe, leader: psutil.Process, follower: psutil.Process) -> None:
     """The group ends as a whole, TorchServe notices, and a new group is READY."""
     for process in (leader, follower):
@@ -174,7 +162,7 @@ def test_when_a_follower_is_lost_streams_end_and_both_hosts_serve_again(
         follower.send_signal(how)
         lost = time.monotonic()
 
-        assert how_it_ends(stream) == "cut off"
+        assert stream.how_it_ends() == "cut off"
         noticed_s = time.monotonic() - lost
     assert noticed_s < TIMEOUT_S + 8
     if how is signal.SIGSTOP:

@@ -22,13 +22,14 @@ import pytest
 
 import llama_tp
 from llama_tp.torchserve.server import free_port_range
-from tests.e2e.torchserve_rig import MARK, ROOT, processes_marked, wait_until
+from tests.e2e.demo_answers import ANSWER, QUESTION
+from tests.e2e.torchserve_rig import MARK, processes_marked
 from tests.fresh_environment import bare_variables, install_alone
+from tests.paths import CONFIGS, ROOT
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
-QUESTION = "What is the capital of France?"
-ANSWER = "The capital of France is Paris."
 WHERE = "import llama_tp, sys; print(llama_tp.__file__); print(*sys.path, sep='\\n')"
 
 
@@ -220,4 +221,4 @@ def test_the_ranks_run_the_handler_and_the_library_of_the_wheel(user: User, serv
 
 def test_the_configuration_that_was_given_is_left_as_it_was(user: User, server: http.client.HTTPConnection) -> None:
     """TorchServe was started in that folder; its own one, with other ports, used to be written over it."""
-    assert (user.folder / "config.properties").read_text() == (ROOT / "configs" / "config.properties").read_text()
+    assert (user.folder / "config.properties").read_text() == (CONFIGS / "config.properties").read_text()

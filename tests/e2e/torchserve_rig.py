@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,13 @@ from typing import Any
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import CONFIGS, ROOT, SCRIPTS
+
 BIN = Path(sys.executable).parent
 PREDICT = "/predictions/llama"
 MARK = "LLAMA_TP_TEST_RIG"
+CUT_OFF = (http.client.HTTPException, ConnectionError)
+"""What a client sees of a response that breaks off."""
 
 CONFIG: dict[str, Any] = {
     "minWorkers": 1,
@@ -61,7 +64,7 @@ CONFIG: dict[str, Any] = {
 def convert(original: Path, work: Path, *, model_parallel_size: int = 2, nproc: int = 2) -> None:
     """Meta's files -> converted_checkpoints, model_args.json and tokenizer.model in `work`."""
     command = ["torchrun", "--nnodes", "1", "--nproc_per_node", str(nproc), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "scripts/convert_checkpoints.py")]
+    command += ["--rdzv-endpoint", "localhost:0", str(SCRIPTS / "convert_checkpoints.py")]
     command += ["--original_ckpt_dir", str(original), "--tokenizer_path", str(original / "tokenizer.model")]
     command += ["--model_parallel_size", str(model_parallel_size), "--save_checkpoint_dir", "converted_checkpoints"]
     _run([*command, "--max_seq_len", "512", "--max_batch_size", "2"], cwd=work)
@@ -141,7 +144,7 @@ class TorchServe:
         config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         command = [str(BIN / "torchserve"), "--ncs", "--start", "--foreground", "--model-store", str(store)]
         command += ["--models", "llama", "--ts-config", str(config)]
-        command += ["--log-config", str(ROOT / "configs" / "log4j2.xml")]
+        command += ["--log-config", str(CONFIGS / "log4j2.xml")]
         variables = {
             **environment(),
             "TMPDIR": str(tmp),  # torchserve's pid file
@@ -275,6 +278,13 @@ class Stream:
         while line := self._response.readline():
             yield time.monotonic(), json.loads(line)
 
+    def how_it_ends(self) -> str:
+        """Read what is left of it: "complete", with a reason, "explicit end", as of an error, or "cut off"."""
+        try:
+            return "complete" if "finish_reason" in [chunk for _, chunk in self][-1] else "explicit end"
+        except CUT_OFF:
+            return "cut off"
+
     def close(self) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -301,14 +311,6 @@ def is_gone(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it has come true."""
-    deadline = time.monotonic() + timeout_s
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return met
 
 
 def environment() -> dict[str, str]:

@@ -13,12 +13,17 @@ import yaml
 from llama_tp.config import ConfigError
 from llama_tp.torchserve import archive
 from llama_tp.torchserve.archive import build_archive
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT, names_in
 
 pytestmark = pytest.mark.skipif(
     not Path(sys.executable).with_name("torch-model-archiver").exists(), reason="needs torch-model-archiver: [serve]"
 )
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory, monkeypatch):
+    """torch-model-archiver works in a folder there that is named after the model, whoever else uses it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
 
 
 @pytest.fixture
@@ -39,10 +44,6 @@ def job(tmp_path):
     }
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def write_config(folder, **handler):
     values = yaml.safe_load((ROOT / "model-config.yaml").read_text())
     values["handler"].update(handler)
@@ -54,7 +55,7 @@ def write_config(folder, **handler):
 def test_the_folder_holds_the_handler_its_configuration_and_the_model(job):
     folder = build_archive(**job)
     assert folder == job["model_store"] / "llama"
-    assert names(folder) == [
+    assert names_in(folder) == [
         "MAR-INF",
         "converted_checkpoints",
         "llama_handler.py",
@@ -69,10 +70,10 @@ def test_the_folder_holds_the_handler_its_configuration_and_the_model(job):
     assert manifest["configFile"] == "model-config.yaml"
     assert (folder / "model-config.yaml").read_bytes() == job["config_file"].read_bytes()
     assert (folder / "llama_handler.py").read_bytes() == job["handler"].read_bytes()
-    assert names(folder / "converted_checkpoints") == names(job["checkpoint"])
+    assert names_in(folder / "converted_checkpoints") == names_in(job["checkpoint"])
     for path in job["checkpoint"].iterdir():
         assert (folder / "converted_checkpoints" / path.name).read_bytes() == path.read_bytes()
-    assert names(job["model_store"]) == ["llama"]
+    assert names_in(job["model_store"]) == ["llama"]
 
 
 def test_weights_are_linked_and_not_copied(job):
@@ -105,7 +106,7 @@ def test_a_tokenizer_json_brings_its_chat_template_along(job, tmp_path):
         (tmp_path / name).write_text("{}")
     job["tokenizer"] = tmp_path / "tokenizer.json"
     job["config_file"] = write_config(tmp_path, tokenizer_path="tokenizer.json")
-    present = names(build_archive(**job))
+    present = names_in(build_archive(**job))
     assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} <= set(present)
     assert "unrelated.json" not in present
 
@@ -140,10 +141,10 @@ def test_an_older_folder_is_replaced_whole(job):
     (job["checkpoint"] / "__1_0.distcp").write_text("new weights")
     second = build_archive(**job, version="2.0")
     assert second == first
-    assert "stale" not in names(second)
-    assert names(second / "converted_checkpoints") == names(job["checkpoint"])
+    assert "stale" not in names_in(second)
+    assert names_in(second / "converted_checkpoints") == names_in(job["checkpoint"])
     assert json.loads((second / "MAR-INF" / "MANIFEST.json").read_text())["model"]["modelVersion"] == "2.0"
-    assert names(job["model_store"]) == ["llama"]
+    assert names_in(job["model_store"]) == ["llama"]
 
 
 def test_another_checkpoint_is_deleted_only_on_request(job):
@@ -167,7 +168,7 @@ def test_a_build_that_fails_leaves_the_older_folder_as_it_was(job, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build_archive(**job, version="2.0")
     assert json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]["modelVersion"] == "1.0"
-    assert names(job["model_store"]) == ["llama"]
+    assert names_in(job["model_store"]) == ["llama"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_what_the_archiver_says_is_passed_on_in_one_line(job):
     with pytest.raises(ValueError, match="torch-model-archiver failed: ") as caught:
         build_archive(**{**job, "model_name": "not a/name"})
     assert "\n" not in str(caught.value)
-    assert names(job["model_store"]) == []
+    assert names_in(job["model_store"]) == []
 
 
 def test_a_missing_archiver_is_named_with_the_remedy(job, monkeypatch, tmp_path):

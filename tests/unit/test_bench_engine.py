@@ -9,28 +9,15 @@ import torch
 
 from llama_tp.bench import engine as bench
 from llama_tp.bench.peers import transformers_model
-from llama_tp.checkpoint.convert import convert
 from llama_tp.cli.bench import engine as bench_engine
 from llama_tp.config import ModelArgs
-from tests.tiny_checkpoint import meta_tensors, write_meta
+from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model
-from tests.tiny_text import make_sentencepiece_model
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    meta = write_meta(folder / "meta", meta_tensors())
-    tokenizer = make_sentencepiece_model(folder)
-    convert(
-        original_ckpt_dir=str(meta),
-        tokenizer_path=str(tokenizer),
-        model_parallel_size=1,
-        save_checkpoint_dir=str(folder / "converted"),
-        max_seq_len=64,
-        model_args_path=str(folder / "model_args.json"),
-    )
-    return str(folder / "converted")
+    return str(convert_beside(write_originals(tmp_path_factory.mktemp("bench") / "originals"), max_seq_len=64))
 
 
 @pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache"])

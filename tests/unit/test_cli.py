@@ -16,33 +16,9 @@ import pytest
 import llama_tp
 from llama_tp.cli import command
 from llama_tp.cli import main as cli
-from tests.unit.test_config import LLAMA_2_7B, LLAMA_3_1_8B
-from tests.unit.text_fixtures import file_of
-
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
-DEMO = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152, "ffn_hidden_dim": 1536}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("PAGER", "cat")
-    monkeypatch.delenv("RANK", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run_one(*argv):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/llama-tp", *argv])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run_one
-    signal.signal(signal.SIGTERM, before)
+from tests.paths import CONFIGS, ROOT, SCRIPTS
+from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_3_1_8B
+from tests.tiny_converted import convert_beside, write_originals
 
 
 @pytest.fixture
@@ -60,29 +36,13 @@ def params(tmp_path):
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """Two shards as Meta's, with their tokenizer."""
-    from tests.tiny_checkpoint import meta_tensors, write_meta
-
-    folder = tmp_path_factory.mktemp("model") / "originals"
-    write_meta(folder, meta_tensors(), 2)
-    (folder / "tokenizer.model").write_bytes(file_of("sentencepiece").read_bytes())
-    return folder
+    return write_originals(tmp_path_factory.mktemp("model") / "originals", num_shards=2)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(originals):
     """A tiny converted checkpoint, alone in its folder."""
-    from llama_tp.checkpoint.convert import convert
-
-    folder = originals.parent
-    convert(
-        str(originals),
-        str(originals / "tokenizer.model"),
-        2,
-        str(folder / "converted"),
-        max_seq_len=128,
-        model_args_path=str(folder / "model_args.json"),
-    )
-    return folder / "converted"
+    return convert_beside(originals, max_seq_len=128)
 
 
 def is_one_line(text):
@@ -146,7 +106,7 @@ def test_plan_lists_what_the_busiest_rank_holds_at_each_size(run, params):
 
 
 def test_plan_lists_no_more_ranks_than_a_model_has_heads_or_was_asked_for(run, params):
-    _, out, _ = run("plan", params({**DEMO, "tied_embeddings": True}))
+    _, out, _ = run("plan", params({**json.loads(DEMO), "tied_embeddings": True}))
     assert out.startswith("0.13 billion parameters")
     assert [row.split()[0] for row in out.splitlines()[2:]] == [str(size) for size in range(1, 10)]
     assert len(run("plan", params(DEMO), "--max_ranks", "2")[1].splitlines()) == 2 + 2
@@ -400,8 +360,8 @@ DOORS = {
 }
 PACKAGED = {
     "handler": ROOT / "handler" / "llama_handler.py",
-    "properties": ROOT / "configs" / "config.properties",
-    "log_config": ROOT / "configs" / "log4j2.xml",
+    "properties": CONFIGS / "config.properties",
+    "log_config": CONFIGS / "log4j2.xml",
 }
 
 
@@ -430,7 +390,7 @@ def test_config_lists_what_comes_along_and_prints_it(run):
     names = out.splitlines()
     assert {"llama2-7b.yaml", "config.production.properties", "requests/dialogs.txt"} <= set(names)
     for name in names:
-        assert run("config", name) == (0, (ROOT / "configs" / name).read_text(), "")
+        assert run("config", name) == (0, (CONFIGS / name).read_text(), "")
 
 
 @pytest.mark.parametrize("name", ["llama9.yaml", "../pyproject.toml", "/etc/hostname", "."])

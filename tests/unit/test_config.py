@@ -10,43 +10,25 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
+from tests.published_params import (
+    CODE_LLAMA_7B,
+    LLAMA_2_7B,
+    LLAMA_2_13B,
+    LLAMA_2_70B,
+    LLAMA_3_1_8B,
+    LLAMA_3_1_70B,
+    LLAMA_3_1_405B,
+    LLAMA_3_2_1B,
+    LLAMA_3_2_3B,
+    LLAMA_3_8B,
+)
 from tests.tiny_model import VARIANTS
+from tests.unit.problems import problems_of
 
-LLAMA_2_7B = '{"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}'
-LLAMA_2_13B = '{"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05, "vocab_size": -1}'
-LLAMA_2_70B = (
-    '{"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, '
-    '"norm_eps": 1e-05, "vocab_size": -1}'
-)
-LLAMA_3_8B = (
-    '{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024, '
-    '"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}'
-)
-LLAMA_3_1_8B = LLAMA_3_8B.removesuffix("}") + ', "use_scaled_rope": true}'
-LLAMA_3_1_70B = (
-    '{"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, '
-    '"multiple_of": 4096, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
-)
-LLAMA_3_1_405B = (
-    '{"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.2, '
-    '"multiple_of": 4096, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
-)
-LLAMA_3_2_1B = (
-    '{"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.5, '
-    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
-)
-LLAMA_3_2_3B = (
-    '{"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.0, '
-    '"multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
-)
-CODE_LLAMA_7B = (
-    '{"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, '
-    '"rope_theta": 1000000}'
-)
 # The hidden sizes are those of the published weights, the scalings those of the same models' config.json on the hub.
 META = {
     "Llama 2 7B": (LLAMA_2_7B, 11008, 32, 128, None),
@@ -61,13 +43,6 @@ META = {
     "Code Llama 7B": (CODE_LLAMA_7B, 11008, 32, 128, None),
 }
 TINY = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 100}
-
-
-def problems_of(make, /, *args, **kwargs):
-    with pytest.raises(ConfigError) as caught:
-        make(*args, **kwargs)
-    assert str(caught.value).splitlines() == caught.value.problems  # a line each
-    return caught.value.problems
 
 
 @pytest.mark.parametrize("name", META)

@@ -24,6 +24,7 @@ from llama_tp.checkpoint.store.verify import verify
 from llama_tp.cli.command import run_command
 from llama_tp.config import ModelArgs
 from llama_tp.text import load_tokenizer
+from tests.paths import names_in
 from tests.tiny_checkpoint import PARAMS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model, make_tokenizer_json
 
@@ -48,10 +49,6 @@ def job(tmp_path, tokenizer, monkeypatch):
     }
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def load_all(folder):
     target = {name: torch.full_like(tensor, float("nan")) for name, tensor in meta_tensors().items()}
     dcp.load(target, folder)
@@ -60,9 +57,9 @@ def load_all(folder):
 
 def test_the_checkpoint_and_model_args_are_there_and_nothing_else(job, tmp_path, capsys):
     convert(**job)
-    assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
+    assert names_in(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
     folder = tmp_path / "converted_checkpoints"
-    assert names(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json", "tokenizer.model"]
+    assert names_in(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json", "tokenizer.model"]
     args = ModelArgs.load(tmp_path / "model_args.json")
     assert args == ModelArgs.load(folder / "model_args.json")
     assert (args.max_seq_len, args.max_batch_size, args.vocab_size) == (512, 2, 512)
@@ -165,12 +162,12 @@ REFUSED = {
 def test_a_wrong_argument_is_one_line_and_nothing_is_written(job, tmp_path, case):
     breaks, words = REFUSED[case]
     breaks(job, tmp_path)
-    before = names(tmp_path)
+    before = names_in(tmp_path)
     with pytest.raises((ValueError, OSError)) as error:
         convert(**job)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-    assert names(tmp_path) == before
+    assert names_in(tmp_path) == before
 
 
 @contextmanager
@@ -184,21 +181,21 @@ def full_disk():
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_left(job, tmp_path):
-    before = names(tmp_path)
+    before = names_in(tmp_path)
     with pytest.raises(ValueError, match=r"cannot write to .*File too large") as error, full_disk():
         convert(**job)
     assert "\n" not in str(error.value)
-    assert names(tmp_path) == before
+    assert names_in(tmp_path) == before
     convert(**job)
 
 
 def test_too_little_space_is_found_before_anything_is_written(job, tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: free)
-    before = names(tmp_path)
+    before = names_in(tmp_path)
     with pytest.raises(ValueError, match=r"0\.0 GB free, the checkpoint needs"):
         convert(**job)
-    assert names(tmp_path) == before
+    assert names_in(tmp_path) == before
 
 
 def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_runs(job, tmp_path):
@@ -209,7 +206,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_runs(j
     assert first.path.is_dir()
     first.discard()
     convert(**job)
-    assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
+    assert names_in(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
 
 
 def _killed_in(function, monkeypatch_target, name, after=False):
@@ -258,7 +255,7 @@ def test_killed_at_any_point_the_destination_is_absent_or_whole_and_a_rerun_succ
         verify(destination)
     convert(**job, overwrite=is_there)
     verify(destination)
-    assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
+    assert names_in(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
 
 
 @pytest.mark.parametrize("point", [*KILL_POINTS, "before the old one is removed"])
@@ -274,7 +271,7 @@ def test_killed_while_overwriting_the_old_or_the_new_one_is_there_whole(job, tmp
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     convert(**job, overwrite=True)
     assert torch.equal(load_all(tmp_path / "converted_checkpoints")["norm.weight"], new["norm.weight"])
-    assert names(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
+    assert names_in(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
 
 
 def test_a_swap_that_was_killed_on_a_file_system_without_one_is_repaired(job, tmp_path):
@@ -332,12 +329,12 @@ def test_originals_that_are_not_those_of_the_checklist_are_refused_by_name(liste
     """All of these were converted, into models that talk nonsense or something a little wrong."""
     breaks, name = DAMAGED[case]
     breaks(tmp_path / "originals")
-    before = names(tmp_path)
+    before = names_in(tmp_path)
     with pytest.raises(ValueError, match=r"is damaged or is another file: its md5 is") as error:
         convert(**listed_job)
     assert str(tmp_path / "originals" / name) in str(error.value)
     assert "\n" not in str(error.value)
-    assert names(tmp_path) == before
+    assert names_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

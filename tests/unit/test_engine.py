@@ -12,57 +12,20 @@ from llama_tp.config import ConfigError, EngineConfig
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine, GroupDiverged
 from llama_tp.engine.request import FinishReason, Request
-from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import QueueFull
 from llama_tp.model.attention.planner import SdpaCosts
 from llama_tp.model.attention.sdpa import SdpaBackend, SdpaStep
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import localize
-from llama_tp.parallel.comm import SingleComm
-from tests.tiny_model import MODELS, engine_of, random_model
+from tests.tiny_model import MODELS, engine_of, random_model, runner_of
+from tests.unit.comm_doubles import RecordingComm, ReplayingComm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPTS = [[5, 6, 7], [9] * 33, [1], list(range(2, 90)), [44, 45] * 10]
 POISON = 100
 """A token of `poisoned_model` whose embedding is not a number: whoever feeds it gets NaN in cache and logits."""
-
-
-class RecordingComm(SingleComm):
-    """The leader of two, as far as the engine can tell: keeps what it publishes."""
-
-    size = 2
-
-    def __init__(self) -> None:
-        self.messages: list[bytes] = []
-
-    def publish(self, message: bytes | None) -> bytes:
-        assert message is not None
-        self.messages.append(message)
-        return message
-
-
-class ReplayingComm(SingleComm):
-    """A follower that hears a record."""
-
-    size = 2
-    is_leader = False
-
-    def __init__(self, messages: list[bytes]) -> None:
-        self._messages = iter(messages)
-
-    def publish(self, message: bytes | None) -> bytes:
-        assert message is None
-        return next(self._messages)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny steps lose more by handing work to other threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +45,6 @@ def poisoned_model(model):
 def alone(model):
     """What each prompt is continued with when nobody else is there."""
     return [engine_of(model).generate([prompt], GREEDY)[0] for prompt in PROMPTS]
-
-
-def runner_of(model, config):
-    twin = Transformer(model.args).requires_grad_(False)
-    twin.load_state_dict(model.state_dict())
-    local = localize(twin, SingleComm())
-    kv_heads = model.args.n_kv_heads
-    return ModelRunner(local, config, num_kv_heads=kv_heads, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def small_engine(model, **settings):
-    config = EngineConfig(**{"max_seq_len": 128, "max_batch_size": 4, **settings})
-    return Engine(runner_of(model, config), SingleComm(), config)
 
 
 def drain(engine):
@@ -170,7 +120,7 @@ def test_sharing_a_prefix_changes_no_token(model, monkeypatch, costs, sampled):
 def test_preemption_changes_no_token(model, sampled):
     params = SamplingParams(temperature=0.9 if sampled else 0, seed=3, max_new_tokens=40)
     prompts = [[5, 6, 7] * 8, [9] * 20, [1], list(range(2, 42))]
-    engine = small_engine(model, cache_pages=11, page_size=8)  # any one of them fits
+    engine = engine_of(model, cache_pages=11, page_size=8)  # any one of them fits
     completions = engine.generate(prompts, params)
     assert engine.scheduler.num_preemptions > 2
     assert completions == engine_of(model).generate(prompts, params)
@@ -285,7 +235,7 @@ def test_a_poisoned_prompt_does_no_harm_while_it_is_read_in_chunks_beside_others
     healthy = [list(range(2, 39)), [5, 6, 7]]
     prompts = [*healthy[:at], [POISON] + [9] * 60, *healthy[at:]]
     expected = engine_of(model).generate(healthy, GREEDY)
-    engine = small_engine(poisoned_model, cache_pages=32, page_size=4, max_batched_tokens=6)
+    engine = engine_of(poisoned_model, cache_pages=32, page_size=4, max_batched_tokens=6)
     completions = engine.generate(prompts, GREEDY)
     assert completions.pop(at).error == "nan_logits"
     assert completions == expected

@@ -18,27 +18,17 @@ from llama_tp.parallel.comm import PeerLost
 from llama_tp.torchserve import follower as follow_module
 from llama_tp.torchserve import worker as start_module
 from llama_tp.torchserve.config import ModelConfig
-from tests.unit.test_torchserve_config import ROOT
+from tests.paths import ROOT
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+pytestmark = pytest.mark.usefixtures("no_torchrun", "own_sigterm")
 
 
 class Ended(Exception):
     """Instead of os._exit."""
 
 
-@pytest.fixture(autouse=True)
-def no_torchrun(monkeypatch):
-    """No process group is wanted here, and signal handlers are put back."""
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
-def two_hosts(monkeypatch):
+def two_hosts(monkeypatch, no_torchrun):
     """The environment of the rank of the second of two hosts."""
     values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2"}
     for name, value in values.items():
@@ -108,9 +98,9 @@ def test_without_torchrun_the_command_to_use_is_shown(config_file):
     ) in str(caught.value)
 
 
-def test_a_torchrun_of_one_host_is_not_enough(config_file, monkeypatch):
+def test_a_torchrun_of_one_host_is_not_enough(config_file, monkeypatch, no_torchrun):
     path = config_file(nnodes=2, rdzv_endpoint="first-host:29555")
-    for name in TORCHRUN:
+    for name in no_torchrun:
         monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match="--nnodes 2 "):
         follow_module.follow_leader(path)

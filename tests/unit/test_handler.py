@@ -8,15 +8,15 @@ import inspect
 import json
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.reply import Reply
 from llama_tp.torchserve.frontend import PROBE_S
+from tests.paths import ROOT
 
-FILE = Path(__file__).parents[2] / "handler" / "llama_handler.py"
+FILE = ROOT / "handler" / "llama_handler.py"
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llama_tp.checkpoint import hub as hub_module
+from tests.paths import ROOT, SCRIPTS
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "365ffa8f1a6c455d3e2028ae658236b4b85ba824"
 WEIGHTS = b"weights of the original" * 50_000
 LLAMA2 = {
@@ -153,7 +153,7 @@ def download(tmp_path, port, *args, **env):
         "PYTHONPATH": str(ROOT),
         **env,
     }
-    command = [sys.executable, str(ROOT / "scripts" / "download_model.py"), *args]
+    command = [sys.executable, str(SCRIPTS / "download_model.py"), *args]
     return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "llama_tp").rglob("*.py")
@@ -61,8 +61,11 @@ def package_of(module):
     return ".".join(module.split(".")[:2])
 
 
-def modules_below(*prefixes):
-    return [m for m in MODULES if any(m == prefix or m.startswith(prefix + ".") for prefix in prefixes)]
+def modules_below(*prefixes, but=()):
+    """In order: pytest-xdist's processes must collect the same tests."""
+    below = [m for m in MODULES if any(m == prefix or m.startswith(prefix + ".") for prefix in prefixes)]
+    assert set(but) <= set(below)
+    return [m for m in below if m not in but]
 
 
 def test_the_walk_sees_the_library():
@@ -109,8 +112,8 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         *modules_below("llama_tp.serving.dialects"),
         "llama_tp.resources",
         *modules_below("llama_tp.text"),
-        *set(modules_below("llama_tp.torchserve")) - {"llama_tp.torchserve.worker", "llama_tp.torchserve.follower"},
-        *set(modules_below("llama_tp.cli")) - {"llama_tp.cli.console"},
+        *modules_below("llama_tp.torchserve", but=("llama_tp.torchserve.worker", "llama_tp.torchserve.follower")),
+        *modules_below("llama_tp.cli", but=("llama_tp.cli.console",)),
     ],
 )
 def test_policy_text_and_configuration_load_without_torch(module):
@@ -214,6 +217,18 @@ def test_a_dialect_knows_nothing_of_limits_and_of_other_dialects(module):
     assert {name for name in ours if name.startswith("llama_tp.serving.dialects.")} <= {
         "llama_tp.serving.dialects.base"
     }
+
+
+def test_no_test_file_is_imported():
+    """What several of them need is in a conftest.py, or in a module whose name says what it is."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    assert len(tests) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                assert not tests & {part for name in names for part in name.split(".")}, f"{path}:{node.lineno}"
 
 
 def test_no_two_modules_import_each_other():

@@ -10,13 +10,7 @@ import torch.distributed as dist
 from llama_tp.parallel import launch
 from llama_tp.parallel.comm import SingleComm
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-
-
-@pytest.fixture(autouse=True)
-def no_torchrun(monkeypatch):
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_torchrun")
 
 
 def test_a_process_alone_joins_a_group_of_one():

@@ -10,7 +10,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.codec import decode
@@ -20,13 +19,12 @@ from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import StepPlan
 from llama_tp.parallel.comm import PeerLost
-from tests.tiny_model import MODELS, engine_of, random_model
-from tests.unit.test_engine import RecordingComm, runner_of
+from tests.tiny_model import MODELS, engine_of, random_model, runner_of
+from tests.unit.comm_doubles import RecordingComm
+from tests.waiting import PATIENCE_S, wait_until
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 LONG = SamplingParams(temperature=0, max_new_tokens=30_000)
-PATIENCE_S = 60.0
-"""Longer than anything here takes, on the busiest machine."""
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,8 @@ def model():
 
 
 @pytest.fixture
-def start(model):
+def start(model, one_thread):
     """Starts loops, and stops them after the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     loops = []
 
     def start_one(engine=None, *, abandon_after_s=3600, **config):
@@ -50,7 +46,6 @@ def start(model):
     yield start_one
     for loop in loops:
         loop.stop()
-    torch.set_num_threads(before)
 
 
 def request_of(request_id, prompt=(1, 2, 3), params=GREEDY):
@@ -66,13 +61,6 @@ def collect(loop, *request_ids):
         for event in loop.poll(0.5):
             events[event.request_id].append(event)
     return events
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.002)
 
 
 def test_what_is_submitted_comes_back_token_by_token(start, model):
@@ -111,7 +99,7 @@ def test_cancel_from_another_thread_ends_a_request_without_a_word_to_its_neighbo
     canceller = threading.Thread(target=loop.cancel, args=("leaves",))
     canceller.start()
     canceller.join()
-    wait_until(lambda: loop.engine.num_requests == 0)
+    assert wait_until(lambda: loop.engine.num_requests == 0)
     assert loop.engine.scheduler.blocks.num_free == loop.engine.config.num_pages
     loop.poll(0)
     loop.submit(request_of("stays"))
@@ -124,7 +112,7 @@ def test_a_request_that_is_cancelled_before_it_began_never_speaks(start):
     loop.submit(request_of("second"))
     loop.cancel("second")
     loop.cancel("never seen")
-    wait_until(lambda: loop.engine.scheduler.request_ids() == ["first"])
+    assert wait_until(lambda: loop.engine.scheduler.request_ids() == ["first"])
     assert {event.request_id for event in loop.poll(PATIENCE_S)} == {"first"}
 
 
@@ -157,10 +145,10 @@ def test_when_nobody_polls_any_more_all_requests_are_cancelled(clock, start, cap
     loop = start(abandon_after_s=60, max_seq_len=32_768, max_batch_size=1)
     loop.submit(request_of("running", params=LONG))
     loop.submit(request_of("waiting", params=LONG))
-    wait_until(lambda: loop.engine.num_requests == 2)
+    assert wait_until(lambda: loop.engine.num_requests == 2)
     clock.now += 61
-    wait_until(lambda: "nobody has polled" in caplog.text)
-    wait_until(lambda: loop.engine.num_requests == 0)
+    assert wait_until(lambda: "nobody has polled" in caplog.text)
+    assert wait_until(lambda: loop.engine.num_requests == 0)
     events = loop.poll(0)
     assert events[-2:] == [
         TokenEvent("running", None, FinishReason.CANCELLED),
@@ -183,7 +171,7 @@ def test_who_waits_for_a_slow_step_is_not_abandoned(clock, start, model):
     execute = engine.runner.execute
 
     def slow(plan):
-        wait_until(lambda: loop._num_polling)
+        assert wait_until(lambda: loop._num_polling)
         clock.now += 61
         return execute(plan)
 
@@ -199,7 +187,7 @@ def test_who_waits_for_a_slow_step_is_not_abandoned(clock, start, model):
 def assert_that_it_goes_on(loop):
     """Nobody polls meanwhile; the last of the steps begins after the call."""
     num_seen = len(loop._events)
-    wait_until(lambda: len(loop._events) > num_seen + 2 or any(event.finish_reason for event in loop._events))
+    assert wait_until(lambda: len(loop._events) > num_seen + 2 or any(event.finish_reason for event in loop._events))
     assert not any(event.finish_reason for event in loop.poll(0))
 
 
@@ -248,7 +236,7 @@ def test_a_request_whose_time_is_up_ends_with_what_it_has(clock, start, n):
     loop = start(max_seq_len=32_000, max_batch_size=4)
     loop.submit(Request("late", (1, 2, 3), LONG.but(n=n), timeout_s=60))
     loop.submit(request_of("patient", params=LONG))
-    wait_until(lambda: sum(event.request_id == "late" for event in list(loop._events)) > n)
+    assert wait_until(lambda: sum(event.request_id == "late" for event in list(loop._events)) > n)
     clock.now += 60
     events = collect_only(loop, "late", ends=n)
     assert {event.index for event in events if event.finish_reason is FinishReason.TIMEOUT} == set(range(n))
@@ -281,7 +269,7 @@ def test_an_id_that_is_used_again_does_not_inherit_a_deadline(clock, start):
 def test_a_request_that_finds_the_queue_full_is_told_so_and_the_others_go_on(start):
     loop = start(max_seq_len=32_000, max_batch_size=1, max_waiting=2)
     loop.submit(request_of("first", params=LONG))
-    wait_until(lambda: loop.stats().running == 1)
+    assert wait_until(lambda: loop.stats().running == 1)
     loop.submit(request_of("second"))
     loop.submit(request_of("third", params=GREEDY.but(n=2)))
     events = collect_only(loop, "third", ends=2)
@@ -309,7 +297,7 @@ def test_an_idle_leader_lets_its_followers_know_that_it_lives(start, model):
     config = EngineConfig(max_seq_len=64, max_batch_size=2, heartbeat_s=0.02)
     comm = RecordingComm()
     start(Engine(runner_of(model, config), comm, config))
-    wait_until(lambda: heartbeats(comm) >= 5)
+    assert wait_until(lambda: heartbeats(comm) >= 5)
 
 
 def test_notes_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
@@ -322,7 +310,7 @@ def test_notes_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
         loop.cancel("never seen")
         return heartbeats(comm) >= 1
 
-    wait_until(note_and_look)
+    assert wait_until(note_and_look)
 
 
 def test_a_follower_whose_leader_is_lost_ends_its_process(start, model, monkeypatch, caplog):

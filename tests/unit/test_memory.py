@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +19,9 @@ from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.sharding import local_kv_heads
 from llama_tp.torchserve.config import ModelConfig
+from tests.paths import CONFIGS
 from tests.tiny_model import MODELS, VARIANTS, engine_of, random_model
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 LLAMA2_7B = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000)
 ARGS = MODELS["gqa"]
@@ -143,7 +142,7 @@ def test_the_largest_steps_are_as_large_as_the_limits_allow_and_leave_no_row_in_
 def test_the_demo_s_configuration_runs_32_short_requests_at_once(ranks):
     """It admitted 8, whatever their length: the others waited 39 s for their first token."""
     demo = ModelArgs(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, ffn_hidden_dim=1536)
-    model_config = ModelConfig.load(ROOT / "configs/demo-cpu.yaml")
+    model_config = ModelConfig.load(CONFIGS / "demo-cpu.yaml")
     config = model_config.engine_config(demo)
     memory = MemoryModel.of(demo, config, ranks, 0, "float32", "cpu")
     config = dataclasses.replace(config, cache_pages=memory.num_pages(4 * GIB, 0))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llama_tp import resources
+from tests.paths import CONFIGS, ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMES = (resources.HANDLER, resources.PROPERTIES, resources.LOG_CONFIG)
 FIND = (
     "from llama_tp import resources as r; print(*map(r.resource, (r.HANDLER, r.PROPERTIES, r.LOG_CONFIG)), sep='\\n')"
@@ -50,7 +50,6 @@ def test_in_a_wheel_they_lie_inside_of_the_package(site_packages, tmp_path):
 
 
 def test_every_file_of_configs_is_listed():
-    folder = ROOT / "configs"
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file()}
     assert "config.production.properties" in files
     assert set(resources.configurations()) == files

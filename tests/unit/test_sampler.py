@@ -17,16 +17,9 @@ from llama_tp.engine.sampler import Sampler, probabilities
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.sequence import Sequence
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors lose more by being handed to other threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row_of(request_id, **params):

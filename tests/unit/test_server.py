@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,9 +24,8 @@ from llama_tp.torchserve.processes import MARK, find_frontend, is_alive
 from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Properties, parse_properties
 from llama_tp.torchserve.server import TorchServe, stop_server, why_unhealthy
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+from tests.paths import CONFIGS, ROOT
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -400,13 +398,6 @@ def test_stop_leaves_alone_what_serve_has_not_started(tmp_path):
             assert other.poll() is None
         finally:
             other.kill()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return met
 
 
 def test_in_the_foreground_the_ranks_log_is_printed_until_the_server_ends_by_itself(running, capsys):

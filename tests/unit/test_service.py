@@ -21,11 +21,11 @@ from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import chat_format
 from tests.tiny_model import engine_of, random_model
 from tests.unit.text_fixtures import tiny
+from tests.waiting import PATIENCE_S, wait_until
 
 GREEDY = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.0}
 DEFAULTS = RequestDefaults(mode="text_completion", max_new_tokens=24, seed=None, sampling=GREEDY)
 MAX_SEQ_LEN = 512
-PATIENCE_S = 60.0
 NEVER_S = 3600.0
 PROMPT = "The quick brown fox"
 DIALOG = [{"role": "user", "content": "Where is the fox?"}]
@@ -70,13 +70,6 @@ def service(make_service):
 
 
 _counter = itertools.count()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.002)
 
 
 def open_one(service, request_id, route="", **body):
@@ -304,7 +297,7 @@ def test_logprobs_are_those_of_the_generated_tokens(service, tokenizer, top):
 def test_a_backlog_with_logprobs_is_sent_in_smaller_chunks(service):
     body = {"prompt": PROMPT, "logprobs": True, "top_logprobs": 20, **SAMPLED, "max_new_tokens": 200}
     open_one(service, "one", stream=True, **body)
-    wait_until(lambda: len(service._loop._events) == 200)
+    assert wait_until(lambda: len(service._loop._events) == 200)
     replies = collect(service, "one")["one"]
     sizes = [len(json.loads(reply.body)["ids"]) for reply in replies]
     assert 1 <= sizes[0] < 64
@@ -379,12 +372,12 @@ def test_an_output_that_a_stop_string_has_ended_frees_its_place_while_its_siblin
     stop = next(texts[0][at : at + 3] for at in range(3, 50) if texts[0][at : at + 3] not in texts[1])
     body = {"prompt": PROMPT, "n": 2, "stop": stop, **SAMPLED, "max_new_tokens": 30_000}
     open_one(service, "long", **body)
-    wait_until(lambda: len(service._loop.engine.scheduler.running) == 2)
+    assert wait_until(lambda: len(service._loop.engine.scheduler.running) == 2)
     assert ask(service, prompt=PROMPT, max_new_tokens=4)[0] == 200, "it got the place of output 0"
     (key,) = service._loop.engine.scheduler.request_ids()
     assert service._loop.engine.scheduler.active_outputs(key) == [1]
     service.close("long")
-    wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
@@ -395,7 +388,7 @@ def test_a_request_whose_outputs_have_all_stopped_frees_its_place_in_the_engine(
     )
     *_, last = collect(service, "one")["one"][-1].body.splitlines()
     assert json.loads(last)["usage"]["completion_tokens"] < 3000
-    wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
     assert ask(service, prompt=PROMPT)[0] == 200
 
 
@@ -411,7 +404,7 @@ def test_a_stopped_request_frees_its_place_in_the_engine(make_service):
     _, answer = ask(service, prompt=PROMPT, **SAMPLED)
     _, stopped = ask(service, prompt=PROMPT, stop=answer["text"][5:7], **{**SAMPLED, "max_new_tokens": 30_000})
     assert stopped["finish_reason"] == "stop"
-    wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
 
 
 def test_an_id_may_be_used_again_once_its_request_has_ended(service):
@@ -428,7 +421,7 @@ def test_an_id_may_be_used_again_once_its_request_has_ended(service):
 
 def test_a_backlog_is_sent_in_chunks_of_at_most_64_tokens(service, tokenizer):
     open_one(service, "one", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 200})
-    wait_until(lambda: len(service._loop._events) == 200)
+    assert wait_until(lambda: len(service._loop._events) == 200)
     chunks = [json.loads(reply.body) for reply in collect(service, "one")["one"]]
     assert [len(chunk["ids"]) for chunk in chunks] == [64, 64, 64, 8]
     check_alignment(chunks, tokenizer)
@@ -523,7 +516,7 @@ def test_a_request_generates_from_its_first_token_to_its_last_reply(service):
     assert not service.is_generating("one")
     open_one(service, "one", prompt=PROMPT, max_new_tokens=400)
     assert not service.is_generating("one")
-    wait_until(lambda: service.poll(0.001) or service.is_generating("one"))
+    assert wait_until(lambda: service.poll(0.001) or service.is_generating("one"))
     assert service.is_generating("one"), "it has replied before it was seen to generate"
     collect(service, "one")
     assert not service.is_generating("one")
@@ -595,12 +588,12 @@ def test_closing_a_request_cancels_it_and_frees_its_pages(make_service):
     service = make_service(max_seq_len=32_768)
     engine = service._loop.engine
     open_one(service, "one", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 30_000})
-    wait_until(lambda: service.poll(0.1))
+    assert wait_until(lambda: service.poll(0.1))
     assert service.open_ids == {"one"}
     service.close("one")
     service.close("one")
     assert service.open_ids == set()
-    wait_until(lambda: engine.num_requests == 0)
+    assert wait_until(lambda: engine.num_requests == 0)
     assert engine.scheduler.blocks.num_free == engine.config.num_pages
     assert service.poll(0.01) == []
     assert ask(service, prompt=PROMPT)[0] == 200
@@ -699,7 +692,7 @@ def test_a_request_that_finds_the_queue_full_is_told_to_come_again(make_service)
     service = make_service(max_seq_len=32_768, max_batch_size=1, max_waiting=3)
     long = {"prompt": PROMPT, **SAMPLED, "max_new_tokens": 30_000}
     open_one(service, "running", **long)
-    wait_until(lambda: service._loop.engine.scheduler.running)
+    assert wait_until(lambda: service._loop.engine.scheduler.running)
     open_one(service, "waiting", n=3, **long)
     for body in ({}, {"n": 3}, {"stream": True}):
         open_one(service, "third", prompt=PROMPT, **body)
@@ -744,7 +737,7 @@ def test_a_timeout_that_is_not_reached_changes_nothing(service):
 def test_a_flood_of_bad_requests_does_not_silence_a_good_one(service):
     """Each poll found a refusal to return, and never got to ask the engine for tokens."""
     open_one(service, "good", prompt=PROMPT, stream=True, max_new_tokens=10)
-    wait_until(lambda: len(service._loop._events) == 10)
+    assert wait_until(lambda: len(service._loop._events) == 10)
     good = []
     for i in range(200):
         service.open(f"bad {i}", b"not json")
@@ -756,10 +749,10 @@ def test_a_flood_of_bad_requests_does_not_silence_a_good_one(service):
 def test_a_stream_that_is_far_behind_does_not_silence_the_others(make_service):
     service = make_service(max_seq_len=2048)
     open_one(service, "slow", prompt=PROMPT, stream=True, **{**SAMPLED, "max_new_tokens": 700})
-    wait_until(lambda: len(service._loop._events) == 700)
+    assert wait_until(lambda: len(service._loop._events) == 700)
     order = [reply.request_id for reply in service.poll(0)]
     open_one(service, "quick", prompt=PROMPT, max_new_tokens=2)
-    wait_until(lambda: len(service._loop._events) == 2)
+    assert wait_until(lambda: len(service._loop._events) == 2)
     while "quick" not in order:
         replies = service.poll(0.2)
         assert replies
@@ -770,9 +763,9 @@ def test_a_stream_that_is_far_behind_does_not_silence_the_others(make_service):
 def test_requests_that_nobody_asked_after_are_answered_with_503(clock, make_service):
     service = make_service(abandon_after_s=60, max_seq_len=32_768)
     open_one(service, "one", prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 30_000})
-    wait_until(lambda: service._loop.engine.num_requests == 1)
+    assert wait_until(lambda: service._loop.engine.num_requests == 1)
     clock.now += 61
-    wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
     (reply,) = collect(service, "one")["one"]
     assert (reply.status, json.loads(reply.body)["error"]["code"]) == (503, "cancelled")
 

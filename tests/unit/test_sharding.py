@@ -28,8 +28,7 @@ from llama_tp.parallel.sharding import (
     tp_dim,
     why_illegal,
 )
-from tests.unit.test_config import LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_2_1B
-from tests.unit.test_torchserve_config import DEMO
+from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_2_1B
 
 MODELS = {
     "7B": LLAMA_2_7B,
