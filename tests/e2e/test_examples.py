@@ -37,7 +37,7 @@ def run(*command: str) -> str:
 def test_prompts_are_completed_alike_on_one_rank_and_on_three(checkpoint: Path) -> None:
     alone = run("examples/offline.py", str(checkpoint))
     assert "1, 2, 3, 4, 5, 6" in alone
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--rdzv-endpoint", "localhost:0"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
     torchrun += ["--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
     together = run(*torchrun, "examples/offline.py", str(checkpoint))
     assert "1, 2, 3, 4, 5, 6" in together

@@ -89,7 +89,7 @@ def demo(user: User) -> Path:
 
 @pytest.fixture(scope="module")
 def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
-    """A connection to the demo, served by three ranks with the configurations of the wheel."""
+    """A connection to the demo, served by two ranks with the configurations of the wheel."""
     config = user.folder / "model-config.yaml"
     config.write_text(user.llama_tp("config", "demo-cpu.yaml"))
     (user.folder / "config.properties").write_text(user.llama_tp("config", "config.properties"))
@@ -209,7 +209,7 @@ def test_the_ranks_run_the_handler_and_the_library_of_the_wheel(user: User, serv
     packaged = user.folder / "model_store" / "llama" / "llama_handler.py"
     assert packaged.read_bytes() == (ROOT / "handler" / "llama_handler.py").read_bytes()
     ranks = [process for process in processes_marked(user.variables[MARK]) if "LOCAL_RANK" in process.environ()]
-    assert len(ranks) == 3
+    assert len(ranks) == 2
     for rank in ranks:
         command = [rank.cmdline()[0], "-c", WHERE]
         said = subprocess.run(
