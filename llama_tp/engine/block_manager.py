@@ -189,13 +189,13 @@ class BlockManager:
 
     def _forget(self, page: int) -> None:
         """Unregister a page and all pages after it in the trie, which are unreferenced: all become blank."""
-        doomed = [page] if page in self._nodes else []
-        while doomed:
-            one = doomed.pop()
+        stale = [page] if page in self._nodes else []
+        while stale:
+            one = stale.pop()
             node, key = self._nodes.pop(one)
             del self._pages[key]
             self._children.get(key[0], set()).discard(one)
-            doomed += self._children.pop(node, ())
+            stale += self._children.pop(node, ())
             del self._kept[one]
             self._blank[one] = None
             self._last_use[one] = 0

@@ -1,4 +1,4 @@
-"""One rank of the determinism test: the leader compares one request's logits alone and in company, to the bit.
+"""One rank of the determinism test: the leader checks that one request's logits are bit-identical alone and batched.
 
 Usage: torchrun ... -m tests.distributed.deterministic_worker
 """

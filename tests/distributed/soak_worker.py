@@ -54,7 +54,7 @@ def lead(engine: Engine, num_requests: int, rng: random.Random) -> Counter[str]:
     """Feed, step and cancel until all have ended. How they ended."""
     lives: dict[str, Request] = {}
     tokens: Counter[tuple[str, int]] = Counter()
-    doomed: dict[str, int] = {}
+    cancel_at: dict[str, int] = {}
     ends: Counter[str] = Counter()
     earlier: list[tuple[int, ...]] = []
     number = step = 0
@@ -65,11 +65,11 @@ def lead(engine: Engine, num_requests: int, rng: random.Random) -> Counter[str]:
                 engine.add(coming)
                 lives[coming.id] = coming
                 if rng.random() < CANCELLED:
-                    doomed[coming.id] = step + rng.randint(0, 12)
+                    cancel_at[coming.id] = step + rng.randint(0, 12)
                 number += 1
                 coming = random_request(number, rng, earlier)
-        for request_id in [request_id for request_id, due in doomed.items() if due <= step]:
-            del doomed[request_id]
+        for request_id in [request_id for request_id, due in cancel_at.items() if due <= step]:
+            del cancel_at[request_id]
             ends["cancelled"] += engine.cancel(request_id)
         for event in engine.step():
             request, key = lives[event.request_id], (event.request_id, event.index)

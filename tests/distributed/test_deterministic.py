@@ -9,7 +9,7 @@ from tests.distributed.torchrun import check, torchrun
 pytestmark = pytest.mark.distributed
 
 
-def test_logits_of_four_ranks_are_equal_to_the_bit_alone_and_in_company():
+def test_logits_of_four_ranks_are_bit_identical_alone_and_batched():
     """And without the mode they are not: else this would prove nothing."""
     done = torchrun(4, "tests.distributed.deterministic_worker")
     check(done)

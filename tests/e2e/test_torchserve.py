@@ -214,7 +214,7 @@ def test_max_new_tokens_is_exact(server: TorchServe) -> None:
     assert (answer.finish_reason, answer.usage["completion_tokens"]) == ("length", 500)
 
 
-def test_a_prompt_that_leaves_room_for_one_token_gets_one(server: TorchServe, tokenizer: Tokenizer) -> None:
+def test_a_prompt_one_token_short_of_the_context_gets_one(server: TorchServe, tokenizer: Tokenizer) -> None:
     tick, tock = tokenizer.encode(ENDLESS)[:2]
     ids = [tokenizer.bos_id, *([tick, tock] * MAX_SEQ_LEN)][: MAX_SEQ_LEN - 1]
 

@@ -97,7 +97,7 @@ def test_a_conversation_that_is_overwritten_in_the_middle_leaves_nothing_useless
     assert blocks.num_free == 16
 
 
-def test_conversations_that_take_turns_are_all_found_again_where_there_is_room_for_them():
+def test_conversations_that_take_turns_are_all_found_again_if_their_pages_fit():
     random_ = random.Random(3)
     blocks = BlockManager(num_pages=512, page_size=2, most=64)
     tokens: list[list[tuple[int, int]]] = [[] for _ in range(10)]
@@ -112,7 +112,7 @@ def test_conversations_that_take_turns_are_all_found_again_where_there_is_room_f
     assert num_found == num_pages
 
 
-def test_sequences_shorter_than_the_least_room_lie_together_too():
+def test_sequences_shorter_than_the_smallest_reservation_are_adjacent_too():
     blocks = BlockManager(num_pages=12, page_size=2, most=3)
     assert [Conversation(blocks, 3).pages for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
@@ -147,7 +147,7 @@ def test_short_sequences_do_not_cost_the_place_of_long_ones():
     assert all(turn.num_kept == 4 for turn in turns)
 
 
-def test_room_is_left_to_who_claimed_it_until_nothing_else_is_left():
+def test_a_reservation_is_kept_until_nothing_else_is_left():
     blocks = BlockManager(num_pages=16, page_size=2, most=8)
     first, second = (Conversation(blocks, 1, likely=8) for _ in range(2))
     third = Conversation(blocks, 14)

@@ -113,7 +113,7 @@ def test_plan_lists_no_more_ranks_than_a_model_has_heads_or_was_asked_for(run, p
     assert "max_ranks=0 must be" in run("plan", params(DEMO), "--max_ranks", "0")[2]
 
 
-def test_plan_counts_the_tokens_that_a_device_has_room_for(run, params):
+def test_plan_counts_the_tokens_that_fit_on_a_device(run, params):
     _, out, _ = run("plan", params(DEMO), "--memory", "1GiB")
     assert "tokens that fit in 1GiB" in out.splitlines()[1]
     tokens = [int(run("plan", params(DEMO), "--dtype", one)[1].split()[-1]) for one in ("bfloat16", "float32")]

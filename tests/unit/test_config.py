@@ -343,7 +343,7 @@ def test_all_wrong_engine_settings_are_said_at_once():
 
 
 @pytest.mark.parametrize(("max_seq_len", "page_size", "pages"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (100, 7, 15)])
-def test_the_cache_has_room_for_every_sequence_at_full_length(max_seq_len, page_size, pages):
+def test_the_cache_holds_every_sequence_at_full_length(max_seq_len, page_size, pages):
     config = EngineConfig(max_seq_len=max_seq_len, page_size=page_size, max_batch_size=3)
     assert (config.pages_per_sequence, config.num_pages) == (pages, 3 * pages)
 

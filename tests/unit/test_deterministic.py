@@ -1,4 +1,4 @@
-"""In deterministic mode a token's logits are the same to the bit, whoever shares its steps and however it got there."""
+"""In deterministic mode a token's logits are bit-identical, however its sequence is batched, chunked and cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARGS = ModelArgs(dim=288, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=512, m
 """Wide enough for kernels to add up in different orders for different shapes."""
 SITUATIONS = {
     "alone": ({}, []),
-    "in company": ({}, [[9] * 200, [1, 2, 3], list(range(100))]),
+    "batched": ({}, [[9] * 200, [1, 2, 3], list(range(100))]),
     "in chunks of 7": ({"max_batched_tokens": 7}, []),
     "in chunks and company": ({"max_batched_tokens": 23}, [[9] * 200, [1, 2, 3], list(range(100))]),
     "with pages of 3": ({"page_size": 3}, [[9] * 200]),
@@ -36,7 +36,7 @@ def engine_of(model, dtype=torch.float32, **settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_equal_to_the_bit_in_every_situation(model, dtype):
+def test_logits_are_bit_identical_in_every_situation(model, dtype):
     expected = logits_of(engine_of(model, dtype, deterministic=True), [])
     plain = logits_of(engine_of(model, dtype), [])
     torch.testing.assert_close(expected[0], plain[0], atol=1e-4 if dtype == torch.float32 else 1.0, rtol=0)

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 PROMPTS = [[5, 6, 7], [9] * 33, [1], list(range(2, 90)), [44, 45] * 10]
-POISON = 100
-"""A token of `poisoned_model` whose embedding is not a number: whoever feeds it gets NaN in cache and logits."""
+NAN_TOKEN = 100
+"""A token of `model_with_nan` whose embedding is not a number: whoever feeds it gets NaN in cache and logits."""
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def poisoned_model(model):
+def model_with_nan(model):
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
-    twin.tok_embeddings.weight[POISON] = math.nan
+    twin.tok_embeddings.weight[NAN_TOKEN] = math.nan
     return twin
 
 
@@ -90,7 +90,7 @@ def test_the_same_engine_gives_the_same_tokens_again(model, alone):
     assert engine.generate(PROMPTS, GREEDY) == engine.generate(PROMPTS, GREEDY) == alone
 
 
-def test_a_seeded_request_draws_the_same_tokens_alone_and_in_company(model):
+def test_a_seeded_request_draws_the_same_tokens_alone_and_batched(model):
     params = [SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_new_tokens=12) for seed in range(len(PROMPTS))]
     solo = [engine_of(model).generate([prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=True)]
     assert engine_of(model).generate(PROMPTS, params) == solo
@@ -215,37 +215,37 @@ def test_no_prompts_make_no_completions(model):
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("page_size", [16, 4])
-def test_a_poisoned_request_leaves_its_neighbours_token_identical(model, poisoned_model, at, page_size):
+def test_a_nonfinite_request_leaves_its_neighbours_token_identical(model, model_with_nan, at, page_size):
     """Its keys and values are NaN too, and NaN in a slot that is merely hidden reaches whoever reads it."""
     healthy = [[5, 6, 7], [9] * 33]
-    prompts = [*healthy[:at], [POISON] * 20, *healthy[at:]]
+    prompts = [*healthy[:at], [NAN_TOKEN] * 20, *healthy[at:]]
     expected = engine_of(model).generate(healthy, GREEDY)
-    engine = engine_of(poisoned_model, page_size=page_size)
+    engine = engine_of(model_with_nan, page_size=page_size)
     completions = engine.generate(prompts, GREEDY)
-    poisoned = completions.pop(at)
-    assert (poisoned.token_ids, poisoned.finish_reason) == ([], FinishReason.ERROR)
-    assert poisoned.error == "nan_logits"
+    nonfinite = completions.pop(at)
+    assert (nonfinite.token_ids, nonfinite.finish_reason) == ([], FinishReason.ERROR)
+    assert nonfinite.error == "nan_logits"
     assert completions == expected
     assert is_clean(engine)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_poisoned_prompt_does_no_harm_while_it_is_read_in_chunks_beside_others(model, poisoned_model, at):
+def test_a_nonfinite_prompt_does_no_harm_while_it_is_read_in_chunks_beside_others(model, model_with_nan, at):
     """In a cache so tight that the pages of one lie where another's attention looks past its own end."""
     healthy = [list(range(2, 39)), [5, 6, 7]]
-    prompts = [*healthy[:at], [POISON] + [9] * 60, *healthy[at:]]
+    prompts = [*healthy[:at], [NAN_TOKEN] + [9] * 60, *healthy[at:]]
     expected = engine_of(model).generate(healthy, GREEDY)
-    engine = engine_of(poisoned_model, cache_pages=32, page_size=4, max_batched_tokens=6)
+    engine = engine_of(model_with_nan, cache_pages=32, page_size=4, max_batched_tokens=6)
     completions = engine.generate(prompts, GREEDY)
     assert completions.pop(at).error == "nan_logits"
     assert completions == expected
     assert is_clean(engine)
 
 
-def test_pages_of_a_poisoned_request_do_no_harm_to_whoever_gets_them_next(model, poisoned_model):
-    engine = engine_of(poisoned_model)
-    poisoned = engine.generate([[POISON] * 100] * 4, GREEDY)
-    assert {completion.error for completion in poisoned} == {"nan_logits"}
+def test_pages_of_a_nonfinite_request_do_no_harm_to_whoever_gets_them_next(model, model_with_nan):
+    engine = engine_of(model_with_nan)
+    nonfinite = engine.generate([[NAN_TOKEN] * 100] * 4, GREEDY)
+    assert {completion.error for completion in nonfinite} == {"nan_logits"}
     assert engine.generate(PROMPTS[:3], GREEDY) == engine_of(model).generate(PROMPTS[:3], GREEDY)
 
 

@@ -59,7 +59,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_after: int | None = None
-        """Break each transfer of weights off after so many bytes."""
+        """Break off each transfer of weights after this many bytes."""
         self.withheld: set[str] = set()
         """Files that are listed and not given."""
 

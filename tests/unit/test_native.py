@@ -450,9 +450,7 @@ def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
 @pytest.mark.parametrize("longest", [1, 16, 128])
 @pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}], ids=str)
 @pytest.mark.parametrize("byte", [b"\0", b"\xff", b'"'])
-def test_so_many_tokens_fit_into_a_line_however_long_they_are(
-    fields: dict[str, Any], longest: int, byte: bytes
-) -> None:
+def test_a_chunk_of_the_largest_tokens_fits_into_a_line(fields: dict[str, Any], longest: int, byte: bytes) -> None:
     request = parse(prompt="x", stream=True, n=2, **fields)
     formatter = NativeReplies(request, lambda _: byte * longest, longest)
     count = formatter.chunk_tokens

@@ -83,7 +83,7 @@ def test_every_row_of_a_batch_has_the_reference_s_distribution():
 
 
 @pytest.mark.parametrize("one", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {}], ids=str)
-def test_a_row_alone_has_the_distribution_that_it_has_in_company(one):
+def test_a_row_alone_has_the_distribution_that_it_has_batched(one):
     """Filters that no row of the batch asks for are not computed."""
     logits = random_logits(3, 50)
     mixed = [SamplingParams(top_k=7, top_p=0.9, min_p=0.01), SamplingParams(**one), SamplingParams(temperature=0.5)]
@@ -223,16 +223,16 @@ def test_drawing_leaves_torch_s_own_generator_alone():
 
 @pytest.mark.parametrize("poison", [[NAN], [INF], [NAN, INF], [-INF] * 300, [NAN] * 300], ids=len)
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_p": 0.5, "min_p": 0.1}], ids=str)
-def test_a_poisoned_row_has_no_token_and_leaves_its_neighbours_token_identical(poison, params):
+def test_a_nonfinite_row_has_no_token_and_leaves_its_neighbours_token_identical(poison, params):
     healthy = random_logits(3, 300)
-    poisoned = healthy.clone()
-    poisoned[1, 100 : 100 + len(poison)] = torch.tensor(poison)[:200]
+    nonfinite = healthy.clone()
+    nonfinite[1, 100 : 100 + len(poison)] = torch.tensor(poison)[:200]
     if len(poison) == 300:
-        poisoned[1] = torch.tensor(poison)
+        nonfinite[1] = torch.tensor(poison)
     rows = [row_of("a", **params), row_of("bad", **params), row_of("c", **params)]
     expected = sample(Sampler(), healthy, rows)
     assert expected[1] is not None
-    assert sample(Sampler(), poisoned, rows) == [expected[0], None, expected[2]]
+    assert sample(Sampler(), nonfinite, rows) == [expected[0], None, expected[2]]
 
 
 def test_logits_are_left_as_they_were():
@@ -334,7 +334,7 @@ def test_penalised_draws_follow_the_edited_distribution():
     assert chi_square(counts, expected) < 20.5
 
 
-def test_a_poisoned_row_is_noticed_before_it_is_edited():
+def test_a_nonfinite_row_is_noticed_before_it_is_edited():
     logits = torch.tensor([[1.0, INF, 0.0], [1.0, 3.0, 2.0]])
     rows = [row_of(name, temperature=0, min_new_tokens=1, stop_ids=frozenset({1})) for name in "ab"]
     assert sample(Sampler(), logits, rows) == [None, 2]
@@ -359,7 +359,7 @@ def test_log_probabilities_are_those_of_the_unmodified_distribution():
         assert [token for token, _ in one.top] == best
         assert [value for _, value in one.top] == pytest.approx([logs[row, token].item() for token in best], abs=1e-5)
     logits[1, 7] = NAN
-    assert Sampler().sample(logits, rows)[1].keys() == {2, 3}, "a poisoned row has none"
+    assert Sampler().sample(logits, rows)[1].keys() == {2, 3}, "a nonfinite row has none"
 
 
 def test_the_outputs_of_one_request_draw_as_requests_of_successive_seeds_do():

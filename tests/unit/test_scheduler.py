@@ -83,7 +83,7 @@ class Simulation:
         self._rng, self._stops, self._poison = rng, stops, poison
 
     @property
-    def living(self):
+    def active(self):
         return [life for life in self.lives.values() if not life.has_ended]
 
     def life(self, request_id, index=0):
@@ -111,14 +111,14 @@ class Simulation:
         which = (life.request.id, life.index) if alone else (life.request.id,)
         assert self.scheduler.cancel(*which) is True
         assert self.scheduler.cancel(*which) is False
-        for one in self.living:
+        for one in self.active:
             one.cancelled |= one is life or (one.request is life.request and not alone)
 
     def step(self, cancel_meanwhile=None):
         """Plan, execute, perhaps cancel, commit."""
         scheduler = self.scheduler
         decodes = [sequence for sequence in scheduler.running if sequence.num_uncomputed == 1]
-        oldest = min(self.living, key=lambda life: life.arrival, default=None)
+        oldest = min(self.active, key=lambda life: life.arrival, default=None)
         preempted_before = scheduler.num_preemptions
         plan, sampled = scheduler.plan()
         names = {sequence.row: (sequence.request.id, sequence.index) for sequence in scheduler.running}
@@ -133,7 +133,7 @@ class Simulation:
         assert [(s.request.id, s.index) for s in sampled] == [names[chunk.row] for chunk in plan.chunks if chunk.sample]
         if oldest is not None:
             assert scheduler.running[0].row in by_row, "the first to run got nothing"
-            is_plain = all(life.request.params.n == 1 for life in self.living)
+            is_plain = all(life.request.params.n == 1 for life in self.active)
             assert not is_plain or (oldest.request.id, 0) in [names[row] for row in by_row], "the oldest got nothing"
         self.restarts += scheduler.num_preemptions - preempted_before
         if cancel_meanwhile is not None and not cancel_meanwhile.has_ended:
@@ -143,7 +143,7 @@ class Simulation:
     def _check_pages(self):
         scheduler = self.scheduler
         owned = [page for sequence in scheduler.running for page in sequence.pages]
-        may_share = self.config.prefix_cache or any(life.index for life in self.living)
+        may_share = self.config.prefix_cache or any(life.index for life in self.active)
         assert len(owned) == len(set(owned)) or may_share, "a page of two sequences"
         assert scheduler.blocks.num_free + len(set(owned)) == self.config.num_pages
         assert all(len(sequence.pages) == len(set(sequence.pages)) for sequence in scheduler.running)
@@ -153,14 +153,14 @@ class Simulation:
         known = [*scheduler.running, *scheduler.waiting]
         arrivals = [self.life(sequence.request.id).arrival for sequence in known if sequence.index == 0]
         assert arrivals == sorted(arrivals), "first come, first served"
-        assert scheduler.request_ids() == list(dict.fromkeys(life.request.id for life in self.living))
+        assert scheduler.request_ids() == list(dict.fromkeys(life.request.id for life in self.active))
         forks = [fork for sequence in known for fork in sequence.forks]
         assert scheduler.num_waiting == len(scheduler.waiting) + len(forks)
         assert sorted((one.request.id, one.index) for one in (*known, *forks)) == sorted(
-            (life.request.id, life.index) for life in self.living
+            (life.request.id, life.index) for life in self.active
         ), "an output was lost"
         for request_id in scheduler.request_ids():
-            indices = [life.index for life in self.living if life.request.id == request_id]
+            indices = [life.index for life in self.active if life.request.id == request_id]
             assert scheduler.active_outputs(request_id) == indices
 
     def _check_chunks(self, plan, names):
@@ -216,7 +216,7 @@ class Simulation:
     def run(self, max_steps=2000):
         """Until all requests have ended; then nothing may be left behind."""
         steps = 0
-        while self.living:
+        while self.active:
             assert steps < max_steps, "starving"
             self.step()
             steps += 1
@@ -304,11 +304,11 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
         max_seq_len=20, max_batch_size=6, max_batched_tokens=14, page_size=3, cache_pages=11, prefix_cache=prefix_cache
     )
     simulation = Simulation(config, rng, stops=0.05, poison=0.02)
-    while simulation.num_requests < 2000 or simulation.living:
-        while simulation.num_requests < 2000 and len(simulation.living) < 12:
+    while simulation.num_requests < 2000 or simulation.active:
+        while simulation.num_requests < 2000 and len(simulation.active) < 12:
             num_prompt = rng.randint(1, 12)
             simulation.add(num_prompt, rng.randint(1, 20 - num_prompt), n=rng.choice([1, 1, 2, 3]))
-        leaving = [life for life in simulation.living if rng.random() < 0.01]
+        leaving = [life for life in simulation.active if rng.random() < 0.01]
         for life in leaving[1:]:
             if not life.has_ended:
                 simulation.cancel(life, alone=rng.random() < 0.5)
@@ -400,7 +400,7 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_pages():
     assert chunks_of(simulation) == [("r0", 8, 1)]
 
 
-def test_the_youngest_makes_room_and_is_computed_again_with_what_it_had_generated():
+def test_the_youngest_is_preempted_and_recomputed_with_what_it_had_generated():
     simulation = simulation_of(pages=8, max_batched_tokens=16)  # two sequences of 8 tokens fill the cache
     simulation.add(6, 8)
     simulation.add(6, 8)
@@ -481,9 +481,9 @@ def test_a_page_is_shared_once_a_sampled_token_has_proved_it_finite():
     assert (4, (9,)) in [(chunk.start, chunk.tokens) for chunk in plan.chunks]
 
 
-@pytest.mark.parametrize("end", ["poisoned", "cancelled"])
+@pytest.mark.parametrize("end", ["nonfinite", "cancelled"])
 def test_what_was_never_proved_finite_serves_nobody(end):
-    """Keys and values of a poisoned token are zeros in the cache: whoever shared them would read garbage."""
+    """Keys and values of a nonfinite token are zeros in the cache: whoever shared them would read garbage."""
     simulation = simulation_of(prefix_cache=True, max_batched_tokens=4)
     for request_id in ("first", "second"):
         simulation.scheduler.add(Request(request_id, (1, 2, 3, 4, 5, 6), SamplingParams(max_new_tokens=1)))
@@ -527,8 +527,8 @@ def test_when_the_output_that_computes_the_prompt_is_cancelled_the_next_one_comp
     for _ in range(steps):
         simulation.step()
     simulation.cancel(simulation.life("r0", 0), alone=True)
-    heir = scheduler.waiting[0]
-    assert (heir.request.id, heir.index, len(heir.forks)) == ("r0", 1, 2)
+    successor = scheduler.waiting[0]
+    assert (successor.request.id, successor.index, len(successor.forks)) == ("r0", 1, 2)
     simulation.run()
     assert simulation.hits == 2 * 6, "of three outputs, two found three pages of two tokens"
 
