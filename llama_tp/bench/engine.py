@@ -145,18 +145,7 @@ def bench_engine(
     max_batched_tokens: int,
 ) -> None:
     """Implements `llama-tp bench engine`. Call it on every rank."""
-    if against is not None and against not in CONTENDERS:
-        raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
-    if against == "transformers" and find_spec("transformers") is None:
-        raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
-    if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
-        raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
-    if not isinstance(runs, int) or runs < 1:
-        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    if new < 2:
-        raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
-    if not 0 <= prefix < prompt:
-        raise ValueError(f"prefix={prefix} must be at least 0 and less than prompt={prompt}, which includes it")
+    _check_settings(batches, prompt, prefix, new, runs, against)
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     config = EngineConfig(
         max_seq_len=prompt + new,
@@ -192,6 +181,21 @@ def bench_engine(
     engine.release()
     group.comm.close()
     print(json.dumps([asdict(row) for row in rows]))
+
+
+def _check_settings(batches: list[int], prompt: int, prefix: int, new: int, runs: int, against: str | None) -> None:
+    if against is not None and against not in CONTENDERS:
+        raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
+    if against == "transformers" and find_spec("transformers") is None:
+        raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
+    if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
+        raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
+    if not isinstance(runs, int) or runs < 1:
+        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
+    if new < 2:
+        raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
+    if not 0 <= prefix < prompt:
+        raise ValueError(f"prefix={prefix} must be at least 0 and less than prompt={prompt}, which includes it")
 
 
 def _measure(

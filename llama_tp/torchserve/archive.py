@@ -38,19 +38,8 @@ def build_archive(
         ModelArgs.load_converted(checkpoint / "model_args.json")  # the error describes the folder
     if not Path(handler).is_file():
         raise FileNotFoundError(f"{handler} does not exist")
-    wanted = Path(config.handler.tokenizer_path).name
-    tokenizer = find_tokenizer(tokenizer or checkpoint, preferred=wanted)
-    if wanted != tokenizer.name:
-        raise ConfigError(
-            [f"handler.tokenizer_path={wanted!r} but the tokenizer is {tokenizer.name!r}; make them agree"]
-        )
-    problems = [
-        f"handler.{key}={value!r} must be a path below the model's folder"
-        for key in ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
-        if (value := getattr(config.handler, key)) and not os.path.normpath(os.path.join("/m", value)).startswith("/m/")
-    ]
-    if problems:
-        raise ConfigError(problems)
+    tokenizer = find_tokenizer(tokenizer or checkpoint, preferred=Path(config.handler.tokenizer_path).name)
+    _check_paths(config, tokenizer)
     store = Path(model_store)
     target = store / model_name
     if not overwrite and _manifests(target) - _manifests(checkpoint):
@@ -62,17 +51,38 @@ def build_archive(
     with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
         _run_archiver(model_name, version, handler, config_file, building)
         folder = Path(building, model_name)
-        shutil.copytree(checkpoint, folder / config.handler.converted_ckpt_dir, copy_function=_link_or_copy)
-        args_path = folder / (config.handler.model_args_path or "model_args.json")
-        tokenizer_dir = (folder / config.handler.tokenizer_path).parent
-        args_path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer_dir.mkdir(parents=True, exist_ok=True)
-        shutil.copy(checkpoint / "model_args.json", args_path)
-        copy_tokenizer(tokenizer, tokenizer_dir, name=wanted)
+        _add_files(folder, config, checkpoint, tokenizer)
         if target.exists():
             target.rename(Path(building, ".old"))
         folder.rename(target)
     return target
+
+
+def _check_paths(config: ModelConfig, tokenizer: Path) -> None:
+    """ConfigError if the configuration names another tokenizer, or files outside of the model's folder."""
+    handler = config.handler
+    if (wanted := Path(handler.tokenizer_path).name) != tokenizer.name:
+        raise ConfigError(
+            [f"handler.tokenizer_path={wanted!r} but the tokenizer is {tokenizer.name!r}; make them agree"]
+        )
+    problems = [
+        f"handler.{key}={value!r} must be a path below the model's folder"
+        for key in ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
+        if (value := getattr(handler, key)) and not os.path.normpath(os.path.join("/m", value)).startswith("/m/")
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _add_files(folder: Path, config: ModelConfig, checkpoint: Path, tokenizer: Path) -> None:
+    """Put checkpoint, arguments and tokenizer where the configuration says."""
+    handler = config.handler
+    shutil.copytree(checkpoint, folder / handler.converted_ckpt_dir, copy_function=_link_or_copy)
+    args_path, tokenizer_path = folder / (handler.model_args_path or "model_args.json"), folder / handler.tokenizer_path
+    for path in (args_path, tokenizer_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkpoint / "model_args.json", args_path)
+    copy_tokenizer(tokenizer, tokenizer_path.parent, name=tokenizer_path.name)
 
 
 def _manifests(folder: Path) -> set[bytes]:
