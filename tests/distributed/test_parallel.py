@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -37,6 +39,15 @@ def ranks(request, tmp_path_factory):
             write_checkpoint(folder / name, random_model(args), num_shards)
     check(torchrun(request.param, "tests.distributed.parallel_worker", str(folder)))
     return request.param, torch.load(folder / "results.pt")
+
+
+@cache
+def on_one_rank(name):
+    """(logits, greedy tokens) of a single process."""
+    logits = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
+    greedy = SamplingParams(max_new_tokens=16, temperature=0)
+    completions = engine_of(random_model(MODELS[name])).generate(PROMPTS, greedy)
+    return logits, [completion.token_ids for completion in completions]
 
 
 def write_checkpoint(folder, model, num_shards):
@@ -77,7 +88,7 @@ def test_every_model_whose_heads_allow_it_ran(ranks):
 def test_dtensors_local_modules_and_a_single_process_have_the_same_logits(ranks):
     _, results = ranks
     for (name, comm), result in results.items():
-        single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
+        single, _ = on_one_rank(name)
         torch.testing.assert_close(result["dtensor"], single, atol=1e-4, rtol=0, msg=f"dtensor form of {name}")
         torch.testing.assert_close(
             result["local"], single, atol=1e-4, rtol=0, msg=f"local modules of {name} over {comm}"
@@ -87,17 +98,15 @@ def test_dtensors_local_modules_and_a_single_process_have_the_same_logits(ranks)
 def test_a_checkpoint_from_one_or_several_shards_loads_to_the_same_logits(ranks):
     _, results = ranks
     for (name, comm), result in results.items():
-        single = engine_of(random_model(MODELS[name])).runner.execute(PLAN)
+        single, _ = on_one_rank(name)
         torch.testing.assert_close(result["loaded"], single, atol=1e-4, rtol=0, msg=f"{name} ({comm})")
 
 
 def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):
     _, results = ranks
     for (name, comm), result in results.items():
-        single = engine_of(random_model(MODELS[name])).generate(
-            PROMPTS, SamplingParams(max_new_tokens=16, temperature=0)
-        )
-        assert result["greedy"] == [completion.token_ids for completion in single], f"{name} over {comm}"
+        _, single = on_one_rank(name)
+        assert result["greedy"] == single, f"{name} over {comm}"
 
 
 @pytest.mark.parametrize("stage", ["dtype", "weights", "cache"])
