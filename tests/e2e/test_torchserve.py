@@ -395,7 +395,11 @@ def prompt(**fields: object) -> dict[str, object]:
 INVALID: dict[str, list[object]] = {
     "invalid_json": [b"", b"  \n", b"not json", b'{"prompt": "a"', b"{'prompt': 'a'}"]
     + [b'{"prompt": "a", "temperature": %s}' % number for number in (b"NaN", b"Infinity", b"-Infinity")],
-    "invalid_utf8": [gzip.compress(b'{"prompt": "a"}', mtime=0), '{"prompt": "a"}'.encode("utf-16"), b'{"prompt": "\xff"}'],
+    "invalid_utf8": [
+        gzip.compress(b'{"prompt": "a"}', mtime=0),
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "\xff"}',
+    ],
     "not_an_object": [b"[]", b"42", b"null", b'"text"', b"true"],
     "too_deep": [b"[" * 100_000, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' * 100_000],
     "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
