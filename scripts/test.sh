@@ -7,4 +7,4 @@ mkdir -p .demo/logs
 make_environment serve,demo,test,dev .demo/logs/install.log
 export PATH="$PWD/.venv/bin:$PATH"
 # Two processes: one for all tests that start processes, the other for unit tests, until only those are left (or -n 0).
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"

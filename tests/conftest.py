@@ -1,15 +1,21 @@
-"""Fixtures that several kinds of tests share, and which tests may run beside others."""
+"""Fixtures that several kinds of tests share, and which tests run beside others under pytest-xdist."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from llama_tp.threads import bound_spinning
-from tests.paths import ROOT
 
-PROCESSES = [ROOT / "tests" / "distributed", ROOT / "tests" / "e2e"]
-"""Their tests start groups of processes, which take all cores and have deadlines."""
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import Scheduling
+
+STARTING_PROCESSES = ("tests/distributed/", "tests/e2e/")
+"""Tests that start groups of processes, which take all cores and have deadlines: they run one after the other."""
 
 
 def pytest_configure() -> None:
@@ -18,14 +24,19 @@ def pytest_configure() -> None:
         bound_spinning(os.environ)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --dist loadgroup one of pytest-xdist's processes runs all that starts processes; unit tests run anywhere."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if any(item.path.is_relative_to(folder) for folder in PROCESSES):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """One of its processes runs all that starts processes, the others everything else, test by test.
+
+    Not by --dist loadgroup, which forgets its groups under pytest 9.2 (pytest-xdist#1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "starting processes" if nodeid.startswith(STARTING_PROCESSES) else nodeid
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
