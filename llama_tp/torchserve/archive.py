@@ -94,8 +94,12 @@ def _run_archiver(model_name: str, version: str, handler: str | Path, config_fil
     archiver = program("torch-model-archiver")
     command = [str(archiver), "--model-name", model_name, "--version", version, "--handler", str(handler)]
     command += ["--config-file", str(config_file), "--archive-format", "no-archive", "--export-path", export]
+    # It works in a folder of TMPDIR with the model's name, which two archivers must not share.
+    scratch = Path(export, ".scratch")
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         raise FileNotFoundError(f"{archiver} does not exist; install it: pip install 'llama-tp[serve]'") from None
     if done.returncode:

@@ -20,12 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path_factory, monkeypatch):
-    """torch-model-archiver works in a folder there that is named after the model, whoever else uses it."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-
-
 @pytest.fixture
 def job(tmp_path):
     """The arguments of a build that works, with files of a few bytes for weights."""
@@ -234,3 +228,14 @@ def test_a_missing_archiver_is_named_with_the_remedy(job, monkeypatch, tmp_path)
     monkeypatch.setattr(archive, "program", lambda name: tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"pip install 'llama-tp\[serve\]'"):
         build_archive(**job)
+
+
+def test_two_archives_of_one_name_do_not_share_the_archiver_s_folder(job, tmp_path, monkeypatch):
+    """It works in TMPDIR/<model name>: what lay there already made it fail, and two of them mixed up their files."""
+    (tmp_path / "tmp" / job["model_name"]).mkdir(parents=True)
+    (tmp_path / "tmp" / job["model_name"] / "MAR-INF").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    folder = build_archive(**job)
+    assert (folder / "MAR-INF" / "MANIFEST.json").is_file()
+    assert names_in(tmp_path / "tmp" / job["model_name"]) == ["MAR-INF"]
+    assert not (folder / ".scratch").exists()
