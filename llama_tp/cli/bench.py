@@ -100,6 +100,19 @@ def load(
     )
 
 
+def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None) -> None:
+    """Measure converting and loading random weights, next to cp and cat of the same bytes. Ends with a line of JSON.
+
+    Args:
+        size_gb: approximate size of the weights, in GB; three times this is needed on disk
+        runs: measured runs; contenders take turns, and medians are reported
+        folder: where to write, by default TMPDIR
+    """
+    from llama_tp.bench.checkpoint import bench_checkpoint
+
+    bench_checkpoint(folder, size_gb=size_gb, runs=runs)
+
+
 def comm(batch: int = 16, rounds: int = 2000) -> None:
     """Measure communication between ranks, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
 

@@ -25,7 +25,13 @@ COMMANDS: dict[str, Any] = {
     "stop": serve.stop,
     "health": serve.health,
     "follow": serve.follow,
-    "bench": {"comm": bench.comm, "engine": bench.engine, "load": bench.load, "serve": bench.serve},
+    "bench": {
+        "checkpoint": bench.checkpoint,
+        "comm": bench.comm,
+        "engine": bench.engine,
+        "load": bench.load,
+        "serve": bench.serve,
+    },
 }
 
 
