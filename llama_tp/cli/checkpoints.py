@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 
 
-def download(model_name: str, revision: str | None = None, output: str = "model") -> None:
-    """Download Meta's original weights from the Hugging Face hub, and print their folder.
+def download(
+    model_name: str,
+    revision: str | None = None,
+    output: str = "model",
+    format: str = "auto",
+    file: str | None = None,
+) -> None:
+    """Download one form of a model's weights from the Hugging Face hub, and print the folder or file to convert.
 
     Args:
         model_name: repository, such as meta-llama/Llama-2-7b
         revision: branch, tag or commit
         output: folder to download into
+        format: meta for Meta's originals, hf for safetensors; auto takes the originals if there are any, else hf
+        file: name of a GGUF file to download instead, with all parts if it is split
     """
-    from llama_tp.checkpoint import hub
+    from llama_tp.checkpoint.hub.download import download as download_from_hub
 
-    print(hub.download(model_name, revision=revision, output=output))
+    print(download_from_hub(model_name, revision=revision, output=output, format=format, file=file))
 
 
 def demo(output: str = "demo") -> None:
