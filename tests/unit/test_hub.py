@@ -5,17 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -23,9 +18,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from llama_tp.checkpoint.hub import download as hub_module
 from llama_tp.checkpoint.hub import record
 from llama_tp.checkpoint.hub.record import HubFile
-from tests.paths import ROOT, SCRIPTS
+from tests.hub_stand_in import COMMIT, serving, variables
+from tests.paths import SCRIPTS
 
-COMMIT = "365ffa8f1a6c455d3e2028ae658236b4b85ba824"
 WEIGHTS = b"weights of the original" * 50_000
 LLAMA2 = {
     "consolidated.00.pth": WEIGHTS,
@@ -89,7 +84,6 @@ REPOSITORIES = {
 
 
 REFUSALS = {
-    # (status, headers) as the hub itself answers
     "gated/model": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to gated/model is restricted"}),
     "gated/listed/resolve": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}),
     "private/model": (401, {"X-Error-Message": "Invalid username or password."}),
@@ -100,102 +94,10 @@ REFUSALS = {
 }
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves REPOSITORIES as the hub does; REFUSALS are refused, everything else is not found."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.cut_after: int | None = None
-        """Break each transfer of weights off after so many bytes."""
-        self.withheld: set[str] = set()
-        """Files that are listed and not given."""
-        self.damaged: set[str] = set()
-        """Files of which one byte is changed on the way."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def log_message(self, *_args: object) -> None:
-        pass
-
-    def _answer(self, body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range")))
-        if refusal := next((refusal for name, refusal in REFUSALS.items() if name in path), None):
-            self._send(refusal[0], b"{}", refusal[1], body)
-        elif path.rsplit("/", 1)[-1] in self.server.withheld:
-            self._send(403, b"", {}, body)
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._api(*match.groups(), body=body)
-        elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) and match[1] in REPOSITORIES:
-            self._file(REPOSITORIES[match[1]].get(match[3]), body, is_damaged=match[3] in self.server.damaged)
-        else:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-
-    def _api(self, repo: str, kind: str | None, revision: str | None, *, body: bool) -> None:
-        if repo not in REPOSITORIES:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        elif revision not in (None, "main", COMMIT):
-            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-        elif kind == "tree":
-            entries = [_entry(name, data) for name, data in REPOSITORIES[repo].items()]
-            self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
-        else:
-            files = [_sibling(name, data) for name, data in REPOSITORIES[repo].items()]
-            info = {"id": repo, "sha": COMMIT, "siblings": files}
-            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
-
-    def _file(self, data: bytes | None, body: bool, *, is_damaged: bool) -> None:
-        if data is None:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-            return
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        status, piece = 200, data[:-1] + bytes([data[-1] ^ 1]) if is_damaged else data
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(match[1]), int(match[2] or len(data) - 1)
-            status, piece = 206, data[start : end + 1]
-            headers["Content-Range"] = f"bytes {start}-{start + len(piece) - 1}/{len(data)}"
-        self._send(status, piece, headers, body)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            cut = self.server.cut_after if len(data) > 1000 else None
-            self.wfile.write(data[:cut])
-            self.close_connection = cut is not None
-
-
-def _sibling(name: str, data: bytes) -> dict[str, Any]:
-    entry = _entry(name, data)
-    lfs = {"lfs": {"sha256": entry["lfs"]["oid"], "size": len(data), "pointerSize": 130}} if "lfs" in entry else {}
-    return {"rfilename": name, "size": len(data), "blobId": entry["oid"], **lfs}
-
-
-def _entry(name: str, data: bytes) -> dict[str, Any]:
-    sha256 = hashlib.sha256(data).hexdigest()
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-    return entry | ({"lfs": {"oid": sha256, "size": len(data), "pointerSize": 130}} if len(data) > 1000 else {})
-
-
 @pytest.fixture
 def hub():
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(REPOSITORIES, REFUSALS) as server:
+        yield server
 
 
 def download(tmp_path, port, *args, **env):
@@ -208,18 +110,9 @@ def llama_tp(tmp_path, port, *args, **env):
 
 
 def run_python(tmp_path, port, *args, **env):
-    """As a user does: the hub's address is read when huggingface_hub is imported."""
-    variables = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
-    variables |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-        **env,
-    }
+    command = [sys.executable, *args]
     return subprocess.run(
-        [sys.executable, *args], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=variables(port, tmp_path / "home") | env, capture_output=True, text=True, timeout=120
     )
 
 
@@ -353,7 +246,7 @@ def test_what_is_there_is_not_fetched_again(hub, tmp_path):
     for _ in range(2):
         done = download(tmp_path, hub.server_port, "--model_name", "meta-llama/Llama-2-7b", "--revision", "main")
         assert done.returncode == 0, done.stderr
-    gets = Counter(path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path)
+    gets = Counter(hub.fetched())
     assert gets
     assert set(gets.values()) == {1}
 
@@ -399,11 +292,6 @@ def files_below(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fetched(hub):
-    """The names of the files of which bytes were asked for."""
-    return [path.rsplit("/", 1)[-1] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
-
-
 @pytest.mark.parametrize(
     ("name", "options"), [("meta-llama/Llama-2-7b-hf", ()), ("meta-llama/Llama-3.2-1B", ("--format=hf",))]
 )
@@ -422,7 +310,7 @@ def test_weights_that_are_there_in_one_file_are_not_fetched_in_shards_as_well(hu
 
 def test_an_architecture_is_refused_before_its_weights_are_fetched(hub, tmp_path):
     assert llama_tp(tmp_path, hub.server_port, "download", "google/gemma-9").returncode == 1
-    assert fetched(hub) == ["config.json"]
+    assert hub.fetched() == ["config.json"]
 
 
 @pytest.mark.parametrize(
@@ -480,7 +368,7 @@ def test_a_file_that_was_damaged_on_the_way_is_named_removed_and_fetched_again(h
     done = download(tmp_path, hub.server_port, "--model_name", "meta-llama/Llama-2-7b")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / done.stdout.strip() / "consolidated.00.pth").read_bytes() == WEIGHTS
-    assert fetched(hub).count("params.json") == 1
+    assert hub.fetched().count("params.json") == 1
 
 
 def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
@@ -517,3 +405,49 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
     folder.mkdir(parents=True)
     (tmp_path / f".llama_tp.{COMMIT}.meta.json").write_text(content)
     assert record.load_record(folder, "meta") is None
+
+
+@pytest.fixture
+def published(tmp_path, hub, monkeypatch):
+    """A tiny real model on the hub: its folder."""
+    from tests.tiny_huggingface import (  # imports torch and transformers, which no other test here needs
+        save,
+        tiny_model,
+    )
+    from tests.tiny_text import make_tokenizer_json
+
+    folder = save(tiny_model("llama"), tmp_path / "published")
+    make_tokenizer_json(folder)
+    monkeypatch.setitem(REPOSITORIES, "tiny/llama", files_below(folder) | DUPLICATES)
+    return folder
+
+
+def test_convert_downloads_a_model_of_the_hub_first(hub, tmp_path, published):
+    done = llama_tp(tmp_path, hub.server_port, "convert", "tiny/llama@main", "converted", "--download_dir=from_hub")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "from_hub").is_dir()
+    local = llama_tp(tmp_path, 9, "convert", str(published), "from_folder")
+    assert local.returncode == 0, local.stderr
+    assert files_below(tmp_path / "converted") == files_below(tmp_path / "from_folder")
+
+
+def test_convert_says_that_it_looked_here_and_on_the_hub(hub, tmp_path):
+    done = llama_tp(tmp_path, hub.server_port, "convert", "tiny/lama", "converted")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "there is no path tiny/lama here" in done.stderr
+    assert "tiny/lama was not found: check the spelling" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "hub_id"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", ("meta-llama/Llama-3.1-8B-Instruct", None)),
+        ("owner/na.me_1@v2", ("owner/na.me_1", "v2")),
+        ("owner/name@refs/pr/1", ("owner/name", "refs/pr/1")),
+        *((text, None) for text in ("name", "a/b/c", "/a/b", "./b", "../b", "~/b", "a/b/", "a/", "a/b@", "a b/c")),
+        *((text, None) for text in ("models/tiny.gguf", "models/consolidated.00.pth", "")),
+    ],
+)
+def test_what_looks_like_a_name_on_the_hub(text, hub_id):
+    assert hub_module.parse_hub_id(text) == hub_id
