@@ -147,7 +147,7 @@ def test_an_error_of_whatever_http_library_is_one_line(monkeypatch):
     def broken(*_args, **_kwargs):
         raise RemoteProtocolError("peer closed connection\nwithout a word")
 
-    monkeypatch.setattr(hub_module, "_list_files", lambda *_: {"consolidated.00.pth": HubFile(1)})
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: (COMMIT, {"consolidated.00.pth": HubFile(1)}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
     with pytest.raises(
         ValueError, match=r"connection was lost \(RemoteProtocolError: peer closed connection\): .*run this again"
@@ -164,7 +164,7 @@ def test_a_refusal_that_the_client_calls_a_missing_file_is_told_by_its_status(mo
     def limited(*_args, **_kwargs):
         raise LocalEntryNotFoundError("An error happened while trying to locate the file") from TooManyRequests()
 
-    monkeypatch.setattr(hub_module, "_list_files", lambda *_: {"consolidated.00.pth": HubFile(1)})
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: (COMMIT, {"consolidated.00.pth": HubFile(1)}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", limited)
     with pytest.raises(ValueError, match=r"rate-limited by the hub \(429\)"):
         hub_module.download("meta-llama/Llama-2-7b")
@@ -174,7 +174,7 @@ def test_a_full_disk_is_not_called_a_broken_connection(monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_module, "_list_files", lambda *_: {"consolidated.00.pth": HubFile(1)})
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: (COMMIT, {"consolidated.00.pth": HubFile(1)}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
         hub_module.download("meta-llama/Llama-2-7b")
@@ -200,7 +200,7 @@ def test_half_a_download_is_not_passed_off_as_a_whole_one(monkeypatch, half_a_do
     def list_files(*_args):
         if not is_reachable:
             raise ConnectionError("Network is unreachable")
-        return FOUR_SHARDS
+        return COMMIT, FOUR_SHARDS
 
     monkeypatch.setattr(hub_module, "_list_files", list_files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(half_a_download))
@@ -212,10 +212,19 @@ def test_half_a_download_is_not_passed_off_as_a_whole_one(monkeypatch, half_a_do
 def test_a_file_of_another_size_than_the_hub_s_is_named(monkeypatch, half_a_download):
     for name in FOUR_SHARDS:
         (half_a_download / name).write_bytes(b"abc" if name != "consolidated.03.pth" else b"a")
-    monkeypatch.setattr(hub_module, "_list_files", lambda *_: FOUR_SHARDS)
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: (COMMIT, FOUR_SHARDS))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(half_a_download))
     with pytest.raises(ValueError, match=r"consolidated\.03\.pth has 1 bytes, but 3 on the hub"):
         hub_module.download("meta-llama/Llama-2-70b")
+
+
+def test_an_older_snapshot_is_neither_passed_off_as_the_listed_one_nor_damaged(monkeypatch, half_a_download):
+    """The client returns one if it cannot ask for the revision again; a file of another size would be removed."""
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: ("new", {"consolidated.00.pth": HubFile(5)}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(half_a_download))
+    with pytest.raises(ValueError, match=r"Llama-2-70b has changed during the download: run this again"):
+        hub_module.download("meta-llama/Llama-2-70b")
+    assert (half_a_download / "consolidated.00.pth").read_bytes() == b"abc"
 
 
 def test_a_download_that_broke_off_is_refused_without_network_and_completed_with_it(hub, tmp_path):

@@ -71,7 +71,7 @@ def download(
     _check_choice(format, file)
     repository = _Repository(str(model_name), revision and str(revision), str(output), token)
     try:
-        listing = _list_files(repository)
+        commit, listing = _list_files(repository)
     except Exception as error:
         forms = [gguf_form(file)] if file else [META, HF] if format == "auto" else [format]
         if earlier := _complete_before(repository, forms, error):
@@ -82,6 +82,8 @@ def download(
         folder = repository.snapshot(selection.names)
     except Exception as error:
         raise repository.user_error(error) from None
+    if commit not in (None, folder.name):  # or the client could not ask again, and returned an older one
+        raise ValueError(f"{model_name} has changed during the download: run this again (finished files are kept)")
     _finish(repository, folder, selection, {name: listing[name] for name in selection.names})
     return str(folder / selection.target)
 
@@ -122,14 +124,16 @@ def _check_choice(format: str, file: str | None) -> None:
         raise ValueError(f"file={file!r} must be the name of a .gguf file; other formats are fetched without it")
 
 
-def _list_files(repository: _Repository) -> Listing:
-    """Every file of the repository, as the hub lists it."""
+def _list_files(repository: _Repository) -> tuple[str | None, Listing]:
+    """(commit of the revision, all its files as the hub lists them)."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(
         repository.model_name, revision=repository.revision, token=repository.token, files_metadata=True
     )
-    return {file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()}
+    return info.sha, {
+        file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
+    }
 
 
 def _select(repository: _Repository, listing: Listing, format: str, file: str | None) -> Selection:
