@@ -62,7 +62,7 @@ def convert(
     """
     if isinstance(tp_max, bool) or not isinstance(tp_max, int) or tp_max < 1:
         raise ValueError(f"tp_max={tp_max!r} must be an integer of at least 1")
-    with _process_group():
+    with process_group():
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
             reader = agree(lambda: _open(str(original_ckpt_dir), str(tokenizer_path), model_parallel_size))
@@ -70,14 +70,14 @@ def convert(
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
                 _write(reader, args, staged, str(tokenizer_path), tp_max)
-                agree(lambda: check.finish(show_progress=_is_leader()))
+                agree(lambda: check.finish(show_progress=is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
-            if _is_leader():
+            if is_leader():
                 is_checked = reader.expected_md5s.keys() == set(reader.files)
                 checked = "; the originals match checklist.chk" if is_checked else ""
                 print(f"Wrote {staged.destination} and {model_args_path}{checked}", flush=True)
         finally:
-            if _is_leader():
+            if is_leader():
                 staged.discard()
             _wait_for_all()
 
@@ -95,7 +95,7 @@ def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int 
 
 
 def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str) -> None:
-    if not _is_leader():
+    if not is_leader():
         return
     parent = Path(model_args_path).resolve().parent
     if parent != staged.destination and not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -112,12 +112,12 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
 
 def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str, tp_max: int) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=_is_leader()) as advance:
+    with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=is_leader()) as advance:
         files = dcp.save(reader, staged.path, tp_max=tp_max, advance=advance)
     about = {**reader.about, "dtype": str(reader.dtype).removeprefix("torch.")}
 
     def describe() -> None:
-        if _is_leader():
+        if is_leader():
             args.save(staged.path / MODEL_ARGS)
             copy_tokenizer(tokenizer_path, staged.path)
             write_manifest(staged.path, known=files, about=about)
@@ -126,7 +126,7 @@ def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, toke
 
 
 def _finish(staged: StagedFolder, args: ModelArgs, model_args_path: str) -> None:
-    if not _is_leader():
+    if not is_leader():
         return
     staged.commit()
     if Path(model_args_path).resolve() != staged.destination / MODEL_ARGS:
@@ -149,14 +149,15 @@ def _num_bytes(reader: CheckpointReader) -> int:
     return sum(math.prod(source.shape) * source.dtype.itemsize for source in reader.tensors.values())
 
 
-def _is_leader() -> bool:
+def is_leader() -> bool:
+    """Whether this is rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextmanager
-def _process_group() -> Iterator[None]:
-    """gloo over the ranks that torchrun started; none in a plain process."""
-    if dist.is_initialized():  # the caller's
+def process_group() -> Iterator[None]:
+    """gloo over the ranks that torchrun started; none in a plain process. The caller's, if there is one already."""
+    if dist.is_initialized():
         yield
         return
     meet(timeout=_PEER_TIMEOUT)

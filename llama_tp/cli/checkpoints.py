@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 
 
-def download(model_name: str, revision: str | None = None, output: str = "model") -> None:
-    """Download Meta's original weights from the Hugging Face hub, and print their folder.
+def download(
+    model_name: str,
+    revision: str | None = None,
+    output: str = "model",
+    format: str = "auto",
+    file: str | None = None,
+) -> None:
+    """Download one form of a model's weights from the Hugging Face hub, and print the folder or file to convert.
 
     Args:
         model_name: repository, such as meta-llama/Llama-2-7b
         revision: branch, tag or commit
         output: folder to download into
+        format: meta for Meta's originals, hf for safetensors; auto takes the originals if there are any, else hf
+        file: name of a GGUF file to download instead, with all parts if it is split
     """
-    from llama_tp.checkpoint import hub
+    from llama_tp.checkpoint.hub.download import download as download_from_hub
 
-    print(hub.download(model_name, revision=revision, output=output))
+    print(download_from_hub(model_name, revision=revision, output=output, format=format, file=file))
 
 
 def demo(output: str = "demo") -> None:
@@ -40,12 +48,14 @@ def convert(
     model_args_path: str | None = None,
     tp_max: int = 8,
     overwrite: bool = False,
+    download_dir: str = "model",
 ) -> None:
     """Convert original weights to a checkpoint that can be served. Under torchrun each rank writes its share.
 
     Args:
         source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
-            and safetensors), or a GGUF file
+            and safetensors), a GGUF file, or a repository of the Hugging Face hub, to download first: owner/name or
+            owner/name@revision
         destination: folder to write
         tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
         model_parallel_size: required number of shards in the source, as a check; by default any number
@@ -54,20 +64,44 @@ def convert(
         model_args_path: where to write a second copy of model_args.json, besides the one in the destination
         tp_max: largest tensor-parallel size at which each rank reads only its own bytes; larger groups work, too
         overwrite: replace the destination
+        download_dir: folder to download into, if the source is on the hub
     """
     from llama_tp.checkpoint import convert as conversion
 
-    conversion.convert(
-        source,
-        tokenizer or source,
-        model_parallel_size,
-        destination,
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
-        model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
-        tp_max=tp_max,
-        overwrite=overwrite,
-    )
+    with conversion.process_group():
+        source = _on_this_machine(source, destination, overwrite=overwrite, download_dir=download_dir)
+        conversion.convert(
+            source,
+            tokenizer or source,
+            model_parallel_size,
+            destination,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
+            tp_max=tp_max,
+            overwrite=overwrite,
+        )
+
+
+def _on_this_machine(source: str, destination: str, *, overwrite: bool, download_dir: str) -> str:
+    """The path of the source on every rank, after rank 0 has downloaded it if necessary."""
+    from llama_tp.checkpoint.convert import is_leader
+    from llama_tp.checkpoint.hub.download import download, parse_hub_id
+    from llama_tp.checkpoint.store.staging import StagedFolder
+    from llama_tp.parallel.agreement import agree, gather
+
+    def resolve() -> str:
+        hub_id = None if os.path.lexists(source) else parse_hub_id(source)
+        if hub_id is None:
+            return source
+        StagedFolder(destination, overwrite=overwrite).check_destination()  # before gigabytes
+        model_name, revision = hub_id
+        try:
+            return download(model_name, revision=revision, output=download_dir)
+        except ValueError as error:
+            raise ValueError(f"there is no path {source} here, so it was looked for on the hub: {error}") from None
+
+    return gather(agree(lambda: resolve() if is_leader() else source))[0]
 
 
 def verify(checkpoint: str) -> None:

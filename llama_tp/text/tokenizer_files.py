@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama_tp.text.siblings import SIBLINGS
 
-_NAMES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
@@ -20,7 +20,7 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
         raise FileNotFoundError(f"no tokenizer at {path}; pass tokenizer.model, tokenizer.json, or a folder with one")
     if not path.is_dir():
         return path
-    for name in sorted({preferred, *_NAMES}, key=lambda name: (name != preferred, name)):
+    for name in sorted({preferred, *TOKENIZER_NAMES}, key=lambda name: (name != preferred, name)):
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
@@ -29,7 +29,7 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
 def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:
     """Copy a tokenizer and its sibling files into a folder. The default name is one that `find_tokenizer` finds."""
     file = find_tokenizer(path)
-    shutil.copyfile(file, folder / (name or _NAMES[file.suffix != ".json"]))
+    shutil.copyfile(file, folder / (name or TOKENIZER_NAMES[file.suffix != ".json"]))
     for sibling in SIBLINGS:
         if (source := file.with_name(sibling)).is_file():
             shutil.copyfile(source, folder / sibling)

@@ -18,6 +18,7 @@ from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.verify import verify
 from tests.distributed.torchrun import check, torchrun
+from tests.hub_stand_in import serving, variables
 from tests.paths import ROOT, names_in
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
 from tests.tiny_text import make_sentencepiece_model
@@ -89,6 +90,25 @@ def test_the_command_of_the_readme_works_with_any_number_of_ranks(originals, tmp
     target = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
     dcp.load(target, folder)
     assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+def test_one_rank_downloads_a_model_of_the_hub_for_all(originals, tmp_path):
+    files = {f"original/{path.name}": path.read_bytes() for path in originals.iterdir()}
+    with serving({"tiny/llama": files}) as hub:
+        environment = variables(hub.server_port, tmp_path / "home") | {"no_proxy": "127.0.0.1"}
+
+        def convert_from_hub(source):
+            options = [str(tmp_path / "converted"), f"--download_dir={tmp_path / 'model'}"]
+            return torchrun(2, "llama_tp", "convert", source, *options, env=environment)
+
+        misspelt = convert_from_hub("tiny/lama")
+        done = convert_from_hub("tiny/llama")
+    assert misspelt.returncode != 0
+    assert misspelt.stderr.count("tiny/lama was not found") == 1, misspelt.stderr
+    check(done)
+    assert sorted(name for name in hub.fetched() if name in files) == sorted(files)
+    verify(tmp_path / "converted")
+    assert len(list((tmp_path / "converted").glob("*.distcp"))) == 2
 
 
 def test_a_failed_check_ends_all_ranks_with_one_line_from_one_of_them(originals, tmp_path):

@@ -334,6 +334,53 @@ def test_convert_checks_the_number_of_shards_that_it_is_told(run, originals, tmp
 
 
 @pytest.fixture
+def asked_of_hub(monkeypatch, originals):
+    """What would be downloaded; every download gives the originals."""
+    from llama_tp.checkpoint.hub import download
+
+    seen = []
+
+    def download_nothing(model_name, **options):
+        seen.append((model_name, options))
+        return str(originals)
+
+    monkeypatch.setattr(download, "download", download_nothing)
+    return seen
+
+
+def test_convert_takes_a_name_on_the_hub_as_source(run, checkpoint, tmp_path, monkeypatch, asked_of_hub):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("convert", "meta-llama/Llama-2-7b@v1", "out", "--max_seq_len=128")
+    assert (code, err) == (0, "")
+    assert asked_of_hub == [("meta-llama/Llama-2-7b", {"revision": "v1", "output": "model"})]
+    assert files_of(tmp_path / "out") == files_of(checkpoint)
+
+
+def test_convert_prefers_a_path_to_the_same_name_on_the_hub(run, originals, tmp_path, monkeypatch, asked_of_hub):
+    (tmp_path / "meta-llama").mkdir()
+    (tmp_path / "meta-llama" / "Llama-2-7b").symlink_to(originals)
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", "meta-llama/Llama-2-7b", "out")[0] == 0
+    assert asked_of_hub == []
+
+
+def test_convert_downloads_nothing_that_it_could_not_write(run, checkpoint, asked_of_hub):
+    code, _, err = run("convert", "meta-llama/Llama-2-7b", str(checkpoint))
+    assert code == 1
+    assert "pass --overwrite" in err
+    assert asked_of_hub == []
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "/nowhere/at/all", "models/tiny.gguf"])
+def test_convert_does_not_look_on_the_hub_for_what_is_no_name_there(run, tmp_path, source, asked_of_hub):
+    code, out, err = run("convert", source, str(tmp_path / "out"))
+    assert (code, out) == (1, "")
+    assert is_one_line(err)
+    assert "hub" not in err
+    assert asked_of_hub == []
+
+
+@pytest.fixture
 def handed_over(monkeypatch):
     """What commands hand to TorchServe, to its archiver and to the benchmark, which are not run."""
     from llama_tp.bench import serve as bench

@@ -111,6 +111,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         *(f"llama_tp.serving.{name}" for name in ("generation", "admission", "output")),
         *modules_below("llama_tp.serving.dialects"),
         "llama_tp.resources",
+        *modules_below("llama_tp.checkpoint.hub"),
         *modules_below("llama_tp.text"),
         *modules_below("llama_tp.torchserve", but=("llama_tp.torchserve.worker", "llama_tp.torchserve.follower")),
         *modules_below("llama_tp.cli", but=("llama_tp.cli.console",)),
@@ -163,10 +164,12 @@ def test_a_layer_imports_only_layers_below_it(layer):
 
 
 def test_one_module_knows_each_foreign_format():
-    """And the demo and a benchmark, which write one; all others open a checkpoint of whatever format."""
+    """And those that write one, and the download, which reads a config.json before it fetches the weights; all others
+    open a checkpoint of whatever format."""
     formats = "llama_tp.checkpoint.formats."
+    known = ("llama_tp.checkpoint.demo", "llama_tp.bench.checkpoint", "llama_tp.checkpoint.hub.download")
     for module in MODULES:
-        if module.startswith(formats) or module in ("llama_tp.checkpoint.demo", "llama_tp.bench.checkpoint"):
+        if module.startswith(formats) or module in known:
             continue
         found = {name for name in imports_of(module, also_inside_functions=True) if name.startswith(formats)}
         assert found <= {formats + name for name in ("reader", "open", "checklist")}, module

@@ -33,7 +33,7 @@ class StagedFolder:
         """Create an empty `path`. ValueError if the destination may not be replaced or is being written."""
         if _aside(self.destination).exists() and not self.destination.exists():
             _aside(self.destination).rename(self.destination)
-        self._check_destination()
+        self.check_destination()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self._lock_destination()
         _remove(self.path)
@@ -44,7 +44,7 @@ class StagedFolder:
         """Move the finished folder to its destination, durably, and remove what was there."""
         _sync(self.path)
         if self.destination.exists():
-            self._check_destination()
+            self.check_destination()
             _exchange(self.path, self.destination)
         else:
             self.path.rename(self.destination)
@@ -84,7 +84,8 @@ class StagedFolder:
     def _lock_path(self) -> Path:
         return self.destination.with_name(f".{self.destination.name}.lock")
 
-    def _check_destination(self) -> None:
+    def check_destination(self) -> None:
+        """ValueError if the destination may not be replaced."""
         if not self.destination.exists():
             return
         if not self.destination.is_dir():
