@@ -228,7 +228,7 @@ def test_what_is_computed_for_short_sequences_only_says_so(tmp_path, name, limit
     if limit is None:
         converted(tmp_path / "original", tmp_path / "converted", max_seq_len=100_000)
         return
-    words = rf"^max_seq_len={limit + 1} must not be more than context_limit={limit}: .*; lower max_seq_len$"
+    words = rf"^max_seq_len={limit + 1} must be at most context_limit={limit}: .*; lower max_seq_len$"
     with pytest.raises(ValueError, match=words):
         converted(tmp_path / "original", tmp_path / "converted", max_seq_len=limit + 1)
     folder = converted(tmp_path / "original", tmp_path / "converted", max_seq_len=limit)
