@@ -295,7 +295,7 @@ class EngineConfig:
     """Pages of the whole KV cache. 0: enough for max_batch_size sequences of max_seq_len."""
     kv_cache_memory: int | float | str | None = None
     """KV cache per rank, from which loading derives cache_pages: bytes ("6GiB"), or, below 1, a share of the memory
-    left after the weights."""
+    left after weights and steps."""
     max_waiting: int = 1024
     """Maximum outputs that wait to join the batch; a request that would exceed it is refused."""
     prefix_cache: bool = True

@@ -59,7 +59,7 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     page_size: PositiveInt = 16
     """Tokens per page of KV cache."""
     kv_cache_memory: Any = None
-    """Size of a rank's KV cache: bytes ("6GiB"), or, below 1, a share of the memory left after the weights. null:
+    """Size of a rank's KV cache: bytes ("6GiB"), or, below 1, a share of the memory left after weights and steps. null:
     enough for max_batch_size outputs of max_seq_len."""
     max_waiting: PositiveInt = 1024
     """Outputs that may wait inside the engine, such as those of requests with n > 1; more are refused with 429."""
