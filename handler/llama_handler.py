@@ -1,7 +1,7 @@
 """TorchServe's entry point to llama_tp: one rank of a torchrun group. All Llama code is in the library.
 
 Local rank 0 leads: TorchServe reads only its replies, so only it looks at requests. The other ranks follow the leader's
-plans in a thread and reply with placeholders; the requests they get do not matter and may differ.
+plans in a thread and reply with placeholders; they ignore the requests they get, which may differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ except ImportError as problem:  # TorchServe would report an ImportError as a mi
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.02  # how long handle() waits for output, and so the longest that a new request waits to be seen
+POLL_S = 0.02  # how long handle() waits for output, and so the longest that a new request goes unseen
 
 
 class LlamaHandler:

@@ -1,8 +1,7 @@
-"""What can be configured, and every check that needs more than one field.
+"""The configuration of models and engines, and every check that needs more than one field.
 
-Two things live here: `ModelArgs`, the architecture as Meta's params.json names it, and `EngineConfig`, how one
-engine runs it. What a model-config.yaml may say is in `torchserve/config.py`. Nothing here touches a device or a
-tensor.
+`ModelArgs` is the architecture, as Meta's params.json names it; `EngineConfig` is how one engine runs it.
+model-config.yaml is in `torchserve/config.py`. Nothing here touches a device or a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _HARMLESS_PARAMS = frozenset(
 )
 _HUGGING_FACE_KEYS = frozenset({"architectures", "hidden_size", "model_type", "num_hidden_layers"})
 
-# Meta's params.json says only `use_scaled_rope: true`; the factor stands in Meta's code and in the models' config.json
+# Meta's params.json says only `use_scaled_rope: true`; the factor is in Meta's code and in the models' config.json
 # on the hub (https://github.com/meta-llama/llama-models, models/sku_list.py).
 _META_ROPE_FACTORS = {
     # (dim, n_layers): factor
@@ -41,7 +40,7 @@ _META_ROPE_FACTORS = {
 
 
 class ConfigError(ValueError):
-    """One or more settings are wrong. Each problem is one line that names key, value, constraint and remedy."""
+    """One or more settings are invalid. Each problem is one line that names key, value, constraint and remedy."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -53,24 +52,24 @@ class RopeScaling:
     """How the rotary wavelengths are stretched for a longer context.
 
     llama3: the long ones only (https://arxiv.org/abs/2407.21783, section 3.4). linear: all, as if positions were closer
-    to each other (https://arxiv.org/abs/2306.15595); the fields behind `factor` are of no effect.
+    together (https://arxiv.org/abs/2306.15595); the fields after `factor` have no effect.
     """
 
     kind: str = "llama3"
     """llama3 | linear."""
     factor: float
-    """How much longer the context became. It differs between models, so it has no default."""
+    """How much longer the context became. Differs between models, so it has no default."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
-    """The context that the model was first trained with."""
+    """The context length of the original training."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.kind not in ROPE_SCALINGS:
             problems.append(f"rope_scaling.kind={_shown(self.kind)} must be one of {', '.join(ROPE_SCALINGS)}")
         problems += [
-            f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number of more than 0"
+            f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number greater than 0"
             for name in ("factor", "low_freq_factor", "high_freq_factor")
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
         ]
@@ -91,7 +90,7 @@ class RopeScaling:
 class ModelArgs:
     """The architecture of a Llama model, in Meta's names (params.json), plus the two limits the converter records.
 
-    What Meta's own models do without has a name of ours, and is off by default.
+    Features that Meta's own models lack have names of ours, and are off by default.
     """
 
     dim: int
@@ -99,29 +98,29 @@ class ModelArgs:
     n_heads: int
     n_kv_heads: int
     vocab_size: int
-    """Rows of the embedding. -1 (Llama 2's params.json) means: ask the embedding, see `with_vocab_size`."""
+    """Rows of the embedding. -1 (Llama 2's params.json): taken from the embedding, see `with_vocab_size`."""
     multiple_of: int = 256
     """The FFN hidden size is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
     ffn_hidden_dim: int | None = None
-    """The FFN hidden size where Meta's rule does not give it (models that did not come from Meta)."""
+    """The FFN hidden size, if it does not follow Meta's rule (models not from Meta)."""
     attention_head_dim: int | None = None
-    """The size of a head where it is not dim / n_heads."""
+    """The size of a head, if it is not dim / n_heads."""
     qkv_bias: bool = False
     """Whether wq, wk and wv add a bias."""
     wo_bias: bool = False
     ffn_bias: bool = False
     """Whether w1, w2 and w3 add a bias."""
     qk_norm: bool = False
-    """Whether each head's query and key pass an RMSNorm before they are rotated."""
+    """Whether each head's query and key are RMS-normalised before rotation."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
-    """The output projection is the embedding matrix."""
+    """Whether the output projection is the embedding matrix."""
     context_limit: int | None = None
-    """The most tokens that max_seq_len may be: the sliding window of a model that has one, or the context behind which
-    its rotary frequencies change with the length. Neither is computed."""
+    """Upper limit of max_seq_len: the model's sliding window, or the context beyond which its rotary frequencies depend
+    on the length. Neither is implemented."""
     max_seq_len: int = 2048
     """Default limit of prompt plus generated tokens of one sequence."""
     max_batch_size: int = 32
@@ -135,7 +134,7 @@ class ModelArgs:
         ]
         if not _is_int(self.vocab_size) or (self.vocab_size < 1 and self.vocab_size != -1):
             problems.append(
-                f"vocab_size={_shown(self.vocab_size)} must be a positive integer, or -1 for 'as the embedding has it'"
+                f"vocab_size={_shown(self.vocab_size)} must be a positive integer, or -1 to use the embedding's"
             )
         for name in (
             "norm_eps",
@@ -147,13 +146,13 @@ class ModelArgs:
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                problems.append(f"{name}={_shown(value)} must be more than 0, and finite")
+                problems.append(f"{name}={_shown(value)} must be greater than 0, and finite")
         if not problems:
             if self.attention_head_dim is None and self.dim % self.n_heads:
                 problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
             elif self.head_dim % 2:
                 source = "dim / n_heads = " if self.attention_head_dim is None else "attention_head_dim="
-                problems.append(f"{source}{self.head_dim} must be even: rotary embedding turns pairs")
+                problems.append(f"{source}{self.head_dim} must be even: rotary embedding rotates pairs")
             if self.n_heads % self.n_kv_heads:
                 problems.append(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
             if reason := self.why_too_long(self.max_seq_len):
@@ -162,12 +161,12 @@ class ModelArgs:
             raise ConfigError(problems)
 
     def why_too_long(self, max_seq_len: int) -> str | None:
-        """The reason why sequences of this model cannot become so long; None if they can."""
+        """Why this model's sequences cannot be this long; None if they can."""
         if self.context_limit is None or max_seq_len <= self.context_limit:
             return None
         return (
-            f"max_seq_len={max_seq_len} must not be more than context_limit={self.context_limit}: behind that the "
-            "model has a sliding window or changes its rotary frequencies, which is not computed; lower max_seq_len"
+            f"max_seq_len={max_seq_len} must be at most context_limit={self.context_limit}: beyond that, the model has "
+            "a sliding window or changes its rotary frequencies, which is not supported; lower max_seq_len"
         )
 
     @property
@@ -185,11 +184,11 @@ class ModelArgs:
         return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
 
     def with_vocab_size(self, rows: int) -> ModelArgs:
-        """The same model with the vocabulary that its embedding has. ValueError if params.json says otherwise."""
+        """The same model with its embedding's vocabulary size. ValueError if params.json says otherwise."""
         if self.vocab_size not in (-1, rows):
             raise ValueError(
                 f"params.json says vocab_size={self.vocab_size} but the embedding has {rows} rows: "
-                "these files are not of one model"
+                "these files are from different models"
             )
         return dataclasses.replace(self, vocab_size=rows)
 
@@ -202,7 +201,7 @@ class ModelArgs:
 
     @classmethod
     def load(cls, path: str | Path) -> ModelArgs:
-        """Read model_args.json, or Meta's params.json. ConfigError names what is wrong with the file."""
+        """Read model_args.json, or Meta's params.json. ConfigError says what is wrong with the file."""
         path = Path(path)
         try:
             data = path.read_bytes()
@@ -215,7 +214,7 @@ class ModelArgs:
         if problem := why_no_content(data):
             raise ConfigError([f"{path} {problem}"])
         try:
-            params = json.loads(data)  # of bytes: with or without a byte-order mark
+            params = json.loads(data)  # bytes, not text: they may begin with a byte-order mark
         except (ValueError, RecursionError) as error:
             raise ConfigError([f"{path} is not a JSON file: {error}"]) from None
         if not isinstance(params, dict):
@@ -230,13 +229,13 @@ class ModelArgs:
 
     @classmethod
     def load_converted(cls, path: str | Path) -> ModelArgs:
-        """Read the model_args.json of a converted checkpoint, which knows its vocabulary. ConfigError otherwise."""
+        """Read the model_args.json of a converted checkpoint. ConfigError if it does not give the vocabulary size."""
         folder = Path(path).parent
         if not Path(path).exists() and (found := describe_model_folder(folder)):
             raise ConfigError([f"{path} does not exist: {folder} {found}"])
         args = cls.load(path)
         if args.vocab_size < 1:
-            problem = f"vocab_size={args.vocab_size} leaves the vocabulary open"
+            problem = f"vocab_size={args.vocab_size} does not give the vocabulary size"
             raise ConfigError([f"{path}: {problem}; use the model_args.json of a converted checkpoint"])
         return args
 
@@ -285,38 +284,38 @@ class EngineConfig:
     """How one engine runs a model: its limits, precision and device. The same on every rank."""
 
     max_seq_len: int = 2048
-    """Prompt plus generated tokens of one sequence, at most."""
+    """Maximum prompt plus generated tokens of one sequence."""
     max_batch_size: int = 8
-    """Sequences that hold KV cache at the same time, at most."""
+    """Maximum sequences that hold KV cache at the same time."""
     max_batched_tokens: int = 512
-    """Tokens computed in one step, at most: longer prompts are prefilled in chunks of this size."""
+    """Maximum tokens computed per step; longer prompts are prefilled in chunks of this size."""
     page_size: int = 16
-    """Tokens of one page of KV cache."""
+    """Tokens per page of KV cache."""
     cache_pages: int = 0
-    """Pages of the whole KV cache. 0: so many that max_batch_size sequences can grow to max_seq_len."""
+    """Pages of the whole KV cache. 0: enough for max_batch_size sequences of max_seq_len."""
     kv_cache_memory: int | float | str | None = None
-    """What loading derives cache_pages from, for one rank: bytes ("6GiB"), or, below 1, a share of what is free beside
-    the weights."""
+    """KV cache per rank, from which loading derives cache_pages: bytes ("6GiB"), or, below 1, a share of the memory
+    left after weights and steps."""
     max_waiting: int = 1024
-    """Outputs that may wait for a place in the batch; a request that would make them more is refused."""
+    """Maximum outputs that wait to join the batch; a request that would exceed it is refused."""
     prefix_cache: bool = True
-    """Whether prompts that begin alike share pages."""
+    """Whether prompts with a common prefix share pages."""
     deterministic: bool = False
     """Whether a request's logits are bit-identical however it is batched and chunked, in every dtype."""
     dtype: str = "auto"
-    """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on a device without
-    instructions for it, but not with AVX2 for one or two sequences."""
+    """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on devices without
+    instructions for the checkpoint's, except with AVX2 for one or two sequences."""
     device: str = "auto"
-    """cpu | cuda | auto: cuda where there is one."""
+    """cpu | cuda | auto: cuda if available."""
     threads: int | None = None
     """CPU threads of this rank. None: its share of the available cores."""
     verify_checkpoint: str = "once"
-    """Which large files are hashed while they are loaded. always: all; once: those that were not hashed before or have
-    changed since; size: none, and only their sizes are compared."""
+    """Which large files are hashed while loading. always: all; once: those not hashed before or changed since; size:
+    none, only sizes are compared."""
     collective_timeout_s: float = 20.0
     """A peer that is silent for longer ends the group."""
     heartbeat_s: float = 2.0
-    """An idle leader lets its followers know that it lives this often."""
+    """Interval at which an idle leader signals to its followers that it is alive."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -337,11 +336,11 @@ class EngineConfig:
         if not problems and self.max_batched_tokens < self.max_batch_size:
             problems.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_batch_size={self.max_batch_size}: "
-                "every running sequence computes one token a step"
+                "every running sequence computes one token per step"
             )
         if not 0 < self.heartbeat_s < self.collective_timeout_s:
             problems.append(
-                f"heartbeat_s={self.heartbeat_s!r} must be more than 0 and less than "
+                f"heartbeat_s={self.heartbeat_s!r} must be greater than 0 and less than "
                 f"collective_timeout_s={self.collective_timeout_s!r}"
             )
         if self.kv_cache_memory is not None:
@@ -372,8 +371,8 @@ _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, 
 
 
 def parse_memory(value: float | str) -> int | float:
-    """Bytes as an int, or a share of what is free as a float in (0, 1). ValueError says what it must be."""
-    constraint = 'must be bytes (6442450944, "6GiB"), or a share of what is free, more than 0 and less than 1 (0.9)'
+    """Bytes as an int, or a share of free memory as a float in (0, 1). ValueError says what it must be."""
+    constraint = 'must be bytes (6442450944, "6GiB"), or a share of free memory, greater than 0 and less than 1 (0.9)'
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(constraint)
     if isinstance(value, str):
@@ -394,14 +393,14 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
     if unknown := sorted(set(values) - known):
         raise ConfigError([f"unknown {_keys(unknown)} in rope_scaling"])
     if "factor" not in values:
-        problem = "use_scaled_rope needs a factor, and the shape is of no known model of Meta's"
-        remedy = 'add "rope_scaling_factor": 8.0 is that of Llama 3.1 and 3.3, 32.0 that of Llama 3.2'
+        problem = "use_scaled_rope needs a factor, and the sizes match no known model of Meta's"
+        remedy = 'add "rope_scaling_factor": 8.0 for Llama 3.1 and 3.3, 32.0 for Llama 3.2'
         raise ConfigError([f"{problem}; {remedy}"])
     return RopeScaling(**values)
 
 
 def _keys(names: list[str]) -> str:
-    """Some keys, for one line."""
+    """Some keys, on one line."""
     listed = ", ".join(repr(name) for name in names[:4])
     return f"key{'s' if len(names) > 1 else ''} {listed}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -410,7 +409,7 @@ _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}
 
 
 def _shown(value: object) -> str:
-    """A value of a JSON file, as it stands there."""
+    """A value in JSON's notation."""
     try:
         return json.dumps(value)
     except (TypeError, ValueError):

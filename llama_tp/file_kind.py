@@ -14,7 +14,7 @@ HEAD_BYTES = 4096
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GGUF = b"GGUF"
-_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of the magic number of torch before 1.6
+_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch before 1.6
 
 
 def read_head(path: Path) -> bytes:
@@ -36,7 +36,7 @@ def why_no_content(head: bytes) -> str | None:
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
     if re.match(rb"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
-        return "is an HTML or XML page; download it again (is a login or a licence form missing?)"
+        return "is an HTML or XML page; download it again (does it require a login, or an accepted licence?)"
     return None
 
 
@@ -53,7 +53,7 @@ def describe_weights(path: Path) -> str | None:
         return "is a GGUF file under another name; use Meta's original weights"
     if head.startswith(_LEGACY_TORCH):
         return (
-            "is in the format of torch before 1.6, which cannot be mapped; rewrite it with "
+            "is in the format of torch before 1.6, which cannot be memory-mapped; rewrite it with "
             "torch.save(torch.load(path, weights_only=True), path)"
         )
     if head.startswith(b"\x80"):

@@ -1,4 +1,4 @@
-"""A foreign checkpoint -> the sharded one that is served. On CPUs, with any number of ranks, or as a plain process."""
+"""Converts a foreign checkpoint to the sharded one for serving. On CPUs, on any number of ranks or without torchrun."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llama_tp.text.tokenizer_files import copy_tokenizer
 
 MODEL_ARGS = "model_args.json"
 _PEER_TIMEOUT = timedelta(hours=12)
-"""A rank that has written its share waits for the slowest one. A rank that dies is noticed at once."""
+"""A rank that has written its share waits for the slowest one. A dead rank is noticed immediately."""
 
 
 def convert(
@@ -51,12 +51,12 @@ def convert(
     Args:
         original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model
             (config.json and safetensors), or a GGUF file
-        tokenizer_path: the model's tokenizer.model or tokenizer.json; the checkpoint keeps it, and what belongs to it
-        model_parallel_size: of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: whatever they have
+        tokenizer_path: the model's tokenizer.model or tokenizer.json; copied into the checkpoint with its companions
+        model_parallel_size: shards of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: any number
         save_checkpoint_dir: folder to write
-        max_seq_len: goes into model_args.json, as the context to serve by default
-        max_batch_size: likewise, as the sequences to compute together
-        model_args_path: file to write the model's arguments to once more
+        max_seq_len: default context for serving, stored in model_args.json
+        max_batch_size: default number of concurrent sequences, likewise
+        model_args_path: file for a second copy of model_args.json
         tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
         overwrite: replace what is in save_checkpoint_dir
     """
@@ -83,7 +83,7 @@ def convert(
 
 
 def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int | None) -> CheckpointReader:
-    from llama_tp.text.tokenizer import load_tokenizer  # heavy, and needed by nothing else here
+    from llama_tp.text.tokenizer import load_tokenizer  # a heavy import, needed only here
 
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int | None):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
@@ -99,14 +99,12 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
         return
     parent = Path(model_args_path).resolve().parent
     if parent != staged.destination and not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(
-            f"model_args_path={model_args_path}: the folder {parent} does not exist or cannot be written to"
-        )
+        raise ValueError(f"model_args_path={model_args_path}: the folder {parent} does not exist or is not writable")
     staged.begin()
     needed, free = _num_bytes(reader), shutil.disk_usage(staged.path).free
     if free < needed:
         raise ValueError(
-            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB"
+            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, but the checkpoint needs {needed / 1e9:.1f} GB"
         )
 
 
@@ -134,13 +132,13 @@ def _finish(staged: StagedFolder, args: ModelArgs, model_args_path: str) -> None
 
 
 def _share_of_rank(expected_md5s: Mapping[Path, frozenset[str]]) -> dict[Path, frozenset[str]]:
-    """The files that this rank compares with the checklist; each is read by one rank."""
+    """The files that this rank compares with the checklist; each is checked by one rank."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return {path: expected_md5s[path] for path in list(expected_md5s)[rank::ranks]}
 
 
 def _wait_for_all() -> None:
-    """torchrun ends all ranks as soon as one has ended: none may go before the leader has cleaned up."""
+    """Let the leader clean up before any rank exits: torchrun ends all ranks as soon as one has ended."""
     with suppress(ValueError):
         gather(None)
 

@@ -1,7 +1,7 @@
-"""The engine: one model, its requests, step by step. Synchronous; knows nothing of threads, text or servers.
+"""The engine: computes requests to one model, step by step. Synchronous; knows nothing of threads, text or servers.
 
-The leader calls `add`, `step` and `cancel`, or just `generate`; every other rank calls `follow` (or the same
-`generate`, which follows where it does not lead).
+The leader calls `add`, `step` and `cancel`, or just `generate`; every other rank calls `follow` (or `generate`, which
+calls it there).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama_tp.engine.step import StepPlan
 from llama_tp.parallel.comm import Comm
 
 DIGEST_EVERY = 64
-"""Steps between two comparisons of what the ranks have executed."""
+"""Steps between comparisons of what the ranks have executed."""
 
 
 class GroupDiverged(RuntimeError):
@@ -36,13 +36,13 @@ class GroupDiverged(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What `Engine.generate` made of one prompt, or one of the n outputs it made."""
+    """One of the outputs that `Engine.generate` made from a prompt."""
 
     token_ids: list[int]
     finish_reason: FinishReason
     error: str | None = None
     logprobs: list[Logprobs] | None = None
-    """One for each token, where asked for."""
+    """One per token, if requested."""
 
 
 class Engine:
@@ -78,15 +78,15 @@ class Engine:
         self.scheduler.add(request)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
-        """Forget a request, or one of its outputs, between two steps; its pages are free at once. False if it is not
-        there (any more)."""
-        was_here = self.scheduler.cancel(request_id, index)
+        """Drop a request, or one of its outputs, between two steps; its pages are freed immediately. False if it is
+        not there (any more)."""
+        was_there = self.scheduler.cancel(request_id, index)
         if request_id not in self.scheduler:
             self.sampler.forget(request_id)
-        return was_here
+        return was_there
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step of whatever is to do. What it meant for each request that got a token or ended."""
+        """Compute one step. Returns an event for each output that got a token or ended."""
         start = perf_counter()
         plan, sequences = self.scheduler.plan()
         logits = self._execute(plan)
@@ -100,7 +100,7 @@ class Engine:
         return events
 
     def heartbeat(self) -> None:
-        """Tell idle followers that the leader lives, and which rows are free."""
+        """Signal to idle followers that the leader is alive, and which table rows are free."""
         assert not self.num_requests, "a step is due"
         self._execute(self.scheduler.plan()[0])
 
@@ -110,8 +110,8 @@ class Engine:
             self.comm.publish(codec.encode(StepPlan(0, stop=True)))
 
     def follow(self) -> None:
-        """Execute the leader's plans until it releases us. PeerLost when it falls silent, GroupDiverged when this rank
-        has not executed what the leader has."""
+        """Execute the leader's plans until it releases us. PeerLost if it falls silent, GroupDiverged if this rank has
+        not executed the same plans."""
         while True:
             message = self.comm.publish(None)
             plan = codec.decode(message)
@@ -126,7 +126,7 @@ class Engine:
             self.runner.execute(plan)
 
     def stats(self) -> EngineStats:
-        """How things stand. May be called from any thread, at any time: it reads, and takes no lock."""
+        """Current statistics. May be called from any thread, at any time: it only reads, and takes no lock."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
@@ -141,14 +141,14 @@ class Engine:
         )
 
     def _check_vocabulary(self, request: Request) -> None:
-        """An id that is no column of the logits would be one of the next row's: of somebody else's."""
+        """ValueError for an id outside the vocabulary: it would index another sequence's logits."""
         vocab_size = self.runner.model.args.vocab_size
         for name, tokens in (
             ("token id", request.prompt),
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
         ):
-            are_ints = {int, bool}.issuperset(map(type, tokens))  # quick: a prompt may have 100,000 tokens
+            are_ints = {int, bool}.issuperset(map(type, tokens))  # fast: a prompt may have 100,000 tokens
             if not are_ints and (others := [token for token in tokens if not isinstance(token, int)]):
                 raise ValueError(f"{name} {others[0]!r} must be an integer")
             if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
@@ -156,7 +156,7 @@ class Engine:
                 raise ValueError(f"{name} {outside} is outside the vocabulary of {vocab_size}")
 
     def _execute(self, plan: StepPlan) -> Tensor | None:
-        """The plan, on every rank."""
+        """Execute a plan on every rank."""
         if self.comm.size > 1:
             if plan.step % DIGEST_EVERY == 0:
                 plan = replace(plan, digest=self._digest)
@@ -168,8 +168,8 @@ class Engine:
     def generate(self, prompts: Items[Items[int]], params: SamplingParams | Items[SamplingParams]) -> list[Completion]:
         """Continue each prompt of token ids. Call it on every rank; only the leader gets completions, others [].
 
-        The n completions of a prompt stand side by side. Prompts of any lengths and number run together, without
-        padding. ValueError names the first prompt that can never run; RuntimeError if requests were added already.
+        The n completions of a prompt are adjacent. Any number of prompts of any lengths are batched, without padding.
+        ValueError names the first prompt that can never run; RuntimeError if added requests have not ended.
         """
         if not self.is_leader:
             self.follow()
@@ -196,7 +196,7 @@ class Engine:
         try:
             return self._complete(requests)
         finally:
-            for request_id in self.scheduler.request_ids():  # of what was interrupted
+            for request_id in self.scheduler.request_ids():  # if interrupted
                 self.cancel(request_id)
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
@@ -206,14 +206,14 @@ class Engine:
         queue = deque(requests)
         while queue or self.num_requests:
             while queue and self.scheduler.can_queue(queue[0]):
-                self.scheduler.add(queue.popleft())  # each was checked before the first was added
+                self.scheduler.add(queue.popleft())  # all were checked before the first was added
             for event in self.step():
                 events[event.request_id, event.index].append(event)
         return [_completion(one) for one in events.values()]
 
 
 def _ids(prompt: Items[int]) -> tuple[int, ...]:
-    """Integers of other libraries as Python's. What is none is left for the check to name."""
+    """Other libraries' integers as Python's. Non-integers are left for the check to name."""
     try:
         return tuple(map(operator.index, prompt))
     except TypeError:

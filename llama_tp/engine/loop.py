@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, behind a mailbox: what a server talks to.
+"""Runs the engine in its own thread, behind a mailbox: the interface for servers.
 
-A step never waits for the server and the server never waits for a step: `submit` and `cancel` leave a note, `poll`
-takes what has happened since it last looked. A failure of the group ends the process, so that whoever supervises it
-starts the whole group afresh.
+A step never waits for the server and the server never waits for a step: `submit` and `cancel` leave a command, `poll`
+takes the events since the last poll. A failure of the group ends the process, so that its supervisor restarts the
+whole group.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ EXIT_STEP_FAILED = 70
 
 
 class EngineThread:
-    """The one thread of a process that computes: loading and packing weights as well as every step.
+    """The one thread of a process that computes: it loads and packs weights, and executes every step.
 
-    OpenMP keeps a pool of threads for each thread that computes. Two pools on the same cores make a decode step take
+    OpenMP keeps a thread pool per computing thread. Two pools on the same cores make a decode step take
     1.6 times as long (measured), so no other thread may touch a large tensor.
     """
 
@@ -43,7 +43,7 @@ class EngineThread:
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> T:
-        """What the function returns or raises, computed over there."""
+        """Run a function in the thread, and return or raise its result."""
         future: Future[T] = Future()
 
         def work() -> None:
@@ -56,11 +56,11 @@ class EngineThread:
         return future.result()
 
     def run(self, function: Callable[[], None]) -> threading.Event:
-        """Start a function and return. The event is set when it ends; if it fails, the process ends."""
+        """Start a function in the thread and return. The event is set when it ends; if it fails, the process exits."""
         ended = threading.Event()
 
         def work() -> None:
-            _or_die(function)
+            _exit_on_failure(function)
             ended.set()
 
         self._work.put(work)
@@ -78,9 +78,9 @@ class EngineLoop:
         self.engine = engine
         self._abandon_after_s = abandon_after_s
         self._changed = threading.Condition()
-        self._notes: list[Callable[[], None]] = []  # what the server wants of the engine; run between two steps
+        self._commands: list[Callable[[], None]] = []  # from the server; run between steps
         self._events: list[TokenEvent] = []
-        self._deadlines: list[tuple[float, Request]] = []  # in no order: requests with a timeout are few
+        self._deadlines: list[tuple[float, Request]] = []  # unordered: few requests have a timeout
         self._last_contact = time.monotonic()
         self._num_polling = 0
         self._stopping = False
@@ -91,19 +91,19 @@ class EngineLoop:
         self._ended = self._thread.run(self._run)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; one that cannot run, or not now, comes back as an event with finish_reason "error".
+        """Queue a request. If it cannot run, or the queue is full, its outputs end with finish_reason "error".
 
-        Its timeout counts from here.
+        Its timeout starts now.
         """
         arrival = time.monotonic()
         self._post(lambda: self._add(request, arrival))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Forget a request, or one of its outputs. Events it already caused may still be polled."""
+        """Drop a request, or one of its outputs. Its earlier events may still be polled."""
         self._post(lambda: self._cancel(request_id, index))
 
     def poll(self, timeout_s: float) -> list[TokenEvent]:
-        """Everything that happened since the last poll, oldest first; waits up to timeout_s for something."""
+        """All events since the last poll, oldest first; waits up to timeout_s for the first."""
         with self._changed:
             self._num_polling += 1
             try:
@@ -115,21 +115,21 @@ class EngineLoop:
             return events
 
     def stats(self) -> EngineStats:
-        """How the engine is doing."""
+        """The engine's statistics."""
         return self.engine.stats()
 
     def stop(self) -> None:
-        """End the loop and let the followers go."""
+        """End the loop and release the followers."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._ended is not None:
             self._ended.wait()
 
-    def _post(self, note: Callable[[], None]) -> None:
+    def _post(self, command: Callable[[], None]) -> None:
         with self._changed:
             self._last_contact = time.monotonic()
-            self._notes.append(note)
+            self._commands.append(command)
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -138,15 +138,15 @@ class EngineLoop:
             with self._changed:
                 idle = not self.engine.num_requests
                 if idle:
-                    self._changed.wait_for(lambda: self._notes or self._stopping, heartbeat_s)
-                notes, self._notes = self._notes, []
+                    self._changed.wait_for(lambda: self._commands or self._stopping, heartbeat_s)
+                commands, self._commands = self._commands, []
                 stopping = self._stopping
             if stopping:
                 break
-            for note in notes:
-                note()
+            for command in commands:
+                command()
             self._cancel_abandoned()
-            self._end_late()
+            self._end_timed_out()
             if self.engine.num_requests:
                 self._emit(self.engine.step())
             else:
@@ -158,10 +158,10 @@ class EngineLoop:
             self.engine.add(request)
         except QueueFull:
             log.info("request %s refused: the queue is full", request.id)
-            self._emit(_ends(request, FinishReason.ERROR, "queue_full"))
+            self._emit(_final_events(request, FinishReason.ERROR, "queue_full"))
         except ValueError as error:
             log.error("request %s cannot run: %s", request.id, error)
-            self._emit(_ends(request, FinishReason.ERROR, "cannot_run"))
+            self._emit(_final_events(request, FinishReason.ERROR, "cannot_run"))
         else:
             if request.timeout_s is not None:
                 self._deadlines.append((arrival + request.timeout_s, request))
@@ -171,7 +171,7 @@ class EngineLoop:
             log.info("request %s%s cancelled", request_id, "" if index is None else f", output {index},")
 
     def _cancel_abandoned(self) -> None:
-        """The last client to leave is never reported: nobody polls any more."""
+        """Cancel all requests if nobody polls any more: the last client's disconnection is never reported."""
         if self._num_polling or not self.engine.num_requests:
             return
         if time.monotonic() - self._last_contact > self._abandon_after_s:
@@ -179,17 +179,17 @@ class EngineLoop:
             for request_id in self.engine.scheduler.request_ids():
                 self._end(request_id, FinishReason.CANCELLED)
 
-    def _end_late(self) -> None:
-        """End the requests whose time is up; what they have generated stands."""
+    def _end_timed_out(self) -> None:
+        """End requests that have reached their timeout; their output so far is kept."""
         if not self._deadlines:
             return
         now = time.monotonic()
         scheduler = self.engine.scheduler
         for deadline, request in self._deadlines:
             if deadline <= now and scheduler.is_current(request):
-                log.info("request %s ended after its %g s", request.id, request.timeout_s)
+                log.info("request %s timed out after %g s", request.id, request.timeout_s)
                 self._end(request.id, FinishReason.TIMEOUT)
-        self._deadlines = [late for late in self._deadlines if scheduler.is_current(late[1])]
+        self._deadlines = [one for one in self._deadlines if scheduler.is_current(one[1])]
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         active = self.engine.scheduler.active_outputs(request_id)
@@ -203,18 +203,18 @@ class EngineLoop:
                 self._changed.notify_all()
 
 
-def _ends(request: Request, reason: FinishReason, error: str) -> list[TokenEvent]:
-    """The end of each of a request's outputs."""
+def _final_events(request: Request, reason: FinishReason, error: str) -> list[TokenEvent]:
+    """An event that ends each of a request's outputs."""
     return [TokenEvent(request.id, None, reason, error, index) for index in range(request.params.n)]
 
 
-def _or_die(run: Callable[[], None]) -> None:
-    """The group has to agree step by step; a rank that cannot go on must not linger."""
+def _exit_on_failure(run: Callable[[], None]) -> None:
+    """Exit this rank if `run` fails: the group needs every rank at every step."""
     try:
         run()
     except PeerLost as error:
-        log.critical("%s; this rank ends so that the group is started afresh", error)
+        log.critical("%s; this rank exits so that the group is restarted", error)
         exit_rank(EXIT_STEP_FAILED)
     except BaseException:
-        log.critical("the engine failed; this rank ends so that the group is started afresh", exc_info=True)
+        log.critical("the engine failed; this rank exits so that the group is restarted", exc_info=True)
         exit_rank(EXIT_STEP_FAILED)

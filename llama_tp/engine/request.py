@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: requests and events. Ids only: no text, no tensors."""
+"""The engine's input and output: requests and events. Ids only: no text, no tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class FinishReason(str, Enum):
     STOP = "stop"
     """It sampled one of its stop ids, or the text layer found a stop string."""
     LENGTH = "length"
-    """It has max_new_tokens tokens."""
+    """It reached max_new_tokens."""
     TIMEOUT = "timeout"
-    """Its time was up; what was generated until then stands."""
+    """It reached its timeout; its output so far is kept."""
     CANCELLED = "cancelled"
-    """Nobody waits for it any more."""
+    """Nobody is waiting for it any more."""
     ERROR = "error"
-    """Its own logits were not finite, or what it asks for leaves no token to sample."""
+    """Its own logits were not finite, or its parameters leave no token to sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +31,34 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams
     timeout_s: float | None = None
-    """Seconds from its arrival at the engine, waiting included, after which `EngineLoop` ends it with what it has."""
+    """Seconds from arrival at the engine, queueing included, after which `EngineLoop` ends it; its output is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """How probable a sampled token was, and what else was, in the model's own distribution. Natural logarithms."""
+    """Log probabilities of a sampled token and of the most probable ones, in the model's own distribution. Natural
+    logarithms."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
-    """(token id, log probability), the most probable first."""
+    """(token id, log probability), most probable first."""
 
 
 @dataclass(slots=True)
 class TokenEvent:
-    """What one step meant for one request: a new token, or its end, or both.
+    """One step's effect on one output: a new token, its end, or both.
 
-    Not frozen, because the leader makes one for each sequence and step, and that would take four times as long.
+    Not frozen, because the leader creates one per sequence and step, and that would take four times as long.
     """
 
     request_id: str
     token_id: int | None = None
     """None when the step ended the request without adding a token to its output (stop id, cancel, error)."""
     finish_reason: FinishReason | None = None
-    """None while the request goes on."""
+    """None until the output ends."""
     error: str | None = None
     """With finish_reason "error": a short code such as nan_logits."""
     index: int = 0
-    """Which of the request's n outputs this is about."""
+    """Which of the request's n outputs this belongs to."""
     logprobs: Logprobs | None = None
-    """Of token_id, where the request asked for them."""
+    """Those of token_id, if requested."""

@@ -38,10 +38,10 @@ class Interval:
 
 
 def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
-    """A number of which both API requests and the server's configuration may set the value.
+    """A number that both API requests and the server's configuration can set.
 
-    `allowed` is the interval that the sampler can compute with; `api` is the narrower one that the APIs accept, where
-    their users expect one.
+    `allowed`: the interval that the sampler supports. `api`: the narrower one that the APIs accept, if their users
+    expect one.
     """
     intervals = {"allowed": Interval.parse(allowed), "api": Interval.parse(api or allowed)}
     return field(default=default, metadata=intervals)
@@ -51,14 +51,14 @@ def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
 class SamplingParams:
     """How one request is sampled. The defaults are plain sampling from the model's distribution.
 
-    They act in this order: the three penalties, logit_bias, min_new_tokens, temperature, top_k, top_p, min_p, one draw.
+    Applied in this order: the three penalties, logit_bias, min_new_tokens, temperature, top_k, top_p, min_p, one draw.
     """
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     """No stop id is sampled before the output has this many tokens."""
     temperature: float = knob(1.0, "[0, inf)", api="[0, 2]")
-    """0 is greedy: the most probable token, no random number is drawn. So is anything below 1e-5."""
+    """0 is greedy: the most probable token, without a random draw. So is anything below 1e-5."""
     top_p: float = knob(1.0, "(0, 1]")
     """Sample from the smallest set of tokens whose probability reaches this (nucleus, arXiv:1904.09751)."""
     top_k: int = knob(0, "[0, inf)", api=f"[0, {2**31 - 1}]")
@@ -74,14 +74,14 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     seed: int | None = None
-    """Makes the request's own generator reproducible. None: a fresh one. Output i of n is drawn with seed + i."""
+    """Seed of the request's own generator; None: a random one. Output i of n uses seed + i."""
     stop_ids: frozenset[int] = frozenset()
     """Token ids that end the sequence; the id itself is not part of the output."""
     n: int = 1
-    """Outputs of one prompt, which is computed once."""
+    """Number of outputs. The prompt is computed once."""
     logprobs: int | None = None
-    """Report the log probability of each token and of this many most probable ones, in the model's own distribution:
-    before anything above changes it."""
+    """Report log probabilities of each token and of this many most probable ones, in the model's own distribution:
+    before any of the above is applied."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "n", "seed", "logprobs"):
@@ -97,7 +97,7 @@ class SamplingParams:
         for name, ok, constraint in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
-            ("logit_bias", all(abs(bias) <= 1000 for bias in self.logit_bias.values()), "of numbers in [-1000, 1000]"),
+            ("logit_bias", all(abs(bias) <= 1000 for bias in self.logit_bias.values()), "numbers in [-1000, 1000]"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("n", self.n >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
@@ -115,7 +115,7 @@ class SamplingParams:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether what a sequence holds already changes what it gets next."""
+        """Whether a sequence's tokens so far affect its next one."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 

@@ -1,10 +1,9 @@
-"""Who computes what in the next step. Pure policy: no torch, no clock, no randomness.
+"""Decides what each step computes. Pure policy: no torch, no clock, no randomness.
 
-One rule serves prefill, chunked prefill and decode: a step gives every scheduled sequence a number of its
-uncomputed tokens, under a budget of tokens per step. Decodes come first, then prompts, first come first served.
-A sequence that gets no page makes the youngest one give its pages up and start over later; none ever fails. A prompt
-that begins like an earlier one, or like the conversation so far, shares its pages; so do the n outputs of one request,
-of which the first computes the prompt for all.
+One rule covers prefill, chunked prefill and decode: a step computes some of each scheduled sequence's uncomputed
+tokens, within a budget of tokens per step. Decodes come first, then prompts, first come first served. If pages run out,
+the youngest sequence is preempted and starts over later; none ever fails. Prompts with a common prefix share its pages,
+as do the turns of a conversation; so do the n outputs of one request, the first of which computes the prompt for all.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.sequence import Sequence
 from llama_tp.engine.step import Chunk, StepPlan
 
-_SOON = 16
-"""Pages that are reserved for a sequence beyond what it has, if it may need them."""
+_NUM_RESERVED = 16
+"""Pages reserved for a sequence beyond those it needs now, if it may need them."""
 
 
 class QueueFull(ValueError):
@@ -38,11 +37,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._by_id: dict[str, list[Sequence]] = {}  # those that have not ended
-        self._num_sequences = 0  # in there; counted, because other threads ask
+        self._num_sequences = 0  # in _by_id; a counter, because other threads read it
         self._free_rows = list(range(config.max_batch_size))  # a heap: the lowest row first
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
-        """Tokens of all sequences that were admitted, again after each preemption."""
+        """Tokens of all admitted sequences, counted again after each preemption."""
         self.num_prefix_hits = 0
         """How many of them were found in the cache."""
         self._step = 0
@@ -55,7 +54,7 @@ class Scheduler:
         return len(self._by_id)
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether the request is here and has not ended."""
+        """Whether the request was added and has not ended."""
         return request_id in self._by_id
 
     @property
@@ -64,11 +63,11 @@ class Scheduler:
         return self._num_sequences - len(self.running)
 
     def can_queue(self, request: Request) -> bool:
-        """Whether the request fits into the waiting queue, with all of its outputs."""
+        """Whether all of the request's outputs fit into the waiting queue."""
         return self.num_waiting + request.params.n <= self.config.max_waiting
 
     def request_ids(self) -> list[str]:
-        """Of the requests that have not ended, in order of arrival."""
+        """Ids of the requests that have not ended, in order of arrival."""
         return list(self._by_id)
 
     def active_outputs(self, request_id: str) -> list[int]:
@@ -76,7 +75,7 @@ class Scheduler:
         return [sequence.index for sequence in self._by_id.get(request_id, ())]
 
     def is_current(self, request: Request) -> bool:
-        """Whether this very request is here: its id may have been used again."""
+        """Whether this very request has not ended: its id may have been reused."""
         return any(sequence.request is request for sequence in self._by_id.get(request.id, ()))
 
     def check(self, request: Request) -> None:
@@ -98,13 +97,13 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request. ValueError if it can never run, QueueFull if too many wait already."""
+        """Queue a request. ValueError if it can never run, QueueFull if too many are already waiting."""
         if request.id in self._by_id:
             raise ValueError(f"request id {request.id!r} is already in use")
         self.check(request)
         if not self.can_queue(request):
             raise QueueFull(
-                f"{self.num_waiting} outputs wait already, and n={request.params.n} more would exceed "
+                f"{self.num_waiting} outputs are already waiting, and n={request.params.n} more would exceed "
                 f"max_waiting={self.config.max_waiting}; try again later"
             )
         first, *forks = sequences = [Sequence(request, list(request.prompt), i) for i in range(request.params.n)]
@@ -114,33 +113,33 @@ class Scheduler:
         self.waiting.append(first)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
-        """Forget a request, or one of its outputs, and free what it holds, now. False if it is not here (any more)."""
-        doomed = [one for one in self._by_id.get(request_id, ()) if index in (None, one.index)]
-        for sequence in doomed:
+        """Drop a request, or one of its outputs, and free its pages. False if it is not there (any more)."""
+        cancelled = [one for one in self._by_id.get(request_id, ()) if index in (None, one.index)]
+        for sequence in cancelled:
             self._promote_sibling(sequence)
             self._end(sequence)
-        return bool(doomed)
+        return bool(cancelled)
 
     def plan(self) -> tuple[StepPlan, list[Sequence]]:
-        """The next step, and the sequences whose sampled tokens `commit` wants, in the order of the logits' rows."""
+        """The next step, and the sequences whose sampled tokens `commit` expects, in the order of the logits."""
         self._step += 1
         shares: list[tuple[Sequence, Chunk]] = []
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.config.max_batched_tokens - num_decodes
-        for sequence in list(self.running):  # by arrival: only a sequence that has no share yet can be preempted
+        for sequence in list(self.running):  # oldest first: only a sequence without a share yet can be preempted
             if sequence.row < 0:
                 continue
             if sequence.num_uncomputed == 1:
-                self._give(sequence, 1, shares)
+                self._schedule(sequence, 1, shares)
             else:
-                budget -= self._give(sequence, budget, shares)
+                budget -= self._schedule(sequence, budget, shares)
         while budget > 0 and (admitted := self._admit()):
-            budget -= self._give(admitted, budget, shares)
-        shares.sort(key=_place)
+            budget -= self._schedule(admitted, budget, shares)
+        shares.sort(key=_attention_order)
         self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
         for sequence in self._sampled:
             if sequence.num_generated + 1 < sequence.request.params.max_new_tokens:
-                self._extend(sequence, len(sequence.tokens) + 1)  # so that ranks can lay out the next step by now
+                self._extend(sequence, len(sequence.tokens) + 1)  # so that ranks can already lay out the next step
         updates, self._page_updates = tuple(self._page_updates), []
         freed, self._freed = tuple(self._freed), []
         return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self._sampled
@@ -148,15 +147,16 @@ class Scheduler:
     def commit(
         self, token_ids: Items[int | None], logprobs: Mapping[int, Logprobs] = MappingProxyType({})
     ) -> list[TokenEvent]:
-        """Take what was sampled for the planned sequences; None: their logits were not finite. logprobs: by row.
+        """Take the tokens sampled for the planned sequences; None: the logits were not finite. logprobs: by logit
+        index.
 
-        Sequences that were cancelled since the plan are passed over.
+        Sequences cancelled since the plan are skipped.
         """
         assert len(token_ids) == len(self._sampled)
         events = []
-        for row, (sequence, token_id) in enumerate(zip(self._sampled, token_ids, strict=True)):
+        for index, (sequence, token_id) in enumerate(zip(self._sampled, token_ids, strict=True)):
             if sequence.row >= 0:
-                events.append(self._advance(sequence, token_id, logprobs.get(row)))
+                events.append(self._advance(sequence, token_id, logprobs.get(index)))
         self._sampled = []
         return events
 
@@ -179,12 +179,12 @@ class Scheduler:
         return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs)
 
     def _queue_forks(self, sequence: Sequence) -> None:
-        """The other outputs need not wait for this one any longer."""
+        """Queue the request's outputs that have waited for this one."""
         forks, sequence.forks = sequence.forks, []
         self.waiting.extendleft(reversed(forks))
 
     def _promote_sibling(self, sequence: Sequence) -> None:
-        """If it was to compute the prompt for others, let the next of them do it, in its place."""
+        """If other outputs wait for this one to compute the prompt, let the next of them do it instead."""
         if not sequence.forks:
             return
         successor, *successor.forks = sequence.forks
@@ -192,7 +192,7 @@ class Scheduler:
         self.waiting.insert(0 if sequence.row >= 0 else self.waiting.index(sequence), successor)
 
     def _end(self, sequence: Sequence) -> None:
-        """The sequence has its last token, or is not wanted any more; its request ends with its last sequence."""
+        """Remove a finished or cancelled sequence; its request ends with its last sequence."""
         siblings = self._by_id[sequence.request.id]
         siblings.remove(sequence)
         self._num_sequences -= 1
@@ -206,8 +206,8 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _admit(self) -> Sequence | None:
-        """Let the next in line run, if there is a row and there are pages for all it knows so far, so that it is not
-        evicted at once. What the cache holds of its beginning it need not compute."""
+        """Run the next waiting sequence, if there is a table row and there are pages for all its tokens so far:
+        otherwise it would be preempted at once. A cached prefix is not computed again."""
         if not self.waiting or not self._free_rows:
             return None
         sequence = self.waiting[0]
@@ -230,8 +230,8 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
-    def _give(self, sequence: Sequence, budget: int, shares: list[tuple[Sequence, Chunk]]) -> int:
-        """Add the sequence's share to the step. The number of tokens it takes: 0 if it must wait."""
+    def _schedule(self, sequence: Sequence, budget: int, shares: list[tuple[Sequence, Chunk]]) -> int:
+        """Add the sequence's share to the step. Returns its number of tokens: 0 if it must wait."""
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
         if end == start or not (self._extend(sequence, end) or self._preempt_for(sequence, end)):
@@ -242,14 +242,14 @@ class Scheduler:
         return end - start
 
     def _register(self, sequence: Sequence) -> None:
-        """Let others find the full pages of a sequence, now that a sampled token has shown them to be finite."""
+        """Let others find a sequence's full pages, now that a sampled token has shown them to be finite."""
         size = self.config.page_size
         for index in range(sequence.num_registered, sequence.num_computed // size):
             self.blocks.register(sequence.pages, index, sequence.tokens[index * size : (index + 1) * size])
         sequence.num_registered = sequence.num_computed // size
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence pages for its first num_tokens tokens, as long as there are any. Whether there were."""
+        """Allocate pages for the sequence's first num_tokens tokens. False if they run out."""
         pages = sequence.pages
         while len(pages) * self.config.page_size < num_tokens:
             page, sequence.reservation = self.blocks.allocate(
@@ -262,12 +262,12 @@ class Scheduler:
         return True
 
     def _likely_pages(self, sequence: Sequence) -> int:
-        """Pages that the sequence may need soon: few generate all that they may."""
+        """Pages that the sequence may need soon: few reach max_new_tokens."""
         most = self._num_pages(sequence.num_prompt + sequence.request.params.max_new_tokens)
-        return min(most, self._num_pages(len(sequence.tokens)) + _SOON)
+        return min(most, self._num_pages(len(sequence.tokens)) + _NUM_RESERVED)
 
     def _preempt_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take pages from younger sequences until this one has enough. False if it is the youngest itself."""
+        """Preempt younger sequences until this one has enough pages. False if it is the youngest itself."""
         while True:
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -277,7 +277,7 @@ class Scheduler:
                 return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue, to be computed again from its first token."""
+        """Move a sequence back to the head of the queue, to be computed again from its first token."""
         self.num_preemptions += 1
         self._evict(sequence)
         sequence.num_computed = 0
@@ -294,8 +294,9 @@ class Scheduler:
         self.running.remove(sequence)
 
 
-def _place(share: tuple[Sequence, Chunk]) -> tuple[int, ...]:
-    """Decodes first, by where their keys lie: neighbours, and those with the same prefix, share attention calls."""
+def _attention_order(share: tuple[Sequence, Chunk]) -> tuple[int, ...]:
+    """Decodes first, by the location of their keys: neighbours, and those with a common prefix, share attention
+    calls."""
     sequence, chunk = share
     if len(chunk.tokens) > 1:
         return (1,)

@@ -9,7 +9,7 @@ from llama_tp.engine.request import Request
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One output of a request on its way: the one mutable thing. Only the scheduler changes it."""
+    """One output of a request in progress: the one mutable type. Only the scheduler changes it."""
 
     request: Request
     tokens: list[int]
@@ -17,18 +17,18 @@ class Sequence:
     index: int = 0
     """Which of the request's n outputs this is."""
     forks: list[Sequence] = field(default_factory=list)
-    """The request's other outputs, while they wait for this one to have computed their prompt."""
+    """The request's other outputs, while they wait for this one to compute their prompt."""
     row: int = -1
     """Its row in every rank's page table; -1 while it holds no cache."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
     pages: list[int] = field(default_factory=list)
     reservation: range = range(0)
-    """Pages that are free for it to grow into."""
+    """Free pages set aside for its growth."""
     num_shared: int = 0
-    """Pages, from the first, that it found in the cache."""
+    """Leading pages that it found in the cache."""
     num_registered: int = 0
-    """Pages, from the first, that prompts which begin alike can find."""
+    """Leading pages that prompts with a common prefix can find."""
 
     @property
     def num_prompt(self) -> int:
@@ -40,5 +40,5 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to feed before the next one can be sampled: the prompt's rest in prefill, 1 in decode."""
+        """Tokens to feed before the next one can be sampled: the rest of the prompt in prefill, 1 in decode."""
         return len(self.tokens) - self.num_computed

@@ -1,10 +1,10 @@
-"""Linear layers for inference: no gradient, the weight laid out once for the device it is on.
+"""Linear layers for inference: no gradients, weights laid out once for their device.
 
-On CPUs oneDNN reorders a weight into blocks at every call unless it finds it in that layout already. Done once, at
-load, this reads a weight 2 to 4 times as fast in decode (measured: docs/performance.md).
+On CPUs oneDNN reorders a weight into blocks at every call unless it already has that layout. Reordering once, at load,
+makes reading weights in decode 2 to 4 times as fast (measured: docs/performance.md).
 
-A CPU without instructions for a half precision has no kernel for it either, save one for a single vector. There a
-weight stays as it is, half the size of a float32 one, and becomes float32 piece by piece in the cache, for every call.
+A CPU without instructions for a 16-bit dtype has no kernel for it either, except for a single vector. There a weight
+stays as it is, half the size of a float32 one, and every call upcasts it piece by piece, in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from llama_tp.model.fp32_fallback import needs_fp32, upcast
 
 _FP32_MIN_TOKENS = 4
-"""From this many on, upcasting is faster than torch's kernel, whose time is proportional to the number of tokens."""
+"""From this many tokens, upcasting is faster than torch's kernel, whose time is proportional to their number."""
 _PIECE = 1 << 20
-"""Elements that are upcast at a time: few enough to stay in the last-level cache, enough to make calls cheap."""
+"""Elements upcast at a time: few enough to stay in the last-level cache, enough to make calls cheap."""
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, where W is (out, in), in whatever format a subclass holds W. Most layers have no b."""
+    """y = x W^T + b, where W is (out, in), in a subclass's format. Most layers have no b."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Linear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What weight and bias take in memory."""
+        """Size of weight and bias in memory."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class DenseLinear(Linear):
 
 
 def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout of its own for this weight.
+    """Whether oneDNN has its own layout for this weight.
 
     The operators are those that torch.compile's freezing emits; they have no public name.
     """

@@ -1,10 +1,10 @@
 """Llama as Meta defines it (https://github.com/meta-llama/llama, llama/model.py), parameter names included.
 
-The model does not know that it is parallel: the number of local heads comes from the tensors, and the two places
-of a layer where ranks must meet (`wo`, `w2`) are modules that a sharding plan may replace. State is passed in.
+The model does not know that it is parallel: the number of local heads comes from the tensors, and the two points
+of a layer where ranks communicate (`wo`, `w2`) are modules that a sharding plan may replace. State is passed in.
 
-Unlike Meta's, the residual stream is float32 whatever the dtype of the weights: 60 roundings to bfloat16 are enough to
-flip a greedy token of a small model, and ranks that add up partial sums would flip another one than a single rank.
+Unlike Meta's, the residual stream is float32 for any dtype of the weights: 60 roundings to bfloat16 are enough to flip
+a greedy token of a small model, and ranks that add up partial sums would flip others than a single rank.
 
 Legend: T tokens, D model dim, H heads, K kv heads, d head dim, F hidden dim of the feed-forward, V vocabulary.
 """
@@ -34,12 +34,12 @@ class Transformer(nn.Module):
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
-        """Where the model ties them, make the output projection the embedding matrix. Idempotent."""
+        """If the model ties them, make the output projection the embedding matrix. Idempotent."""
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Output:
-        """The batch's keys and values go into the cache."""
+        """Also writes the batch's keys and values to the cache."""
         x = self.tok_embeddings(batch.tokens).float()  # (T, D), the residual stream
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, batch, layer_cache)
@@ -58,7 +58,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        # A NaN in the cache would reach whoever reads its slot, even under a mask: 0 * NaN is NaN.
+        # A NaN in the cache would reach every reader of its slot, even under a mask: 0 * NaN is NaN.
         x = x + self.attention(self.attention_norm(x).nan_to_num_(0.0, 0.0, 0.0), batch, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         return self.wo(batch.attention(q, k, v, cache).flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys side by side, for one rotation: (T, H + K, d); values (T, K, d)."""
+        """Queries and keys, concatenated for one rotation: (T, H + K, d); values (T, K, d)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         return torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), v
 
@@ -111,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (arXiv:1910.07467), computed in float32, to the model's dtype."""
+    """Root mean square layer normalisation (arXiv:1910.07467), computed in float32, returned in the model's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The weights of a model: their names and shapes, and how linear layers hold them.
 
-A weight format is the seam for quantization: it says what a layer takes in memory and makes the layer from the tensors
-that one rank holds of it. Torch is imported only for that, so that memory can be planned without it.
+A weight format is the extension point for quantization: it gives a layer's size in memory, and makes the layer from one
+rank's tensors. Torch is imported only for the latter, so that memory can be planned without it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of weights, unsharded, by Meta's names."""
+"""Shapes of unsharded weights, by Meta's names."""
 
 
 def weight_shapes(args: ModelArgs) -> Shapes:
-    """Every weight of the model. `output.weight` is absent where embeddings are tied."""
+    """All weights of the model. `output.weight` is absent if embeddings are tied."""
     layer, other = layer_shapes(args)
     shapes = {"tok_embeddings.weight": other.pop("tok_embeddings.weight")}
     for index in range(args.n_layers):
@@ -31,7 +31,7 @@ def weight_shapes(args: ModelArgs) -> Shapes:
 
 
 def layer_shapes(args: ModelArgs) -> tuple[Shapes, Shapes]:
-    """(the weights of the first layer, which has those of every other, the weights outside of the layers)."""
+    """(weights of the first layer, which stands for all layers; weights outside the layers)."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     layer: Shapes = {
         "attention.wq.weight": (q_dim, args.dim),
@@ -52,7 +52,7 @@ def layer_shapes(args: ModelArgs) -> tuple[Shapes, Shapes]:
 
 
 def _optional_vectors(args: ModelArgs) -> dict[str, int]:
-    """What a layer of some models has and Meta's have not: the biases, and the norms of query and key heads."""
+    """Weights of a layer that Meta's models lack: biases, and norms of query and key heads."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     sizes: dict[str, int] = {}
     if args.qkv_bias:
@@ -71,12 +71,12 @@ class WeightFormat(Protocol):
     """How linear layers hold their weights."""
 
     def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
-        """What a layer takes in memory. `itemsize`: bytes of an element of what it computes in."""
+        """A layer's size in memory. `itemsize`: bytes per element of its compute dtype."""
         ...
 
     def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
-        """The layer whose output is that of the shards side by side. Each maps the names of a layer's parameters to
-        this rank's part of them."""
+        """The layer whose output is the concatenation of the shards' outputs. Each shard maps the names of a layer's
+        parameters to this rank's part of them."""
         ...
 
 

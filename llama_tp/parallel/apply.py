@@ -1,8 +1,8 @@
 """From a plain model to one rank of N, in two steps.
 
-`parallelize` declares the plan with DTensor placements, on the meta device: the form that checkpoints are loaded
-into. `localize` turns that form into plain local tensors with explicit reductions: the form that computes. Both forms
-are the same `Transformer`, and a test holds them to the same logits.
+`parallelize` declares the sharding plan with DTensor placements, on the meta device: the form that checkpoints are
+loaded into. `localize` turns it into plain local tensors with explicit reductions: the form that computes. Both are the
+same `Transformer`, and a test compares their logits.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """Make every weight that the plan names a DTensor over a one-dimensional mesh. ValueError for an illegal size.
 
     DTensor splits evenly, so shares of different sizes are padded with zeros to the largest, which changes no result:
-    a head of zeros adds nothing to the output, nor does a hidden column. The vocabulary is split as torch.chunk splits:
-    the last ranks may hold fewer rows.
+    zero heads and zero hidden columns add nothing to the output. The vocabulary is split like torch.chunk: the last
+    ranks may have fewer rows.
     """
     args = model.args
     check_tp_size(args, mesh.size())
@@ -64,7 +64,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
 
 
 def _evenly_split(weight: Tensor, args: ModelArgs, name: str, size: int) -> Tensor:
-    """The padded shards of all ranks one after the other."""
+    """The padded shards of all ranks, concatenated."""
     dim = cast(int, tp_dim(name))
     length = padded_length(args, name, size)
     padded = weight.new_zeros([length * size if axis == dim else full for axis, full in enumerate(weight.shape)])
@@ -85,7 +85,7 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 @torch.no_grad()
 def localize(model: Transformer, comm: Comm, weight_format: WeightFormat = DENSE) -> Transformer:
-    """Replace, in place, every sharded module by one on plain local tensors. The logits then reach the leader only.
+    """Replace, in place, every sharded module with one on plain local tensors. The logits then reach the leader only.
 
     wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. The originals
     are freed layer by layer.
@@ -118,14 +118,14 @@ def _norm(norm: nn.Module) -> Norm:
 
 @dataclass(frozen=True, slots=True)
 class _Localizer:
-    """Makes the local modules of one rank out of those that hold its shards, which let go of them."""
+    """Makes one rank's local modules from those that hold its shards, which are removed from them."""
 
     args: ModelArgs
     comm: Comm
     weight_format: WeightFormat
 
     def attention(self, attention: Attention, name: str) -> FusedAttention:
-        wqkv = self.weight_format.linear([self._take(attention, name, layer) for layer in ("wq", "wk", "wv")])
+        wqkv = self.weight_format.linear([self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")])
         num_kv_heads = local_kv_heads(self.args, self.comm.size, self.comm.rank)
         num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
         return FusedAttention(
@@ -138,18 +138,18 @@ class _Localizer:
 
     def feed_forward(self, feed_forward: FeedForward, name: str) -> FusedFeedForward:
         return FusedFeedForward(
-            w13=self.weight_format.linear([self._take(feed_forward, name, layer) for layer in ("w1", "w3")]),
+            w13=self.weight_format.linear([self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")]),
             w2=self._row_linear(feed_forward, name, "w2"),
         )
 
     def _row_linear(self, owner: nn.Module, name: str, layer: str) -> RowLinear:
-        """Its bias, which every rank has in full, belongs to the sum over the ranks."""
-        local = self._take(owner, name, layer)
+        """Its bias, which every rank has in full, is added after the sum over the ranks."""
+        local = self._pop_parameters(owner, name, layer)
         bias = local.pop("bias", None)
         return RowLinear(self.weight_format.linear([local]), self.comm, bias)
 
-    def _take(self, owner: nn.Module, name: str, layer: str) -> dict[str, Tensor]:
-        """A layer's local parameters, without padding; the layer lets go of them."""
+    def _pop_parameters(self, owner: nn.Module, name: str, layer: str) -> dict[str, Tensor]:
+        """A layer's local parameters, without padding; they are removed from the layer."""
         linear = owner.get_submodule(layer)
         local = {}
         for kind, parameter in list(linear.named_parameters(recurse=False)):
@@ -159,7 +159,7 @@ class _Localizer:
 
 
 def _unpadded(local: Tensor, args: ModelArgs, name: str, comm: Comm) -> Tensor:
-    """A rank's part of a weight as the rank computes with it."""
+    """A rank's part of a weight, without padding."""
     dim = tp_dim(name)
     if dim is None:
         return local
@@ -168,13 +168,13 @@ def _unpadded(local: Tensor, args: ModelArgs, name: str, comm: Comm) -> Tensor:
 
 
 def _qk_norm(attention: Attention, num_heads: int, num_kv_heads: int, eps: float) -> HeadNorm:
-    """One norm for all local query and key heads side by side."""
+    """One norm for all local query and key heads."""
     norms = (attention.q_norm, num_heads), (attention.k_norm, num_kv_heads)
     return HeadNorm(torch.cat([_local(cast(Tensor, norm.weight)).expand(heads, -1) for norm, heads in norms]), eps)
 
 
 def _padded(weight: Tensor, rows: int) -> Tensor:
-    """The same rows, then zeros, so that every rank's share of the vocabulary has the same size."""
+    """Pad with zero rows, so that every rank's share of the vocabulary has the same size."""
     if weight.size(0) == rows:
         return weight
     return torch.cat([weight, weight.new_zeros(rows - weight.size(0), weight.size(1))])

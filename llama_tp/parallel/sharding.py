@@ -1,11 +1,11 @@
-"""The tensor-parallel sharding plan, as data, and what one rank of any number holds of each weight.
+"""The tensor-parallel sharding plan, as data, and each rank's shard of every weight, for any number of ranks.
 
 Column-parallel weights are split on their output dim and need no communication; row-parallel ones are split on
-their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bias is split as the output is: with a
+their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bias is split like the output: with a
 column-parallel weight, not with a row-parallel one. Norms are replicated.
 
-Nothing has to divide: the query heads are split where that costs least, each with its kv head, the feed-forward in
-steps, and the vocabulary is padded.
+No size has to be divisible: query heads are split where it costs least, each with its kv head, the feed-forward is
+split in steps, and the vocabulary is padded.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ LLAMA_TP_PLAN = {
     "layers.*.feed_forward.w3": COLUMN,
     "output": VOCAB_OUT,
 }
-"""Module pattern -> how its weight and bias are sharded. What is not named is replicated."""
+"""Module pattern -> how its weight and bias are sharded. Anything else is replicated."""
 
 NOMINAL_CONTEXT = 16384
-"""Tokens in the KV cache for which a step of decode is made cheapest: 16 sequences of 1,024."""
+"""Tokens in the KV cache for which the split of heads minimizes decode time: 16 sequences of 1,024."""
 MAX_STEP = 32
-"""Columns of the feed-forward by which ranks' shares may differ: a group of quantized weights is never cut."""
+"""Maximum difference of ranks' shares of the feed-forward, in columns: a group of quantized weights is never split."""
 _STEP_TOLERANCE = 1.05
-"""The share of the busiest rank may exceed an even one by this factor before the step is made smaller."""
+"""The busiest rank's share may exceed an even one by this factor before the step is made smaller."""
 
 
 def why_illegal(args: ModelArgs, size: int) -> str | None:
-    """The reason why a model cannot run at this tensor-parallel size; None if it can."""
+    """Why a model cannot run at this tensor-parallel size; None if it can."""
     if size < 1:
         return "must be at least 1"
     if size > args.n_heads:
@@ -58,7 +58,7 @@ def check_tp_size(args: ModelArgs, size: int) -> None:
 
 
 def tp_dim(name: str) -> int | None:
-    """The dim of a weight or bias that the plan splits; None for what it replicates."""
+    """The dim on which the plan splits a weight or bias; None if it is replicated."""
     sharding = _sharding(name)
     if sharding is None:
         return None
@@ -75,8 +75,8 @@ class Segment(NamedTuple):
 
 
 Heads = tuple[Segment, ...]
-"""The attention heads of one rank. It computes as many query heads for each of its kv heads as the largest segment has:
-the others are filled up with heads of zeros."""
+"""The attention heads of one rank. It computes the same number of query heads for each of its kv heads, that of the
+largest segment: the others are padded with zero heads."""
 
 
 def heads(args: ModelArgs, size: int, rank: int) -> Heads:
@@ -85,18 +85,18 @@ def heads(args: ModelArgs, size: int, rank: int) -> Heads:
 
 
 def local_kv_heads(args: ModelArgs, size: int, rank: int) -> int:
-    """The kv heads that live on one rank of `size`. Others may have them, too."""
+    """The number of kv heads on one rank of `size`. Other ranks may have copies."""
     return len(heads(args, size, rank))
 
 
 @cache
 def _split_heads(n_heads: int, n_kv_heads: int, dim: int, size: int) -> tuple[Heads, ...]:
-    """The split of the heads that makes a step of decode cheapest on the busiest rank.
+    """The split of the heads that makes a decode step cheapest on the busiest rank.
 
-    To share the queries of a kv head among ranks spreads them more evenly, but copies the kv head's weights and cache.
+    Splitting a kv head's queries among ranks balances them better, but copies the kv head's weights and cache.
     """
     per_kv_head = n_heads // n_kv_heads
-    # Each kv head's queries in a number of units, and the units in equal shares; or each kv head to ranks of its own.
+    # Split each kv head's queries into units, and the units into equal shares; or give each kv head its own ranks.
     splits = [
         [_flatten([units[unit] for unit in _share(len(units), rank, size)]) for rank in range(size)]
         for num_parts in range(1, per_kv_head + 1)
@@ -115,7 +115,7 @@ def _split_heads(n_heads: int, n_kv_heads: int, dim: int, size: int) -> tuple[He
 
 
 def _units(num_parts: list[int], per_kv_head: int) -> list[range]:
-    """The query heads of each kv head, in as many parts as are given for it."""
+    """The query heads of each kv head, in the given number of parts."""
     return [
         _shifted(_share(per_kv_head, part, parts), kv_head * per_kv_head)
         for kv_head, parts in enumerate(num_parts)
@@ -124,7 +124,7 @@ def _units(num_parts: list[int], per_kv_head: int) -> list[range]:
 
 
 def _segments(queries: range, per_kv_head: int) -> Heads:
-    """These query heads by kv head."""
+    """Query heads, grouped by kv head."""
     first, last = queries[0] // per_kv_head, queries[-1] // per_kv_head
     every = (range(kv_head * per_kv_head, (kv_head + 1) * per_kv_head) for kv_head in range(first, last + 1))
     return tuple(
@@ -134,18 +134,18 @@ def _segments(queries: range, per_kv_head: int) -> Heads:
 
 
 def _group(of_rank: Heads) -> int:
-    """Query heads that a rank computes for each of its kv heads."""
+    """Query heads that a rank computes per kv head."""
     return max(len(segment.queries) for segment in of_rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a rank holds of a weight, along its `tp_dim`."""
+    """A rank's part of a weight, along its `tp_dim`."""
 
     parts: tuple[tuple[int, range], ...]
     """(position in the padded shard, entries of the weight), ascending. The rest of the padded shard is zeros."""
     kept: tuple[range, ...]
-    """The positions that the rank computes with; the others are there only to make all padded shards alike."""
+    """The positions that the rank computes with; the others only give all padded shards the same size."""
 
     @property
     def length(self) -> int:
@@ -154,7 +154,7 @@ class Shard:
 
 
 def shard(args: ModelArgs, name: str, size: int, rank: int) -> Shard:
-    """A rank's shard of a weight or bias that the plan splits. That of a vocabulary may be empty."""
+    """A rank's shard of a weight or bias that the plan splits. A vocabulary's may be empty."""
     module = _module(name)
     if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
         length = vocab_shard(args, size)
@@ -173,7 +173,7 @@ def shard(args: ModelArgs, name: str, size: int, rank: int) -> Shard:
 
 
 def padded_length(args: ModelArgs, name: str, size: int) -> int:
-    """Entries of the padded shards, which all ranks' have."""
+    """Entries of a padded shard, the same on all ranks."""
     return max(shard(args, name, size, rank).kept[-1].stop for rank in range(size))
 
 
@@ -190,12 +190,12 @@ def feed_forward_step(hidden_dim: int, size: int) -> int:
 
 
 def vocab_shard(args: ModelArgs, size: int) -> int:
-    """Rows of the embedding and of the output that every rank holds, padding included."""
+    """Rows of the embedding and of the output on every rank, padding included."""
     return -(-args.vocab_size // size)
 
 
 def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], size: int, rank: int) -> tuple[int, ...]:
-    """A weight as a rank computes with it: a vocabulary is padded, so that all ranks hold the same."""
+    """Shape of a weight as a rank computes with it: vocabularies are padded to the same size on all ranks."""
     split = tp_dim(name)
     if split is None:
         return shape
@@ -207,12 +207,12 @@ def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], size: int, r
 
 
 def local_shapes(args: ModelArgs, size: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Every weight as one rank computes with it."""
+    """Shapes of all weights as one rank computes with them."""
     return {name: local_shape(args, name, shape, size, rank) for name, shape in weight_shapes(args).items()}
 
 
 def num_parameters_of_rank(args: ModelArgs, size: int, rank: int) -> int:
-    """Parameters that a rank holds, with replicated norms, copies of kv heads and the padded vocabulary."""
+    """Parameters on a rank, including replicated norms, copies of kv heads and the padded vocabulary."""
     layer, other = layer_shapes(args)
 
     def count(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -222,23 +222,23 @@ def num_parameters_of_rank(args: ModelArgs, size: int, rank: int) -> int:
 
 
 def _share(count: int, rank: int, ranks: int) -> range:
-    """A rank's share of `count` things: one more or less than the others'. Cuts at equal fractions are the same for all
+    """A rank's share of `count` items; shares differ by at most one. Cuts at equal fractions are the same for all
     numbers of ranks, so that a stored tensor has few chunks."""
     return range(-(-rank * count // ranks), -(-(rank + 1) * count // ranks))
 
 
-def _scaled(things: range, width: int) -> range:
-    """The entries of things of `width` entries each."""
-    return range(width * things.start, width * things.stop)
+def _scaled(items: range, width: int) -> range:
+    """The entries of items of `width` entries each."""
+    return range(width * items.start, width * items.stop)
 
 
-def _shifted(things: range, by: int) -> range:
-    return range(things.start + by, things.stop + by)
+def _shifted(items: range, by: int) -> range:
+    return range(items.start + by, items.stop + by)
 
 
-def _flatten(neighbours: list[range]) -> range:
-    """Ranges one after the other as one."""
-    return range(neighbours[0].start, neighbours[-1].stop) if neighbours else range(0)
+def _flatten(adjacent: list[range]) -> range:
+    """Adjacent ranges as one."""
+    return range(adjacent[0].start, adjacent[-1].stop) if adjacent else range(0)
 
 
 def _sharding(name: str) -> str | None:
@@ -247,5 +247,5 @@ def _sharding(name: str) -> str | None:
 
 
 def _module(name: str) -> str:
-    """Of a weight or a bias."""
+    """The module of a weight or bias."""
     return name.rpartition(".")[0]

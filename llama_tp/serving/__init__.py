@@ -1,1 +1,1 @@
-"""Bytes to requests and results to bytes, in the dialects that clients speak. Text in, text out."""
+"""Turns bytes into requests and results into bytes, in the dialects that clients speak. Text in, text out."""

@@ -1,4 +1,4 @@
-"""The one check of a request against the model and the server's limits, and its way into token ids."""
+"""The one place that checks a request against the model and the server's limits, and tokenizes it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from llama_tp.text.dialog import ChatError
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 2**15
-"""Log probabilities in an answer that does not stream: at about 100 bytes each, half of what TorchServe can carry."""
+"""Log probabilities in a non-streaming answer: at about 100 bytes each, half of what TorchServe can carry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine can take."""
+    """The engine's limits."""
 
     vocab_size: int
     max_seq_len: int
     """Prompt plus generated tokens of one output."""
     max_waiting: int
-    """Outputs that may wait at a time."""
+    """Outputs that may wait at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request as the engine takes it."""
+    """A request in the engine's terms."""
 
     prompt: list[int]
     params: SamplingParams
 
 
 class Admission:
-    """Admits or refuses requests. `chat` is the model's chat format, or the reason why it has none."""
+    """Admits or refuses requests. `chat` is the model's chat format, or why it has none."""
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | str, limits: Limits, *, longest_token: int) -> None:
-        """`longest_token`: most bytes of a token."""
+        """`longest_token`: bytes of the longest token."""
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
@@ -77,7 +77,7 @@ class Admission:
             raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
 
     def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
-        """Texts that cannot fit, however they are tokenized, are not tokenized: that would take seconds."""
+        """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""
         fewest = sum(map(len, texts)) // self._longest_token
         if fewest >= self._limits.max_seq_len:
             raise ApiError(
@@ -104,18 +104,18 @@ def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len:
         wanted, name = request.sampling.max_new_tokens, request.names.max_new_tokens
     if wanted > remaining:
         message = (
-            f"{name}={wanted} does not fit after {request.prompt_name} of {num_prompt_tokens} tokens into the "
-            f"context of {max_seq_len} tokens; ask for at most {remaining}"
+            f"{name}={wanted} does not fit: {request.prompt_name} takes {num_prompt_tokens} of the context's "
+            f"{max_seq_len} tokens; ask for at most {remaining}"
         )
         raise ApiError(400, "context_length_exceeded", message, name)
     return min(request.sampling.max_new_tokens, remaining)
 
 
 def check_outputs(request: GenerationRequest, max_waiting: int) -> None:
-    """ApiError if the request's outputs could never all wait at a time."""
+    """ApiError if the request's outputs could never all wait at once."""
     if (n := request.sampling.n) > max_waiting:
         name = request.names.n
-        message = f"{name}={n} must be at most {max_waiting}, the outputs that may wait here (handler.max_waiting)"
+        message = f"{name}={n} must be at most {max_waiting}, the outputs that may wait (handler.max_waiting)"
         raise ApiError(400, "invalid_value", message, name)
 
 
@@ -127,7 +127,7 @@ def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
     for token, bias in request.sampling.logit_bias.items():
         if token >= vocab_size:
             name = f"{request.names.logit_bias}.{token}"
-            message = f"{name}={bias} is not for a token id; the vocabulary is 0 to {vocab_size - 1}"
+            message = f"{name}={bias}: {token} is not a token id; the vocabulary is 0 to {vocab_size - 1}"
             raise ApiError(400, "token_out_of_range", message, name)
 
 
@@ -139,7 +139,7 @@ def _check_token_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
 
 
 def check_answer_size(request: GenerationRequest, max_new_tokens: int) -> None:
-    """ApiError if an answer in one piece may hold too many log probabilities."""
+    """ApiError if a non-streaming answer could hold too many log probabilities."""
     n, top, names = request.sampling.n, request.sampling.logprobs, request.names
     if request.stream or top is None:
         return
@@ -148,6 +148,6 @@ def check_answer_size(request: GenerationRequest, max_new_tokens: int) -> None:
         message = (
             f"{names.n}={n} outputs of {names.max_new_tokens}={max_new_tokens} tokens with {names.top_logprobs}={top} "
             f"are up to {most} log probabilities, but one answer holds at most {MAX_LOGPROBS}; set stream, or ask for "
-            "less"
+            "fewer"
         )
         raise ApiError(400, "answer_too_large", message, names.logprobs)

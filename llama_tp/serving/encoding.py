@@ -1,4 +1,4 @@
-"""Values as compact JSON, and as error messages quote them."""
+"""Formats values as compact JSON, and for quoting in error messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 MAX_ECHO = 64
-"""Characters of the user's text that an error repeats."""
+"""Maximum characters of user text quoted in an error."""
 
 Path = tuple[str | int, ...]
 """Keys and indices that lead from the body to a value."""
@@ -22,12 +22,12 @@ def to_json(value: Any) -> bytes:
 
 
 def cut(text: str, limit: int) -> str:
-    """At most `limit` characters of the text, the last three of them dots where something is missing."""
+    """The text, cut to `limit` characters; the last three are dots if anything is missing."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def shown(value: object) -> str:
-    """A value as an error message repeats it: as JSON, printable, on one line, at most MAX_ECHO characters."""
+    """A value as quoted in an error message: as JSON, printable, on one line, at most MAX_ECHO characters."""
     try:
         text = _beginning_of_json(value[: MAX_ECHO + 1] if isinstance(value, str) else value)
     except (TypeError, ValueError):  # YAML has values that JSON lacks, such as dates
@@ -37,7 +37,7 @@ def shown(value: object) -> str:
 
 
 def _beginning_of_json(value: object) -> str:
-    """The value's JSON, or more than MAX_ECHO characters of it: a long list is not encoded to its end."""
+    """The value's JSON, or more than MAX_ECHO characters of it: long lists are not encoded in full."""
     text = ""
     for piece in _encode_in_pieces(value):
         text += piece
@@ -47,7 +47,7 @@ def _beginning_of_json(value: object) -> str:
 
 
 def in_json_words(expected: str) -> str:
-    """The choices of a Literal, which pydantic lists as Python writes them, as JSON writes them."""
+    """A Literal's choices in JSON's notation; pydantic lists them in Python's."""
     words = {"True": "true", "False": "false", "None": "null"}
     return re.sub("True|False|None|'([^']*)'", lambda match: words.get(match[0], f'"{match[1]}"'), expected)
 

@@ -1,17 +1,17 @@
-"""Why a request is refused, as clients read it."""
+"""Errors as clients see them."""
 
 from __future__ import annotations
 
 from llama_tp.serving.encoding import cut, to_json
 
 MAX_MESSAGE = 1000
-"""Characters of an error's message."""
+"""Maximum characters of an error message."""
 
 
 class ApiError(Exception):
-    """A request that is answered with `status` and `body()` instead of tokens.
+    """Answers a request with `status` and `body()` instead of tokens.
 
-    str() is status and code only: the message and param repeat text of the user's, which no log may hold.
+    str() is status and code only: message and param quote user text, which must not be logged.
     """
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
@@ -22,10 +22,10 @@ class ApiError(Exception):
         self.param = param
 
     def fields(self) -> dict[str, str | None]:
-        """What the error is, as a value for JSON."""
+        """The error object, ready for JSON."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
     def body(self) -> bytes:
-        """The error as OpenAI's clients read it: one line of JSON in UTF-8."""
+        """The error in the form OpenAI's clients expect: one line of JSON in UTF-8."""
         return to_json({"error": self.fields()})

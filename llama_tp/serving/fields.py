@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from llama_tp.engine.sampling_params import KNOBS, Knob
 
 MAX_NEW_TOKENS = 2**24
-"""More than any model's context; what a given model can do is checked by `admission.fit_context`."""
+"""More than any model's context; `admission.fit_context` checks the limit of the model served."""
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
@@ -19,11 +19,11 @@ MAX_BIASES = 1024
 MAX_BIAS = 100
 
 ABSENT: Any = None
-"""Default of a model's field that may be left out."""
+"""Default of an optional field."""
 
 
-def _judge_a_huge_float_by_its_value(value: object) -> object:
-    """1e9 is out of range before it is of the wrong type: so the user learns what is wrong with 1000000000, too."""
+def _check_range_of_float(value: object) -> object:
+    """Report 1e9 as out of range, not as the wrong type: 1000000000 would be no better."""
     if isinstance(value, float) and value > MAX_NEW_TOKENS:
         raise PydanticCustomError("invalid_value", f"must be an integer of at most {MAX_NEW_TOKENS}")
     return value
@@ -40,15 +40,15 @@ def _list_of_stops(value: object) -> object:
 
 
 def token_ids(value: object) -> tuple[int, ...]:
-    """AfterValidator for a list of token ids, of which only the upper bound is left to check."""
-    # Not a list of pydantic's: that makes an error of each of a hundred thousand wrong ids.
+    """AfterValidator for a list of token ids, not yet checked against the vocabulary."""
+    # Not pydantic's list: it would create an error for each of a hundred thousand wrong ids.
     if not isinstance(value, list):
         raise PydanticCustomError("invalid_type", "must be a list of token ids")
     for at, token in enumerate(value):
         if type(token) is not int:  # a bool is an int, too
             raise PydanticCustomError("invalid_type", "must be an integer", {"at": at})
         if token < 0:
-            raise PydanticCustomError("token_out_of_range", "is negative, which no token id is", {"at": at})
+            raise PydanticCustomError("token_out_of_range", "must not be negative", {"at": at})
     return tuple(value)
 
 
@@ -74,14 +74,14 @@ def _biases(value: object) -> dict[int, float]:
 
 
 def must_be_text(value: object) -> object:
-    """BeforeValidator for a Literal: a value of another type is of the wrong type, not just none of the choices."""
+    """BeforeValidator for a Literal: reports a non-string as the wrong type, not just as none of the choices."""
     if not isinstance(value, str):
         raise PydanticCustomError("invalid_type", "must be a string")
     return value
 
 
-MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
-MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_judge_a_huge_float_by_its_value)]
+MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
+MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
 LogitBias = Annotated[Any, AfterValidator(_biases)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 StopStrings = Annotated[
@@ -102,4 +102,4 @@ def _type_of(knob: Knob) -> Any:
 
 
 KNOB_TYPES: dict[str, Any] = {knob.name: _type_of(knob) for knob in KNOBS}
-"""Of each parameter of `SamplingParams` that requests and configuration can set, by name."""
+"""Field types of the `SamplingParams` parameters that requests and configuration can set, by name."""

@@ -1,4 +1,4 @@
-"""What a client asks for and what it gets, whatever dialect it speaks."""
+"""Requests and their output, in any dialect."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ class FieldNames:
 class GenerationRequest:
     """A request with every default filled in. Exactly one of prompt and dialog is set.
 
-    Its fields are valid on their own and with each other. `Admission` checks what depends on the model and on the
-    server's limits.
+    Its fields are valid, individually and together. `Admission` checks what depends on the model and on the server's
+    limits.
     """
 
     prompt: str | tuple[int, ...] | None = None
-    """Text, or token ids of which the upper bound is still unchecked."""
+    """Text, or token ids not yet checked against the vocabulary."""
     dialog: tuple[Message, ...] | None = None
-    """Roles and their order are the chat format's to check."""
+    """The chat format checks roles and their order."""
     continue_final_message: bool = False
-    """The answer continues the dialog's last message, which is the assistant's."""
+    """Whether the answer continues the dialog's last message, which is the assistant's."""
     sampling: SamplingParams
-    """stop_ids is still empty, and the upper bound of the ids in logit_bias unchecked."""
+    """stop_ids is still empty; ids in logit_bias are not yet checked against the vocabulary."""
     max_new_tokens_explicit: bool = False
-    """The client itself asked for max_new_tokens: it is kept or refused. A default is clipped to what fits."""
+    """Whether the client set max_new_tokens: then it is kept or refused. A default is clipped to what fits."""
     stop: tuple[str, ...] = ()
-    """Stop strings; the text layer looks for them."""
+    """Stop strings; the text layer finds them."""
     stop_token_ids: tuple[int, ...] = ()
-    """End the answer, too. Their upper bound is still unchecked."""
+    """Additional ids that end the answer, not yet checked against the vocabulary."""
     ignore_eos: bool = False
-    """Only stop_token_ids end the answer, the model's own end tokens do not."""
+    """Whether the model's own end tokens are ignored: only stop_token_ids end the answer."""
     timeout_s: float | None = None
     stream: bool = False
     names: FieldNames = field(default_factory=FieldNames)
@@ -64,7 +64,7 @@ class GenerationRequest:
 
     @property
     def continues_text(self) -> bool:
-        """Whether the answer goes on with text of the request, rather than begin one."""
+        """Whether the answer continues the request's text rather than beginning a new one."""
         if self.dialog is None:
             return True
         return self.continue_final_message and bool(self.dialog[-1].content.strip())
@@ -72,34 +72,34 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDefaults:
-    """What the configuration says for requests that leave it open."""
+    """The configuration's defaults for fields that a request omits."""
 
     mode: Mode
     """The field to ask for when a request has neither a prompt nor a dialog."""
     max_new_tokens: int
     seed: int | None
     sampling: Mapping[str, float]
-    """By name of the parameter of `SamplingParams`: a value for each of its KNOBS."""
+    """A value for each of the KNOBS of `SamplingParams`, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDelta:
-    """What is new in one of a request's outputs."""
+    """New content of one of a request's outputs."""
 
     index: int
     text: str
     ids: Sequence[int]
     logprobs: Sequence[Logprobs] | None
-    """One for each id. None: not asked for."""
+    """One per id. None: not requested."""
     finish_reason: FinishReason | None
-    """None while the output goes on."""
+    """None until the output ends."""
     error: ApiError | None
     """Why it failed, with finish_reason "error"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request has cost, in tokens."""
+    """Tokens that a request used."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,4 +1,4 @@
-"""One of a request's outputs on its way from tokens to text."""
+"""Turns one of a request's outputs from tokens into text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_tp.text.tokenizer import Tokenizer
 
 
 class Output:
-    """Takes the engine's events and gives out deltas. The deltas' texts, joined, are the output's text."""
+    """Takes the engine's events and emits deltas. The deltas' texts, joined, are the output's text."""
 
     def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, index: int, after: Sequence[int]) -> None:
         """`after`: the ids whose text it continues."""
@@ -20,7 +20,7 @@ class Output:
         self.finish_reason: FinishReason | None = None
         self.error: ApiError | None = None
         self.is_emitted = False
-        """Whether the last delta has been given out."""
+        """Whether the last delta has been emitted."""
         self._index = index
         min_tokens = request.sampling.min_new_tokens
         self._stream = TextStream(tokenizer, request.stop, min_tokens=min_tokens, after=after)
@@ -33,7 +33,7 @@ class Output:
         return bool(self._ids) or (self.finish_reason is not None and not self.is_emitted)
 
     def push(self, event: TokenEvent) -> None:
-        """Take what a step meant for this output, which must not have ended."""
+        """Take a step's event for this output, which must not have ended."""
         if event.token_id is not None:
             self.num_tokens += 1
             self._ids.append(event.token_id)
@@ -48,10 +48,11 @@ class Output:
             self.finish_reason = event.finish_reason if self.error is None else FinishReason.ERROR
 
     def next_delta(self, max_tokens: int) -> OutputDelta:
-        """The oldest output not yet given out. It ends the output if no token is left afterwards."""
+        """The oldest tokens not yet emitted, with their text. It is the last delta if the output has ended and no token
+        is left."""
         ids, self._ids = self._ids[:max_tokens], self._ids[max_tokens:]
         self.is_emitted = self.finish_reason is not None and not self._ids
-        # A token's text is where its push put it; what flush added belongs to the last delta.
+        # There is one text per token, from its push; text from flush belongs to the last delta.
         num_texts = len(self._text) if self.is_emitted else len(ids)
         text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
         logprobs = self._logprobs
@@ -78,7 +79,7 @@ def _error_in(event: TokenEvent) -> ApiError | None:
 
 
 _MESSAGES = {
-    "nan_logits": "the model produced numbers that are not finite for this request; other requests are not affected",
-    "queue_full": "too many requests are waiting already; try again later",
+    "nan_logits": "the model produced non-finite numbers for this request; other requests are not affected",
+    "queue_full": "too many requests are already waiting; try again later",
     "internal_error": "the engine could not run this request",
 }

@@ -1,4 +1,4 @@
-"""What a service has to say to a client."""
+"""A service's reply to a client."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class Reply:
     body: bytes
     is_last: bool = True
     status: int = 200
-    """Of a request's first reply; later ones cannot change it."""
+    """HTTP status. Only a request's first reply sets it."""
     content_type: str = "application/json"

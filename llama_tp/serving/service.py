@@ -1,7 +1,7 @@
-"""Where the API, the text layer and the engine meet: bodies in, replies out. Knows neither HTTP server nor threads.
+"""Connects the API, the text layer and the engine: bodies in, replies out. Knows no HTTP server and no threads.
 
-`open` a request under an id of the caller's, `poll` for replies, `close` it when its client has gone. A request ends
-with its last reply. Nothing here raises for what a user sent: that is a reply, too.
+`open` a request under an id of the caller's choice, `poll` for replies, `close` it when its client has gone. A request
+ends with its last reply. User errors are not raised: they are replies, too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Active:
-    """A request whose last reply has not been made."""
+    """A request that has not had its last reply."""
 
     request: GenerationRequest
     replies: Replies
     key: str
-    """Its id in the engine, which is ahead of us: events of an id that was used before must find nobody."""
+    """Its id in the engine, never reused: the engine is ahead of us, and late events must not reach another request."""
     num_prompt: int
     outputs: list[Output]
 
@@ -53,7 +53,7 @@ class _Active:
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or the reason why it has none.
+    `chat` is the model's chat format, or why it has none.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LlamaService:
 
     @property
     def open_ids(self) -> set[str]:
-        """Requests that have been opened and have neither had their last reply nor been closed."""
+        """Requests that were opened and have neither had their last reply nor been closed."""
         return self._active.keys() | {reply.request_id for reply in self._immediate}
 
     def is_generating(self, request_id: str) -> bool:
@@ -86,7 +86,7 @@ class LlamaService:
         return active is not None and any(output.num_tokens for output in active.outputs)
 
     def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
-        """Take on a request to a route below the model's own. Whatever is wrong with it becomes its only reply."""
+        """Accept a request to a route below the model's own. An error becomes its only reply."""
         if (dialect := self._dialects.get(route)) is None:
             message = f"there is no route {shown(route)}; POST to /predictions/<model> itself"
             self.refuse(request_id, ApiError(404, "unknown_route", message))
@@ -96,8 +96,8 @@ class LlamaService:
         except ApiError as error:
             self.refuse(request_id, error, dialect)
         except Exception as error:
-            # The type only: the text of an unforeseen error may repeat what the user sent.
-            log.error("request %s failed in parsing: %s", request_id, type(error).__name__)
+            # The type only: an unexpected error's message may quote user text.
+            log.error("parsing request %s failed: %s", request_id, type(error).__name__)
             failure = ApiError(500, "internal_error", "the server failed to read this request")
             self.refuse(request_id, failure, dialect)
 
@@ -115,9 +115,9 @@ class LlamaService:
             self._loop.cancel(active.key)
 
     def poll(self, timeout_s: float) -> list[Reply]:
-        """All replies there are, waiting up to timeout_s for the first; at most one for each request."""
+        """All pending replies, at most one per request; waits up to timeout_s for the first."""
         deadline = monotonic() + timeout_s
-        remaining = 0.0  # refusals do not wait, but what the engine has done is heard every time
+        remaining = 0.0  # refusals are not delayed, but the engine's events are taken every time
         while True:
             if self._active:
                 for event in self._loop.poll(remaining):
@@ -155,19 +155,19 @@ class LlamaService:
             self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings
 
     def _safely(self, request_id: str, active: _Active) -> Reply:
-        """The reply; should making it fail, an error for this request alone."""
+        """The reply, or, if building it fails, an error for this request alone."""
         try:
             return self._reply(request_id, active)
         except ApiError as error:
             return Reply(request_id, active.replies.error(error), status=error.status)
         except Exception as error:
-            log.error("request %s failed in replying: %s", request_id, type(error).__name__)
+            log.error("replying to request %s failed: %s", request_id, type(error).__name__)
             self.close(request_id)
             failure = ApiError(500, "internal_error", "the server failed to build the response")
             return Reply(request_id, active.replies.error(failure), status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
-        """What the client gets now. The request is over if that is all. ApiError if it failed."""
+        """The client's next reply. Ends the request if it is the last. ApiError if the request failed."""
         replies, is_stream = active.replies, active.request.stream
         limit = replies.chunk_tokens if is_stream else active.request.sampling.max_new_tokens
         deltas = [output.next_delta(limit) for output in active.outputs if output.has_delta]

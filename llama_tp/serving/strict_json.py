@@ -1,7 +1,7 @@
-"""Bodies to JSON objects, strictly: what JSON itself leaves open is an `ApiError`.
+"""Parses bodies as JSON objects, strictly: what JSON itself leaves undefined is an `ApiError`.
 
-That is depth, duplicate keys, numbers without a float64 and lone surrogates. A UTF-8 byte order mark is ignored, as
-RFC 8259 section 8.1 allows: Windows editors write one.
+That is excessive depth, duplicate keys, numbers outside float64 and lone surrogates. A UTF-8 byte order mark is
+ignored, as RFC 8259 section 8.1 allows: Windows editors write one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llama_tp.serving.errors import ApiError
 MAX_DEPTH = 32
 """Levels of objects and lists in a body; the body itself is the first."""
 MAX_VALUES = 1 << 18
-"""Values in a body: twice the token ids of the longest context, and few enough that other streams notice nothing."""
+"""Values in a body: twice the token ids of the longest context, and few enough not to delay other streams."""
 
 
 def parse_json(body: object) -> dict[str, Any]:
-    """The JSON object in a body of bytes or text; an already parsed body passes the checks that are still possible.
+    """The JSON object in a body of bytes or text. An already parsed body gets the checks that are still possible.
 
-    Afterwards no string holds a lone surrogate, no number lies outside float64, and nothing is deeper than MAX_DEPTH.
+    The result has no lone surrogate, no number outside float64, and nothing deeper than MAX_DEPTH.
     """
     if isinstance(body, (str, bytes, bytearray, memoryview)):
         body = _loads(body)
@@ -39,7 +39,7 @@ def parse_json(body: object) -> dict[str, Any]:
 
 
 def _loads(body: str | bytes | bytearray | memoryview) -> Any:
-    """json.loads, without what it tolerates. Depth is judged before parsing, so that no input can exhaust the stack."""
+    """A strict json.loads. Depth is checked before parsing, so that no input can exhaust the stack."""
     text, raw = _decode(body)
     if not text.strip():
         raise ApiError(400, "invalid_json", 'the body is empty; send a JSON object such as {"prompt": "Hi"}')
@@ -60,14 +60,12 @@ def _loads(body: str | bytes | bytearray | memoryview) -> Any:
 
 
 def _decode(body: str | bytes | bytearray | memoryview) -> tuple[str, bytes]:
-    """The body as text, without byte order mark, and as the same text's UTF-8."""
+    """The body as text, without byte order mark, and as UTF-8."""
     try:
         raw = body.encode() if isinstance(body, str) else bytes(body)
         text = raw.decode()
     except UnicodeEncodeError:
-        raise ApiError(
-            400, "invalid_unicode", "the body holds half of a surrogate pair; send whole characters"
-        ) from None
+        raise ApiError(400, "invalid_unicode", "the body holds a lone surrogate; send whole characters") from None
     except UnicodeDecodeError as error:
         message = f"the body is not UTF-8 (byte {error.start}); send uncompressed JSON in UTF-8"
         raise ApiError(400, "invalid_utf8", message) from None
@@ -80,13 +78,13 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 
 
 def _outside_strings(raw: bytes) -> bytes:
-    """The body without its strings, in linear time. Right up to the first error of a text that is not JSON."""
+    """The body without its strings, in linear time. In invalid JSON, correct up to the first error."""
     unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     return b"".join(unescaped.split(b'"')[::2])
 
 
 def _depth(outside: bytes) -> int:
-    """Deepest nesting."""
+    """The deepest nesting."""
     steps = outside.translate(_STEPS, delete=_NOT_BRACKETS)
     return max(accumulate(memoryview(steps).cast("b")), default=0)
 
@@ -108,7 +106,7 @@ def _too_deep() -> ApiError:
 
 
 def _check_values(value: object, path: Path) -> None:
-    """ApiError for what a valid JSON text may hold, but no request may."""
+    """ApiError for what valid JSON may contain, but no request may."""
     if isinstance(value, str):
         _check_text(value, path)
     elif isinstance(value, float):
@@ -137,8 +135,8 @@ def _check_text(text: str, path: Path) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        message = f"{param_of(path)} holds half of a surrogate pair, {half}; send whole characters"
+        surrogate = f"\\u{ord(text[error.start]):04x}"
+        message = f"{param_of(path)} holds a lone surrogate, {surrogate}; send whole characters"
         raise ApiError(400, "invalid_unicode", message, param_of(path)) from None
 
 

@@ -1,4 +1,4 @@
-"""JSON objects to typed ones: known fields of exactly the declared types, and one error for whatever is wrong."""
+"""Validates JSON objects: known fields of exactly the declared types, and a single error for the first problem."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from llama_tp.serving.errors import ApiError
 class StrictModel(BaseModel):
     """An object with known fields of exactly the declared JSON types: no conversion, no extras.
 
-    null for a field that may be left out means that it is left out, as clients mean it that send every field they know.
+    null counts as omitted for an optional field: some clients send every field they know.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     hints: ClassVar[Mapping[str, str]] = {}
-    """What to do instead, for names that other APIs give their fields."""
+    """What to do instead, for field names of other APIs."""
 
     @model_validator(mode="before")
     @classmethod
-    def _know_every_field(cls, value: object) -> object:
+    def _check_fields(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        # Not pydantic's extra="forbid": that makes an error of each of a million keys, and suggests nothing.
+        # Not pydantic's extra="forbid": it creates an error for each of a million keys, and suggests nothing.
         for key in value:
             if key not in cls.model_fields:
                 hint = cls.hints.get(key) or _nearest(key, cls.model_fields)
@@ -46,9 +46,9 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 def validate(model: type[Model], payload: Mapping[str, Any]) -> Model:
-    """The payload as `model`, or the first thing wrong with it as an ApiError.
+    """The payload as `model`. ApiError for the first problem.
 
-    A list of models or numbers should carry FailFast(): one error is enough.
+    A list of models or numbers should have FailFast(): one error is enough.
     """
     try:
         return model.model_validate(payload)
@@ -57,9 +57,8 @@ def validate(model: type[Model], payload: Mapping[str, Any]) -> Model:
     raise _api_error(first, payload)
 
 
-# Every kind of error that pydantic finds in our models: its code, and the constraint as the message says it. A
-# PydanticCustomError is not listed: its type is the code, its message the constraint, and its context may hold as "at"
-# the key or index that it is about.
+# pydantic's error types in our models -> our code, and the constraint in the message. A PydanticCustomError is not
+# listed: its type is the code, its message the constraint, and "at" in its context may be the key or index at fault.
 _RULES = {
     "missing": ("missing_field", "is missing"),
     "model_type": ("invalid_type", "must be an object"),
@@ -87,7 +86,7 @@ def _api_error(error: ErrorDetails, payload: object) -> ApiError:
     if "at" in context:
         path, value = (*path, context["at"]), value[context["at"]]
     code, constraint = _RULES.get(kind, (kind, error["msg"]))
-    if kind == "missing":  # a field of the request is asked for; one of an object inside makes that object malformed
+    if kind == "missing":  # only the request itself lacks a field; an inner object without one is malformed
         code = code if len(path) == 1 else "invalid_type"
         given = param_of(path)
     else:
@@ -99,7 +98,7 @@ def _api_error(error: ErrorDetails, payload: object) -> ApiError:
 
 
 def _path_in(payload: object, location: tuple[int | str, ...]) -> Path:
-    """A pydantic location without the steps that are not in the payload: tags of unions, index of a lone string."""
+    """A pydantic location without the parts that are not in the payload: union tags, the index of a lone string."""
     path: list[str | int] = []
     for part in location:
         if isinstance(payload, dict) and isinstance(part, str):

@@ -1,6 +1,6 @@
-"""model-config.yaml: what TorchServe's frontend reads of it, what our handler reads of it, and whether they agree.
+"""model-config.yaml: what TorchServe's frontend reads, what our handler reads, and whether the two agree.
 
-All of it is checked before any weight is read, and everything that is wrong is said at once, a line each.
+All of it is checked before any weight is read, and all problems are reported at once, one per line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Section(BaseModel):
 
 
 _DEFAULTS = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.6, "top_p": 0.9}
-"""Of requests and configurations that leave them open: Meta's choice for the two that it makes."""
+"""For keys that the configuration omits. temperature and top_p are Meta's defaults."""
 _KNOBS: dict[str, Any] = {name: (kind, _DEFAULTS[name]) for name, kind in KNOB_TYPES.items()}
 _SamplingSection = create_model("_SamplingSection", __base__=_Section, **_KNOBS)
 
@@ -37,51 +37,51 @@ _SamplingSection = create_model("_SamplingSection", __base__=_Section, **_KNOBS)
 class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it is a class
     """`handler:` of model-config.yaml. Relative paths are relative to the model's folder in the model store.
 
-    It has a key for each of the KNOBS of `SamplingParams`, too, for requests that leave it open.
+    Also has a key for each of the KNOBS of `SamplingParams`, the default for requests that omit it.
     """
 
     converted_ckpt_dir: str
-    """What `llama-tp convert` wrote."""
+    """Folder written by `llama-tp convert`."""
     tokenizer_path: str
-    """tokenizer.model (Llama 2 or 3), tokenizer.json, or a folder that holds one."""
+    """tokenizer.model (Llama 2 or 3), tokenizer.json, or a folder with one."""
     model_args_path: str | None = None
     """model_args.json; by default the one in converted_ckpt_dir."""
     mode: Literal["text_completion", "chat"] = "text_completion"
-    """What a request without a prompt or dialog is told to send."""
+    """What a request with neither prompt nor dialog is asked for."""
     chat_format: Literal["auto", "llama2", "llama3", "chatml", "jinja"] = "auto"
     """auto: the template that came with the tokenizer, else what the tokenizer's special tokens imply."""
     max_seq_len: PositiveInt | None = None
-    """Prompt plus generated tokens of one request; by default what model_args.json says."""
+    """Prompt plus generated tokens of one request; default: as in model_args.json."""
     max_batch_size: PositiveInt | None = None
-    """Outputs that are generated at the same time; by default what model_args.json says."""
+    """Outputs generated concurrently; default: as in model_args.json."""
     max_batched_tokens: PositiveInt = 512
-    """Tokens computed in one step; longer prompts are prefilled in chunks of this size."""
+    """Tokens computed per step; longer prompts are prefilled in chunks of this size."""
     page_size: PositiveInt = 16
-    """Tokens of one page of KV cache."""
+    """Tokens per page of KV cache."""
     kv_cache_memory: Any = None
-    """Size of a rank's KV cache: bytes ("6GiB"), or below 1 a share of what is free beside the weights. null: so much
-    that max_batch_size requests can grow to max_seq_len."""
+    """Size of a rank's KV cache: bytes ("6GiB"), or, below 1, a share of the memory left after weights and steps. null:
+    enough for max_batch_size outputs of max_seq_len."""
     max_waiting: PositiveInt = 1024
     """Outputs that may wait inside the engine, such as those of requests with n > 1; more are refused with 429."""
     prefix_cache: bool = True
-    """Whether prompts that begin alike, and the turns of a conversation, share pages."""
+    """Whether prompts with a common prefix, and the turns of a conversation, share pages."""
     deterministic: bool = False
     """Whether an answer is independent of what else is in the batch, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     verify_checkpoint: Literal["always", "once", "size"] = "once"
-    """Which files are compared with the manifest's sha256 when the model is loaded: all; those that were not before, or
-    have changed since; or only their sizes."""
+    """Which files are compared with the manifest's sha256 while loading: all; those not compared before or changed
+    since; none, only their sizes."""
     max_new_tokens: MaxNewTokens = 128
-    """For requests that leave it open. Clipped to what fits into max_seq_len."""
+    """For requests that omit it. Clipped to what fits into max_seq_len."""
     manual_seed: Seed | None = None
-    """Seed of requests without one of their own; null: every such request is drawn afresh."""
+    """Seed of requests that omit it; null: a random one for each."""
     collective_timeout_s: PositiveSeconds = 20.0
     """A rank that is silent for longer ends the group, which TorchServe then restarts."""
     heartbeat_s: PositiveSeconds = 2.0
-    """An idle leader lets its followers know that it lives this often."""
+    """Interval at which an idle leader signals to its followers that it is alive."""
     abandon_after_s: PositiveSeconds = 10.0
-    """When nobody has asked for results for this long, the last client is gone and its request is cancelled."""
+    """If nobody polls for results for this long, the last client is gone and its request is cancelled."""
 
 
 class TorchrunSection(_Section):
@@ -102,7 +102,7 @@ class ModelConfig(_Section):
     """One worker is one group of ranks."""
     maxWorkers: Literal[1] = 1
     batchSize: PositiveInt = 1
-    """Requests in flight. TorchServe's default is 1, which would serve them one after the other."""
+    """Requests in flight. TorchServe's default of 1 would serve them one after another."""
     maxBatchDelay: PositiveInt = 100
     """Milliseconds that the first request waits for others to batch with: added to its time to first token."""
     responseTimeout: PositiveInt = 120
@@ -111,7 +111,7 @@ class ModelConfig(_Section):
     """Seconds that loading the model may take."""
     maxRetryTimeoutInSec: Annotated[int, Field(ge=0)] = 300
     jobQueueSize: PositiveInt = 100
-    """Requests that may wait for one of the batchSize places; more are refused with 503."""
+    """Requests that may wait for one of the batchSize slots; more are refused with 503."""
     deviceType: Literal["cpu", "gpu"]
     deviceIds: list[int] | None = None
     parallelType: Literal["tp"]
@@ -121,12 +121,12 @@ class ModelConfig(_Section):
 
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
-        """Read a YAML file. ConfigError says all that is wrong with it."""
+        """Read a YAML file. ConfigError lists every problem."""
         return cls.of(read_yaml(path))
 
     @classmethod
     def of(cls, values: object) -> ModelConfig:
-        """From parsed YAML, such as TorchServe's context.model_yaml_config. ConfigError says all that is wrong."""
+        """From parsed YAML, such as TorchServe's context.model_yaml_config. ConfigError lists every problem."""
         if not isinstance(values, Mapping):
             raise ConfigError(["model-config.yaml must be a mapping of keys to values"])
         problems = _refused(values)
@@ -141,7 +141,7 @@ class ModelConfig(_Section):
         return config
 
     def engine_config(self, args: ModelArgs) -> EngineConfig:
-        """What the engine is told, for the model at hand. ConfigError if the two do not fit."""
+        """The engine's configuration for a model. ConfigError if the two do not fit."""
         handler = self.handler
         problems = []
         size = self.torchrun.nnodes * self.torchrun.nproc_per_node
@@ -157,7 +157,7 @@ class ModelConfig(_Section):
         if self.batchSize > max_batch_size:
             problems.append(
                 f"batchSize={self.batchSize} exceeds handler.max_batch_size={max_batch_size}: "
-                "requests would wait inside the engine; lower the one or raise the other"
+                "requests would wait inside the engine; lower one or raise the other"
             )
         if problems:
             raise ConfigError(problems)
@@ -197,7 +197,7 @@ class ModelConfig(_Section):
                 problems.append(f"handler.kv_cache_memory={shown(handler.kv_cache_memory)} {error}")
         if self.responseTimeout <= handler.collective_timeout_s:
             problems.append(
-                f"responseTimeout={self.responseTimeout} must be more than handler.collective_timeout_s="
+                f"responseTimeout={self.responseTimeout} must be greater than handler.collective_timeout_s="
                 f"{handler.collective_timeout_s:g}: the ranks must notice a lost peer before TorchServe gives up"
             )
         if handler.heartbeat_s >= handler.collective_timeout_s:
@@ -207,19 +207,19 @@ class ModelConfig(_Section):
             )
         if self.torchrun.nnodes == 1 and not self.torchrun.rdzv_endpoint:
             problems.append(
-                'torchrun.rdzv-endpoint is missing: all models of this host would meet at one port; set "localhost:0"'
+                'torchrun.rdzv-endpoint is missing: all models on this host would share one port; set "localhost:0"'
             )
         nnodes, endpoint = self.torchrun.nnodes, self.torchrun.rdzv_endpoint
         if nnodes > 1 and not _is_reachable(endpoint):
             problems.append(
-                f"torchrun.rdzv-endpoint={shown(endpoint)}: torchrun.nnodes={nnodes} hosts "
-                'meet there; set HOST:PORT of the serving host with a port that is not 0, such as "first-host:29400"'
+                f"torchrun.rdzv-endpoint={shown(endpoint)}: torchrun.nnodes={nnodes} hosts rendezvous there; "
+                'set HOST:PORT of the serving host, with a port other than 0, such as "first-host:29400"'
             )
         return problems
 
 
 def read_yaml(path: str | Path) -> object:
-    """What a YAML file holds, unchecked. ConfigError if it cannot be read."""
+    """The contents of a YAML file, unchecked. ConfigError if it cannot be read."""
     try:
         return yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -229,7 +229,7 @@ def read_yaml(path: str | Path) -> object:
 
 
 def _is_reachable(endpoint: str) -> bool:
-    """Whether it names a host and a port; a port of 0 is chosen by the host and known to nobody else."""
+    """Whether it names a host and a port; port 0 is chosen by the host, and unknown to others."""
     host, _, port = endpoint.rpartition(":")
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 

@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
-    """What a rank of the group has when all of them have loaded."""
+    """What each rank of the group has once all of them have loaded."""
 
     engine: Engine
     thread: EngineThread
-    """Where the engine was loaded and has to run."""
+    """Where the engine was loaded and must run."""
     config: ModelConfig
     tokenizer: Tokenizer
     chat: ChatFormat | str
-    """The format of dialogs, or why there is none."""
+    """The chat format, or why there is none."""
 
 
 def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaService | None:
@@ -85,13 +85,13 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
 def _read(
     yaml_config: object, model_dir: Path
 ) -> tuple[ModelConfig, ModelArgs, EngineConfig, Tokenizer, ChatFormat | str]:
-    """Everything that can be checked before a device is touched. ValueError says all that is wrong."""
+    """Everything that can be checked before a device is touched. ValueError lists every problem."""
     problems = _missing_files(yaml_config, model_dir)
     try:
         config = ModelConfig.of(yaml_config)
     except ConfigError as error:
         raise ConfigError(error.problems + problems) from None
-    problems += _other_number_of_hosts(config)
+    problems += _wrong_number_of_hosts(config)
     if problems:
         raise ConfigError(problems)
     handler = config.handler
@@ -107,8 +107,8 @@ def _read(
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
 
 
-def _other_number_of_hosts(config: ModelConfig) -> list[str]:
-    """Every host has a model-config.yaml of its own, and one of them may be another."""
+def _wrong_number_of_hosts(config: ModelConfig) -> list[str]:
+    """Every host has its own model-config.yaml, and they may differ."""
     here, wanted = os.environ.get("GROUP_WORLD_SIZE"), config.torchrun.nnodes
     if here is None or int(here) == wanted:
         return []
@@ -116,7 +116,7 @@ def _other_number_of_hosts(config: ModelConfig) -> list[str]:
 
 
 def _missing_files(yaml_config: object, model_dir: Path) -> list[str]:
-    """Said together with whatever else is wrong, so this looks at a configuration that may be malformed."""
+    """Reported together with all other problems, so the configuration may be malformed."""
     handler = yaml_config.get("handler") if isinstance(yaml_config, dict) else None
     paths = {key: handler.get(key) for key in _PATHS} if isinstance(handler, dict) else {}
     return [
@@ -130,7 +130,7 @@ _PATHS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
 
 
 def _chat_or_why_not(config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat | str:
-    """A model without a chat format still completes text; a format that was asked for by name must fit."""
+    """A model without a chat format still completes text; a format chosen by name must fit."""
     try:
         return chat_format(config.handler.chat_format, tokenizer)
     except ValueError as error:

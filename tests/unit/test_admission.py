@@ -81,7 +81,7 @@ def test_a_refusal_speaks_the_dialect_of_the_request() -> None:
     with pytest.raises(ApiError) as caught:
         fit_context(request, 51, 100)
     assert caught.value.param == "max_tokens"
-    assert caught.value.message.startswith("max_tokens=50 does not fit after messages of 51 tokens")
+    assert caught.value.message.startswith("max_tokens=50 does not fit: messages takes 51 of the context's")
 
 
 @pytest.mark.parametrize("ids", [(), (0,), (0, 31999), [5]])

@@ -129,7 +129,7 @@ def test_a_context_beyond_what_is_computed_is_refused_with_the_remedy():
     """A window of 64 tokens hides nothing from a sequence of 64."""
     assert ModelArgs.from_params({**TINY, "context_limit": 64, "max_seq_len": 64}).context_limit == 64
     (problem,) = problems_of(ModelArgs.from_params, {**TINY, "context_limit": 64, "max_seq_len": 65})
-    assert problem.startswith("max_seq_len=65 must not be more than context_limit=64")
+    assert problem.startswith("max_seq_len=65 must be at most context_limit=64")
     assert problem.endswith("lower max_seq_len")
 
 

@@ -193,7 +193,7 @@ def test_too_little_space_is_found_before_anything_is_written(job, tmp_path, mon
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: free)
     before = names_in(tmp_path)
-    with pytest.raises(ValueError, match=r"0\.0 GB free, the checkpoint needs"):
+    with pytest.raises(ValueError, match=r"0\.0 GB free, but the checkpoint needs"):
         convert(**job)
     assert names_in(tmp_path) == before
 

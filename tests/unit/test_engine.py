@@ -320,7 +320,7 @@ def test_more_prompts_than_may_wait_are_all_continued(model, alone):
     engine = engine_of(model, max_batch_size=1, max_waiting=1)
     assert engine.generate(PROMPTS, GREEDY) == alone
     engine.add(Request("a", (1,), GREEDY))
-    with pytest.raises(QueueFull, match="1 outputs wait already, and n=1 more would exceed max_waiting=1"):
+    with pytest.raises(QueueFull, match="1 outputs are already waiting, and n=1 more would exceed max_waiting=1"):
         engine.add(Request("b", (1,), GREEDY))
     engine.step()
     engine.add(Request("b", (1,), GREEDY))
@@ -360,7 +360,7 @@ def test_a_request_that_rules_out_every_token_ends_alone(model, alone, temperatu
         ({"repetition_penalty": 1e-40}, r"repetition_penalty=1e-40 must be in \[0.01, 100\]"),
         ({"presence_penalty": -1e39}, r"presence_penalty=-1e\+39 must be in \[-1000, 1000\]"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must be in"),
-        ({"logit_bias": {5: 1e39}}, "logit_bias={5: 1e.39} must be of numbers in"),
+        ({"logit_bias": {5: 1e39}}, "logit_bias={5: 1e.39} must be numbers in"),
     ],
 )
 def test_what_float32_could_not_hold_is_refused(settings, words):

@@ -221,7 +221,7 @@ BROKEN = {
     ),
     "a shard of another model": (
         lambda folder: torch.save(split_as_meta(meta_tensors(seed=9), 2, 1)[1], folder / "consolidated.01.pth"),
-        ("consolidated.01.pth", "not of one model"),
+        ("consolidated.01.pth", "from different models"),
     ),
     "params of another model": (_params(n_layers=3), ("layers.2.", "missing")),
     "params of fewer layers": (_params(n_layers=1), ("layers.1.", "unexpected")),

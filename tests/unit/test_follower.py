@@ -119,7 +119,7 @@ def test_hosts_need_an_endpoint_where_they_can_meet(config_file, endpoint):
         ModelConfig.load(config_file(nnodes=2, rdzv_endpoint=endpoint))
     (problem,) = caught.value.problems
     assert problem.startswith(
-        f"torchrun.rdzv-endpoint={json.dumps(endpoint)}: torchrun.nnodes=2 hosts meet there; set HOST:PORT"
+        f"torchrun.rdzv-endpoint={json.dumps(endpoint)}: torchrun.nnodes=2 hosts rendezvous there; set HOST:PORT"
     )
 
 
@@ -162,10 +162,10 @@ def test_what_is_wrong_on_a_follower_is_logged_there_and_told_to_the_group(two_h
 def test_a_follower_whose_configuration_is_for_fewer_hosts_says_so(two_hosts, monkeypatch, config_file):
     path = config_file(nnodes=3, rdzv_endpoint="first-host:29555")
     config = ModelConfig.load(path)
-    (problem,) = start_module._other_number_of_hosts(config)
+    (problem,) = start_module._wrong_number_of_hosts(config)
     assert problem == "torchrun.nnodes=3, but torchrun started this group on 2 hosts; make them agree"
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    assert start_module._other_number_of_hosts(config) == []
+    assert start_module._wrong_number_of_hosts(config) == []
 
 
 def test_relative_paths_are_those_of_the_configuration_s_folder_unless_another_is_given(

@@ -228,7 +228,7 @@ def test_what_is_computed_for_short_sequences_only_says_so(tmp_path, name, limit
     if limit is None:
         converted(tmp_path / "original", tmp_path / "converted", max_seq_len=100_000)
         return
-    words = rf"^max_seq_len={limit + 1} must not be more than context_limit={limit}: .*; lower max_seq_len$"
+    words = rf"^max_seq_len={limit + 1} must be at most context_limit={limit}: .*; lower max_seq_len$"
     with pytest.raises(ValueError, match=words):
         converted(tmp_path / "original", tmp_path / "converted", max_seq_len=limit + 1)
     folder = converted(tmp_path / "original", tmp_path / "converted", max_seq_len=limit)
@@ -377,11 +377,11 @@ REFUSED = {
     "another activation": (_config(hidden_act="gelu"), ("hidden_act='gelu'", "only 'silu'")),
     "yarn": (
         _config(rope_parameters={**ROPE, "rope_type": "yarn", "factor": 4.0}),
-        ("rope_parameters of rope_type='yarn'", "supported: default, linear, llama3, dynamic"),
+        ("rope_parameters with rope_type='yarn'", "supported: default, linear, llama3, dynamic"),
     ),
     "longrope of transformers 4": (
         _config(rope_scaling={"type": "longrope", "short_factor": [1.0]}),
-        ("rope_scaling of rope_type='longrope'",),
+        ("rope_scaling with rope_type='longrope'",),
     ),
     "rotations by layer": (
         _config(rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
@@ -403,7 +403,7 @@ REFUSED = {
         ("hidden_size=64 must be a multiple of num_attention_heads=6",),
     ),
     "kv heads that do not divide": (_config(num_key_value_heads=3), ("num_attention_heads=4", "num_key_value_heads=3")),
-    "pickles": (_as_pickles, ("holds pytorch_model.bin, a pickle, which is not read", "save_pretrained(other)")),
+    "pickles": (_as_pickles, ("holds pytorch_model.bin, a pickle, which is not loaded", "save_pretrained(other)")),
     "a repository without its weights": (_repository, ("Meta's original weights are in", "/original")),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -447,7 +447,7 @@ REFUSED = {
     ),
     "mixed types": (
         _change_weights(lambda weights: weights.update({Q: weights[Q].bfloat16()})),
-        (f"{Q} is torch.bfloat16, expected torch.float32", "mixed types are not read"),
+        (f"{Q} is torch.bfloat16, expected torch.float32", "mixed dtypes are not supported"),
     ),
     "integers": (
         _change_weights(lambda weights: weights.update({Q: weights[Q].to(torch.int8)})),
@@ -529,13 +529,13 @@ def _copy_into_another(folder):
 REFUSED_SHARDS = {
     "a missing shard": (
         lambda folder: min(folder.glob("model-*.safetensors")).unlink(),
-        ("model-00001-of-", "is missing, which model.safetensors.index.json names", "download it again"),
+        ("model-00001-of-", "is missing, but model.safetensors.index.json names it", "download it again"),
     ),
     "a missing index": (
         lambda folder: (folder / INDEX).unlink(),
-        ("model.safetensors.index.json is missing, which says what is in the shards",),
+        ("model.safetensors.index.json is missing; without it",),
     ),
-    "swapped shards": (_swap, ("model-00001-of-", "is missing, which model.safetensors.index.json says is in it")),
+    "swapped shards": (_swap, ("model-00001-of-", "is missing, but model.safetensors.index.json says it is there")),
     "a tensor in two shards": (_copy_into_another, (Q, "as well")),
     "an index that is no object": (_write(INDEX, b"[]"), (f"{INDEX} is not a JSON object",)),
     "an index without a map": (_write(INDEX, b"{}"), (f"{INDEX}: weight_map must map tensors to files",)),

@@ -300,7 +300,7 @@ def test_an_idle_leader_lets_its_followers_know_that_it_lives(start, model):
     assert wait_until(lambda: heartbeats(comm) >= 5)
 
 
-def test_notes_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
+def test_commands_that_cause_no_step_do_not_keep_the_heartbeat_away(start, model):
     """Each of them woke the idle leader before its heartbeat was due, and followers would have given it up for lost."""
     config = EngineConfig(max_seq_len=64, max_batch_size=2, heartbeat_s=0.2)
     comm = RecordingComm()
@@ -330,7 +330,7 @@ def test_a_follower_whose_leader_is_lost_ends_its_process(start, model, monkeypa
     (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
     assert record.exc_info is None
     assert record.getMessage() == (
-        "publishing a plan failed: timed out; this rank ends so that the group is started afresh"
+        "publishing a plan failed: timed out; this rank exits so that the group is restarted"
     )
 
 

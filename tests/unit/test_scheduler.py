@@ -537,7 +537,7 @@ def test_no_more_outputs_wait_than_may_wait_and_those_of_one_request_count():
     simulation = simulation_of(max_waiting=5, max_batch_size=2, max_batched_tokens=64)
     simulation.add(3, 2, n=3)
     simulation.add(3, 2, n=2)
-    with pytest.raises(QueueFull, match="5 outputs wait already, and n=1 more would exceed max_waiting=5; try again"):
+    with pytest.raises(QueueFull, match="5 outputs are already waiting, and n=1 more would exceed max_waiting=5"):
         simulation.add(3, 2)
     simulation.step()
     assert simulation.scheduler.num_waiting == 3

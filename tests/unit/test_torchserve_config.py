@@ -256,7 +256,7 @@ def test_more_ranks_than_heads_are_refused(values):
 def test_a_context_that_the_model_is_not_computed_for_is_refused(values):
     model = dataclasses.replace(TINY, context_limit=512)
     values["handler"]["max_seq_len"] = 513
-    with pytest.raises(ConfigError, match=r"^handler.max_seq_len=513 must not be more than context_limit=512"):
+    with pytest.raises(ConfigError, match=r"^handler.max_seq_len=513 must be at most context_limit=512"):
         ModelConfig.of({**values, "batchSize": 4}).engine_config(model)
     values["handler"]["max_seq_len"] = 512
     assert ModelConfig.of({**values, "batchSize": 4}).engine_config(model).max_seq_len == 512

@@ -1,7 +1,7 @@
-"""checklist.chk: the md5 of each original, as Meta ships it beside the weights (the output of md5sum).
+"""checklist.chk: the md5 of each original file, which Meta ships with the weights (the output of md5sum).
 
-The shards are hashed by a thread while they are converted. Both go through all shards at the same time from their
-beginnings, so what one has read the other finds in the page cache: the disk is read once, not twice.
+A thread hashes the shards while they are converted. Both read all shards in parallel, from their beginnings, so what
+one has read the other finds in the page cache: the disk is read once, not twice.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from llama_tp.checkpoint.progress import Advance, byte_progress, no_progress
 from llama_tp.file_kind import why_no_content
 
 _PATTERN = "*checklist.chk"
-"""Llama 2's tokenizer.model has a list of its own, tokenizer_checklist.chk."""
+"""Llama 2's tokenizer.model has its own list, tokenizer_checklist.chk."""
 _LINE = re.compile(r"\\?([0-9a-fA-F]{32}) [ *]?(.+)")
 _BLOCK = 4 << 20
 
 
 def expected_md5s(folder: Path) -> dict[str, frozenset[str]]:
-    """By file name, what the checklists of a folder say; {} if there is none. ValueError for one that is damaged.
+    """The md5s in a folder's checklists, by file name; {} if there is none. ValueError if one is damaged.
 
-    A list that covers several models names each file in the folder of its model, so a name can have several hashes.
+    A list of several models names each file in its model's folder, so a name can have several hashes.
     """
     found: dict[str, frozenset[str]] = {}
     for checklist in sorted(folder.glob(_PATTERN)):
@@ -35,7 +35,7 @@ def expected_md5s(folder: Path) -> dict[str, frozenset[str]]:
 
 
 def check_original(path: Path) -> None:
-    """Compare a small file with the checklist beside it, if there is one. ValueError if they differ."""
+    """Compare a small file with the checklist in its folder, if there is one. ValueError if they differ."""
     if not path.is_file():
         return
     if expected := expected_md5s(path.parent).get(path.name):
@@ -43,7 +43,7 @@ def check_original(path: Path) -> None:
 
 
 class BackgroundCheck:
-    """Hashes shards in a thread, all of them a block at a time in turn, while the body of the context runs."""
+    """Hashes shards in a thread, one block of each in turn, while the body of the context runs."""
 
     def __init__(self, expected: Mapping[Path, frozenset[str]]) -> None:
         self._expected = expected
@@ -62,7 +62,7 @@ class BackgroundCheck:
         self._thread.join()
 
     def finish(self, *, show_progress: bool = True) -> None:
-        """Wait for the thread. ValueError names a shard that is not the one on the checklist."""
+        """Wait for the thread. ValueError names a shard that does not match the checklist."""
         with byte_progress("Comparing with checklist.chk", self._remaining, enabled=show_progress) as advance:
             self._advance = advance
             self._thread.join()
@@ -96,7 +96,7 @@ class BackgroundCheck:
 
 
 def listed_shards(names: Iterable[str]) -> list[str]:
-    """Those of the names on a checklist that are names of shards."""
+    """The names on a checklist that are shards."""
     return sorted(name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name))
 
 

@@ -1,8 +1,8 @@
-"""Meta's own format: consolidated.00.pth .. consolidated.NN.pth, the shards of fairscale's model parallelism.
+"""Meta's own format: consolidated.00.pth to consolidated.NN.pth, the shards of fairscale's model parallelism.
 
 Column-parallel weights and `output` are split on dim 0, row-parallel ones on dim 1; the embedding on the hidden dim
-(Llama 2) or on the vocabulary (Llama 3); norms are in every shard. The files are mapped, never read as a whole, and
-never unpickled unrestricted.
+(Llama 2) or on the vocabulary (Llama 3); norms are in every shard. The files are memory-mapped, never read as a
+whole, and never unpickled without restriction.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
 
 
 class FairscaleReader:
-    """A CheckpointReader of Meta's shards. Everything but the values is checked when it is made.
+    """A CheckpointReader of Meta's shards. The constructor checks everything except the values.
 
     ValueError, one line, names the file, the tensor, what was found and what was expected.
     """
 
     def __init__(self, folder: str | Path, model_parallel_size: int | None = None) -> None:
-        """`model_parallel_size`: the number of shards that there must be. None: any."""
+        """`model_parallel_size`: the required number of shards; None: any."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
@@ -69,7 +69,7 @@ class FairscaleReader:
 
 @dataclass(frozen=True, slots=True)
 class ShardedTensor:
-    """A TensorSource over equal shards, in rank order, split on `split` (None: all the same)."""
+    """A TensorSource over shards of equal size, in rank order, split on dim `split` (None: all the same)."""
 
     shards: list[Tensor]
     split: int | None
@@ -113,7 +113,7 @@ def write_fairscale_shards(
     """The inverse of FairscaleReader. Holds one shard in memory.
 
     `embedding_dim` is the dim that the embedding is split on: 1 as in Llama 2, 0 as in Llama 3.
-    params.json gets what `args` says, so a `vocab_size` of -1 stays -1, as in Meta's Llama 2.
+    params.json is written from `args`, so a `vocab_size` of -1 stays -1, as in Meta's Llama 2.
     """
     _check_divisible(args, model_parallel_size)
     for rank in range(model_parallel_size):
@@ -132,12 +132,12 @@ def _slice(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim
     size, rest = divmod(source.shape[dim], ranks)
     if rest:
         raise ValueError(f"{name} of shape {source.shape} cannot be split on dim {dim} for model_parallel_size={ranks}")
-    # A view would take its whole storage into the file.
+    # torch.save would write a view's whole storage.
     return source.read(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
 
 
 def _shard_paths(folder: Path, model_parallel_size: int | None, listed: list[str]) -> list[Path]:
-    """consolidated.00.pth .. in order. ValueError if one of those `listed` is missing, or there are not exactly
+    """consolidated.00.pth and so on, in order. ValueError if any of `listed` is missing, or their number is not
     model_parallel_size."""
     found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     if not found:
@@ -173,7 +173,7 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} {problem}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle; the error says it better
+            warnings.simplefilter("ignore")  # about the pickle; the error is clearer
             entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # A broken or hostile file can make the reader fail in any way.
     except Exception as error:
@@ -192,7 +192,7 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], ranks: int) -> tuple[int, int]:
-    """(dim that the embedding is split on, rows of the full embedding), told by the width of one shard."""
+    """(dim that the embedding is split on, rows of the full embedding), from the width of one shard."""
     if EMBEDDING not in shard:
         raise ValueError(f"{path}: {EMBEDDING} is missing")
     shape = tuple(shard[EMBEDDING].shape)
@@ -221,7 +221,7 @@ def _join(
             if tuple(found.shape) != expected:
                 raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, expected {expected} from params.json")
             if found.dtype != dtype:
-                raise ValueError(f"{path}: {name} is {found.dtype}, expected {dtype} as {EMBEDDING} of the first shard")
+                raise ValueError(f"{path}: {name} is {found.dtype}, expected {dtype} like {EMBEDDING} of shard 0")
         source = ShardedTensor([shard[name] for shard in shards.values()], split)
         if split is None:
             _check_replicas(name, source, list(shards))
@@ -240,17 +240,17 @@ def _check_names(path: Path, shard: Mapping[str, Tensor], shapes: Mapping[str, o
 
 
 def _check_replicas(name: str, source: ShardedTensor, paths: list[Path]) -> None:
-    """Norms are the same in every shard. Where they are far apart the shards are not of one model."""
+    """Norms are the same in every shard. If they differ widely, the shards are from different models."""
     first = source.shards[0].float()
     for path, shard in zip(paths, source.shards, strict=True):
         if not torch.allclose(first, shard.float(), rtol=0.1, atol=0.1, equal_nan=True):
-            raise ValueError(f"{path}: {name} differs from the one in {paths[0].name}: the shards are not of one model")
+            raise ValueError(f"{path}: {name} differs from {paths[0].name}'s: the shards are from different models")
 
 
 def _check_distinct(tensors: Mapping[str, ShardedTensor], paths: list[Path]) -> None:
     """The same shard under two names would give a model that runs and talks nonsense.
 
-    Reads the first elements of one tensor, and of the next only while shards are alike in all before it.
+    Reads the first elements of one tensor, and of the next only while shards are identical in all before it.
     """
     alike = [list(range(len(paths)))]
     for tensor in tensors.values():

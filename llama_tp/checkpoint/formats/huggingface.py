@@ -1,7 +1,7 @@
 """Hugging Face's format: config.json, and weights in safetensors under transformers' names.
 
-transformers rotates the two halves of a head against each other, Meta neighbouring elements. So the rows of q and k are
-put back into Meta's order as they are read, with their biases and the weights of their norms.
+transformers rotates pairs of elements from the two halves of a head, Meta pairs of adjacent elements. So the rows of q
+and k, their biases and their norm weights are put into Meta's order while they are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_tp.model.weights import weight_shapes
 
 CONFIG = "config.json"
 _ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose output is rotated, or multiplies what is."""
+"""Modules whose output is rotated, or whose weight multiplies what is."""
 
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -43,12 +43,12 @@ _COMPARED_ROWS = 4096
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Whether a folder holds a Hugging Face model, and not Meta's shards beside a config.json."""
+    """Whether a folder holds a Hugging Face model, not Meta's shards with a config.json."""
     return (folder / CONFIG).is_file() and not any(folder.glob("consolidated.*.pth"))
 
 
 def hugging_face_name(name: str) -> str:
-    """transformers' name of a weight or bias that Meta's style names so."""
+    """transformers' name of a weight or bias, from Meta's."""
     module, _, parameter = name.rpartition(".")
     if module in _TOP:
         return f"{_TOP[module]}.{parameter}"
@@ -57,7 +57,7 @@ def hugging_face_name(name: str) -> str:
 
 
 class HuggingFaceReader:
-    """A CheckpointReader of a model in transformers' form. Everything but the values is checked when it is made.
+    """A CheckpointReader of a model in transformers' format. The constructor checks everything except the values.
 
     ValueError, one line, names the file, the tensor or key, what was found and what was expected.
     """
@@ -72,7 +72,7 @@ class HuggingFaceReader:
             for name, tensor in open_tensors(self.folder).items()
             if not name.endswith(".rotary_emb.inv_freq")
         }
-        if self.args.n_layers > len(stored):  # names for so many layers might not even fit into memory
+        if self.args.n_layers > len(stored):  # that many layers' names might not fit into memory
             raise ValueError(
                 f"{self.folder} holds {len(stored)} tensors: too few for num_hidden_layers={self.args.n_layers}"
             )
@@ -90,7 +90,7 @@ class HuggingFaceReader:
 
 @dataclass(frozen=True, slots=True)
 class RotaryTensor:
-    """A TensorSource that gives the rows of whole heads in Meta's order. Holds up to two heads more than are read."""
+    """A TensorSource with each head's rows in Meta's order. A read may load up to two heads more than it returns."""
 
     stored: StoredTensor
     head_dim: int
@@ -105,14 +105,14 @@ class RotaryTensor:
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
         if dim != 0:
-            return self.stored.read(dim, start, length)[self._their_rows(0, self.shape[0])]
+            return self.stored.read(dim, start, length)[self._stored_rows(0, self.shape[0])]
         first = start // self.head_dim * self.head_dim
         end = -(-(start + length) // self.head_dim) * self.head_dim
-        return self.stored.read(0, first, end - first)[self._their_rows(start, length) - first]
+        return self.stored.read(0, first, end - first)[self._stored_rows(start, length) - first]
 
-    def _their_rows(self, start: int, length: int) -> Tensor:
-        """Where the rows start, start + 1, ... of Meta's order are stored: (first, second) of all pairs side by side
-        became all first, then all second."""
+    def _stored_rows(self, start: int, length: int) -> Tensor:
+        """Where the rows start, start + 1, ... of Meta's order are stored. Meta has (first, second) of each pair,
+        transformers all first, then all second."""
         rows = torch.arange(start, start + length)
         head, within = rows // self.head_dim, rows % self.head_dim
         return head * self.head_dim + within % 2 * (self.head_dim // 2) + within // 2
@@ -123,7 +123,7 @@ def _source(name: str, stored: StoredTensor, head_dim: int) -> TensorSource:
 
 
 def _check_output(folder: Path, args: ModelArgs, stored: dict[str, StoredTensor]) -> None:
-    """Take the output out of `stored` where it is the embedding once more. ValueError if config.json and the files
+    """Remove the output from `stored` if it is a copy of the embedding. ValueError if config.json and the files
     disagree on whether it is."""
     said = f"{folder / CONFIG} says tie_word_embeddings={str(args.tied_embeddings).lower()}"
     if not args.tied_embeddings and _OUTPUT not in stored:
@@ -136,7 +136,7 @@ def _check_output(folder: Path, args: ModelArgs, stored: dict[str, StoredTensor]
 
 
 def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
-    """A few rows at a time."""
+    """Compare a few rows at a time."""
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
     blocks = ((start, min(_COMPARED_ROWS, one.shape[0] - start)) for start in range(0, one.shape[0], _COMPARED_ROWS))
@@ -153,8 +153,8 @@ def _check_tensors(folder: Path, args: ModelArgs, stored: Mapping[str, StoredTen
             raise ValueError(f"{found.path}: {name} has shape {found.shape}, expected {shape} from {CONFIG}")
         if found.dtype != dtype:
             raise ValueError(
-                f"{found.path}: {name} is {found.dtype}, expected {dtype} as {_EMBEDDING}: mixed types are not read; "
-                "save the model in one type"
+                f"{found.path}: {name} is {found.dtype}, expected {dtype} like {_EMBEDDING}: mixed dtypes are not "
+                "supported; save the model in one dtype"
             )
 
 

@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face model, as transformers reads it for the architectures that we compute.
+"""config.json of a Hugging Face model, read as transformers does for the supported architectures.
 
-transformers 5 writes `rope_parameters` where 4 wrote `rope_scaling` and `rope_theta`; both are read. Whatever would
-change what the model computes, and is not computed here, is refused by name.
+transformers 5 writes `rope_parameters` where 4 wrote `rope_scaling` and `rope_theta`; both are read. A setting that
+changes what the model computes, and is not supported here, is refused by name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ARCHITECTURES: Mapping[str, Mapping[str, str | bool]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True},
     "Qwen3ForCausalLM": {"qkv_bias": "attention_bias", "wo_bias": "attention_bias", "qk_norm": True},
 }
-"""What is read -> the features of ModelArgs that it has: always, or where a key of config.json is true."""
+"""Supported architecture -> its features in ModelArgs: always on, or on if this key of config.json is true."""
 
 _MAX_SEQ_LEN = 2048
-"""By default, as of other formats; config.json says how long the model may be used, not how long it will be."""
+"""Default, as for other formats; config.json gives the longest context possible, not the one to serve."""
 _MAX_JSON_BYTES = 64 << 20
 _QWEN3_HEAD_DIM = 128
 _QWEN_MAX_WINDOW_LAYERS = 28
@@ -51,7 +51,7 @@ def read_config(path: Path) -> tuple[str, ModelArgs]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size. ValueError says what stands in its place."""
+    """The JSON object in a file of reasonable size. ValueError says what is there instead."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; download it again")
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
@@ -71,7 +71,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _model_args(architecture: str, config: Mapping[str, Any]) -> ModelArgs:
-    _refuse_what_is_not_computed(config)
+    _refuse_unsupported(config)
     dim, n_heads = _need_int(config, "hidden_size"), _need_int(config, "num_attention_heads")
     head_dim = _int(config, "head_dim", _QWEN3_HEAD_DIM if architecture == "Qwen3ForCausalLM" else None)
     theta, scaling, longest = _rope(config)
@@ -97,20 +97,20 @@ def _model_args(architecture: str, config: Mapping[str, Any]) -> ModelArgs:
     )
 
 
-def _refuse_what_is_not_computed(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ValueError(
-            f"quantization_config with quant_method={method!r}: quantized weights are not read; take the model's "
-            "original ones, in bfloat16, float16 or float32"
+            f"quantization_config with quant_method={method!r}: quantized weights are not supported; use the "
+            "model's original ones, in bfloat16, float16 or float32"
         )
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported, only 'silu'")
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
-    """(theta, scaling, the most tokens for which they hold). Where both generations' keys are there, as transformers
-    chooses: the older one's."""
+    """(theta, scaling, maximum tokens for which they hold). If both versions' keys are present, the older one's apply,
+    as in transformers."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
@@ -125,9 +125,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | N
         return theta, RopeScaling(kind="linear", factor=_number(rope, "factor")), None
     if kind == "llama3":
         return theta, _llama3(rope, config), None
-    if kind == "dynamic":  # it begins where the sequence is longer than the context of the training
+    if kind == "dynamic":  # has an effect only beyond the training context
         return theta, None, _need_int(config, "max_position_embeddings")
-    raise ValueError(f"{key} of rope_type={kind!r} is not supported; supported: default, linear, llama3, dynamic")
+    raise ValueError(f"{key} with rope_type={kind!r} is not supported; supported: default, linear, llama3, dynamic")
 
 
 def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
@@ -141,7 +141,7 @@ def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
 
 
 def _window(architecture: str, config: Mapping[str, Any]) -> int | None:
-    """The tokens that a layer with a sliding window attends to; None if there is no such layer."""
+    """The sliding window in tokens; None if no layer has one."""
     if architecture == "LlamaForCausalLM":
         return None
     window = _int(config, "sliding_window", None)
@@ -189,5 +189,5 @@ def _bool(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _in_their_names(problem: str) -> str:
-    """A problem of ModelArgs, as the keys of config.json are called."""
+    """A problem of ModelArgs, in config.json's names."""
     return re.sub(r"\b(\w+)(?==)", lambda name: _THEIR_NAMES.get(name[1], name[1]), problem)

@@ -1,4 +1,4 @@
-"""The reader of a foreign checkpoint, whose format is found by looking at it."""
+"""Opens a foreign checkpoint, and detects its format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llama_tp.file_kind import is_gguf
 
 
 def open_checkpoint(source: str | Path, *, model_parallel_size: int | None = None) -> CheckpointReader:
-    """Meta's shards or a Hugging Face model in a folder, or one GGUF file. ValueError says what is wrong with it, or
-    what it is instead.
+    """Open a folder with Meta's shards or a Hugging Face model, or a GGUF file. ValueError says what is wrong with it,
+    or what it is instead.
 
-    `model_parallel_size`: the number of shards that the source must have, where it has shards. None: any.
+    `model_parallel_size`: the required number of shards; None: any. Only Meta's format has them.
     """
     path = Path(source)
     if is_gguf(path):

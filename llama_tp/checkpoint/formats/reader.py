@@ -1,4 +1,4 @@
-"""What every source of weights offers: the architecture, and tensors that are read a slice at a time."""
+"""The interface of every source of weights: the architecture, and tensors that are read a slice at a time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class TensorSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
-        """`length` entries of dimension `dim` from `start`. May be a view of a file mapping: not to be written to."""
+        """`length` entries of dimension `dim` from `start`. May be a view of a mapped file: do not write to it."""
         ...
 
 
 class CheckpointReader(Protocol):
-    """A whole model in Meta's names. Memory is bounded by what one `read` returns, never by the model."""
+    """A whole model in Meta's names. Memory is bounded by what one `read` returns, not by the model."""
 
     @property
     def args(self) -> ModelArgs:
-        """The architecture, with `vocab_size` and `tied_embeddings` as the weights have them."""
+        """The architecture, with `vocab_size` and `tied_embeddings` from the weights."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of every tensor."""
+        """The dtype of every tensor."""
         ...
 
     @property
@@ -50,18 +50,18 @@ class CheckpointReader(Protocol):
 
     @property
     def expected_md5s(self) -> Mapping[Path, frozenset[str]]:
-        """The md5 sums, in hex, that their publisher gives for some or all of `files`; they are not compared yet."""
+        """Published md5 sums, in hex, of some or all of `files`; not compared yet."""
         ...
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What the manifest of a converted checkpoint says of its source."""
+        """The description of the source in a converted checkpoint's manifest."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryTensor:
-    """A TensorSource over a tensor that is in memory already."""
+    """A TensorSource over a tensor in memory."""
 
     tensor: Tensor
 
@@ -90,6 +90,6 @@ class MemoryReader:
 
     @classmethod
     def of(cls, args: ModelArgs, tensors: Mapping[str, Tensor]) -> MemoryReader:
-        """The reader of a state dict whose tensors all have one dtype."""
+        """A reader of a state dict whose tensors all have the same dtype."""
         sources = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
         return cls(args, next(iter(sources.values())).dtype, sources)

@@ -1,7 +1,7 @@
-"""The safetensors files of a Hugging Face folder: model.safetensors, or shards and the index that names them.
+"""The safetensors files of a Hugging Face folder: model.safetensors, or shards and their index.
 
-Headers are checked by the safetensors package, which bounds them by the file (https://github.com/huggingface/safetensors);
-values are read a slice at a time, from a mapping. Nothing in them can be executed.
+The safetensors package checks headers against the file's size (https://github.com/huggingface/safetensors); values are
+read a slice at a time, from a memory mapping. Nothing in them can be executed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llama_tp.file_kind import read_head, why_no_content
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""As the format names them; others are refused."""
+"""By the format's names; others are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A TensorSource over one tensor of a file, as it stands there."""
+    """A TensorSource over one tensor of a file, unchanged."""
 
     path: Path
     name: str
@@ -40,7 +40,7 @@ class StoredTensor:
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder, by its name in the files. ValueError names the file that is missing or damaged."""
+    """All tensors of a folder, by their names in the files. ValueError names a missing or damaged file."""
     if (folder / SINGLE).is_file():
         return _open_file(folder, SINGLE)
     if not (folder / INDEX).is_file():
@@ -50,10 +50,12 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing, which {INDEX} names; download it again")
+            raise ValueError(f"{folder / shard} is missing, but {INDEX} names it; download it again")
         found = _open_file(folder, shard)
         if absent := {name for name, file in weight_map.items() if file == shard} - found.keys():
-            raise ValueError(f"{folder / shard}: {min(absent)} is missing, which {INDEX} says is in it; download both")
+            raise ValueError(
+                f"{folder / shard}: {min(absent)} is missing, but {INDEX} says it is there; download both again"
+            )
         if twice := found.keys() & tensors.keys():
             raise ValueError(f"{folder / shard}: {min(twice)} is in {tensors[min(twice)].path.name} as well")
         tensors |= found
@@ -61,7 +63,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """ValueError for a link that leaves the folder, unless into the blobs of the hub's cache that the folder is in."""
+    """ValueError for a link out of the folder, except into the blobs of the hub cache that the folder is in."""
     inside = folder.resolve()
     blobs = [parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots"]
     if not any(path.resolve().is_relative_to(root) for root in (inside, *blobs)):
@@ -69,7 +71,7 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Name of a tensor -> name of the file that it is in."""
+    """Tensor name -> name of its file."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: weight_map must map tensors to files; download it again")
@@ -86,7 +88,7 @@ def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
     if problem := why_no_content(head):
         raise ValueError(f"{path} {problem}")
     if head.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{path} was written by torch.save: it is no safetensors file; download it again")
+        raise ValueError(f"{path} was written by torch.save, not in safetensors format; download it again")
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -98,20 +100,20 @@ def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, file: Any) -> StoredTensor:
     header = file.get_slice(name)
     if (dtype := header.get_dtype()) not in DTYPES:
-        raise ValueError(f"{path}: {name} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are not read")
+        raise ValueError(f"{path}: {name} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported")
     return StoredTensor(path, name, tuple(header.get_shape()), DTYPES[dtype], file)
 
 
 def _why_no_weights(folder: Path) -> str:
-    """What there is instead, and what to do."""
+    """What the folder has instead, and what to do."""
     names = {path.name for path in folder.iterdir()}
     if pickles := sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")):
         return (
-            f"{folder} holds {pickles[0]}, a pickle, which is not read; download the model's safetensors, or write "
+            f"{folder} holds {pickles[0]}, a pickle, which is not loaded; download the model's safetensors, or write "
             "them with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
         )
     if (folder / "original" / "params.json").is_file():
         return f"{folder} has no {SINGLE}; Meta's original weights are in {folder / 'original'}: convert that folder"
     if any(name.startswith("model-") and name.endswith(".safetensors") for name in names):
-        return f"{folder / INDEX} is missing, which says what is in the shards; download it again"
+        return f"{folder / INDEX} is missing; without it the shards cannot be read; download it again"
     return f"{folder} has a config.json, but neither {SINGLE} nor {INDEX}; download the weights"

@@ -1,1 +1,1 @@
-"""The APIs that clients speak: bytes in, `GenerationRequest`s; output in, bytes. Nothing else."""
+"""The APIs that clients speak: from bytes to `GenerationRequest`s, and from output to bytes. Nothing else."""

@@ -1,4 +1,4 @@
-"""What the service asks of a dialect."""
+"""The interface between the service and a dialect."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from llama_tp.text.tokenizer import Tokenizer
 
 
 class Replies(Protocol):
-    """How one request is answered."""
+    """Formats the replies to one request."""
 
     chunk_tokens: int
-    """Most tokens of each output in a chunk."""
+    """Maximum tokens of each output per chunk."""
     chunk_type: str
     """Content type of a stream."""
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
-        """The next piece of a stream. usage ends it."""
+        """The next chunk of a stream. The last one has `usage`."""
         ...
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
-        """The whole answer to a request that does not stream. ApiError if it is too large."""
+        """The whole answer to a non-streaming request. ApiError if it is too large."""
         ...
 
     def error(self, error: ApiError) -> bytes:
-        """What ends a request that has failed, possibly after a part of its stream."""
+        """The last reply to a failed request, possibly in mid-stream."""
         ...
 
 
@@ -35,13 +35,13 @@ class Dialect(Protocol):
     """One API."""
 
     def parse(self, body: object) -> GenerationRequest:
-        """The request in a body: bytes, text, or parsed JSON. ApiError with status 400 if it is none."""
+        """The request in a body: bytes, text, or parsed JSON. ApiError with status 400 if it is invalid."""
         ...
 
     def replies(self, request: GenerationRequest, tokenizer: Tokenizer, longest_token: int) -> Replies:
-        """How to answer it. `longest_token`: most bytes of a token."""
+        """The formatter of its replies. `longest_token`: bytes of the longest token."""
         ...
 
     def error(self, error: ApiError) -> bytes:
-        """The answer to a request that is refused."""
+        """The answer to a refused request."""
         ...

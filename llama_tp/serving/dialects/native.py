@@ -3,7 +3,7 @@
     {"prompt": "The capital of France is", "max_new_tokens": 50}
     {"dialog": [{"role": "user", "content": "Hi"}], "max_new_tokens": 50, "mode": "chat"}
 
-The prompt may be text or token ids. A field that is null is not given.
+The prompt may be text or token ids. A null field counts as omitted.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from llama_tp.text.dialog import Message
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_CHUNK_BYTES = 64 * 1024
-"""Bytes of one line of a stream."""
+"""Maximum bytes per line of a stream."""
 MAX_CHUNK_TOKENS = 64
-"""Tokens of one line of a stream; fewer where each of them takes many bytes."""
+"""Maximum tokens per line of a stream; fewer if tokens take many bytes."""
 MAX_ANSWER_BYTES = 6 * 2**20
-"""Bytes of an answer that does not stream: a longer one than its max_response_size would end TorchServe's worker."""
+"""Maximum bytes of a non-streaming answer: one above max_response_size would end TorchServe's worker."""
 MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks, as it does in OpenAI's API."""
+"""Replaces minus infinity, which JSON lacks, as in OpenAI's API."""
 
 
 class NativeDialect:
@@ -74,14 +74,14 @@ def _text_or_ids(prompt: object) -> str | tuple[int, ...]:
 
 
 _TO_CHAT = 'to chat, send the messages as dialog, as in {"dialog": [{"role": "user", "content": "Hi"}]}'
-_ELSEWHERE = {
+_HINTS = {
     "messages": _TO_CHAT,
     "model": f"leave it out, the URL names the model; {_TO_CHAT}",
     "system": "make it the first message of dialog, with the role system",
     "max_completion_tokens": "did you mean max_new_tokens?",
     **dict.fromkeys(("input", "inputs", "text"), "send the text as prompt"),
 }
-"""What the fields of other APIs are called here, where the names do not tell."""
+"""What to use instead of other APIs' fields, where names are too different to suggest it."""
 
 
 class _Message(StrictModel):
@@ -96,7 +96,7 @@ def _some_messages(messages: list[_Message]) -> tuple[Message, ...]:
 
 
 class _Fields(StrictModel):
-    hints = _ELSEWHERE
+    hints = _HINTS
 
     prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
     dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
@@ -121,9 +121,9 @@ _Body = create_model("_Body", __base__=_Fields, **_KNOBS)
 
 
 def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
-    """The request in a body (bytes, text, or already parsed JSON). ApiError with status 400 if it is none.
+    """The request in a body (bytes, text, or already parsed JSON). ApiError with status 400 if it is invalid.
 
-    A prompt is text_completion and a dialog is chat; `mode` may say so too, but may not say otherwise.
+    A prompt means text_completion and a dialog means chat; `mode` is optional, but must agree.
     """
     payload = parse_json(body)
     fields = validate(_Body, payload)
@@ -154,7 +154,7 @@ def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
 
 
 def _check_mode(payload: Mapping[str, Any], given: dict[str, Any], default: Mode) -> None:
-    """ApiError unless there is either a prompt or a dialog, and mode agrees with it."""
+    """ApiError unless there is exactly one of prompt and dialog, and mode agrees with it."""
     if "prompt" in given and "dialog" in given:
         raise ApiError(400, "conflicting_fields", "prompt and dialog are both given; send one of them", "dialog")
     if "prompt" not in given and "dialog" not in given:
@@ -195,8 +195,8 @@ class NativeReplies:
         self._token_bytes = token_bytes
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None = None) -> bytes:
-        """Lines of a stream: new text and the ids of the new tokens, either of which may be empty. usage ends the
-        last."""
+        """Lines of a stream: new text and the ids of the new tokens, either of which may be empty. `usage` goes into
+        the last."""
         records = [self._record(delta) for delta in deltas]
         if usage is not None:
             records[-1]["usage"] = _usage(usage)
@@ -213,11 +213,11 @@ class NativeReplies:
         return body
 
     def error(self, error: ApiError) -> bytes:
-        """One line, also as the end of a stream that has failed after its status was sent."""
+        """One line, also at the end of a stream that fails after its status was sent."""
         return error.body() + b"\n"
 
     def _record(self, delta: OutputDelta) -> dict[str, Any]:
-        """An output as a line of a stream has it."""
+        """The fields of one output in a line of a stream."""
         logprobs = None
         if delta.logprobs is not None:
             pairs = zip(delta.ids, delta.logprobs, strict=True)
@@ -234,10 +234,10 @@ class NativeReplies:
 
 
 def chunk_tokens(request: GenerationRequest, longest_token: int) -> int:
-    """How many tokens of at most `longest_token` bytes fit into a line of a stream in any case.
+    """How many tokens of up to `longest_token` bytes are sure to fit into a line of a stream.
 
-    A byte is a control character's \\u0000 in a text and a number of three digits in a list. Space is left for what was
-    held back of a stop string.
+    At worst, a byte becomes a control character's \\u0000 in a text and a three-digit number in a list. Space is left
+    for text held back as a possible stop string.
     """
     num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs
     num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
@@ -245,7 +245,7 @@ def chunk_tokens(request: GenerationRequest, longest_token: int) -> int:
 
 
 def token_logprobs(token_id: int, logprobs: Logprobs, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
-    """What a reply says of how probable a token was, with the names of OpenAI's chat API."""
+    """A token's log probabilities in a reply, with the field names of OpenAI's chat API."""
 
     def record(token_id: int, logprob: float) -> dict[str, Any]:
         raw = token_bytes(token_id)
