@@ -17,25 +17,25 @@ def write_tokenizer(reader: GGUFReader, folder: str | Path) -> None:
     Control tokens become special tokens; the chat template, and whether a BOS is prepended, go into
     tokenizer_config.json.
     """
-    model, pre = reader.field("tokenizer.ggml.model"), reader.field("tokenizer.ggml.pre")
+    model, pre = reader.metadata.get("tokenizer.ggml.model"), reader.metadata.get("tokenizer.ggml.pre")
     if (model, pre) != ("gpt2", "smollm"):
         raise ValueError(
             f"{reader.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; only 'gpt2' with 'smollm' is read"
         )
-    tokens: list[str] = reader.field("tokenizer.ggml.tokens")
-    kinds: list[int] = reader.field("tokenizer.ggml.token_type")
+    tokens: list[str] = reader.metadata.get("tokenizer.ggml.tokens")
+    kinds: list[int] = reader.metadata.get("tokenizer.ggml.token_type")
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(f"{reader.path}: {len(tokens)} tokens ({len(set(tokens))} distinct) with {len(kinds)} types")
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    merges = [_pair(reader, merge) for merge in reader.field("tokenizer.ggml.merges")]
+    merges = [_pair(reader, merge) for merge in reader.metadata.get("tokenizer.ggml.merges")]
     tokenizer = _byte_level_bpe({token: index for index, token in enumerate(tokens)}, merges, special)
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _token(reader, tokens, "bos"),
         "eos_token": _token(reader, tokens, "eos"),
-        "add_bos_token": bool(reader.field("tokenizer.ggml.add_bos_token", False)),
-        "chat_template": reader.field("tokenizer.chat_template"),
+        "add_bos_token": bool(reader.metadata.get("tokenizer.ggml.add_bos_token", False)),
+        "chat_template": reader.metadata.get("tokenizer.chat_template"),
     }
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, ensure_ascii=False)
     (Path(folder) / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
@@ -61,7 +61,7 @@ def _pair(reader: GGUFReader, merge: str) -> tuple[str, str]:
 
 
 def _token(reader: GGUFReader, tokens: list[str], role: str) -> str | None:
-    index = reader.field(f"tokenizer.ggml.{role}_token_id")
+    index = reader.metadata.get(f"tokenizer.ggml.{role}_token_id")
     if index is not None and index >= len(tokens):
         raise ValueError(f"{reader.path}: tokenizer.ggml.{role}_token_id={index}, but there are {len(tokens)} tokens")
     return None if index is None else tokens[index]
