@@ -169,3 +169,39 @@ def rope_factors(config, head_dim, *, factor, low=1.0, high=4.0, original=8192):
         smooth = (original / wavelength - low) / (high - low)
         factors.append(1 / ((1 - smooth) / factor + smooth) if 0 <= smooth <= 1 else 1 if smooth > 1 else factor)
     return np.array(factors, dtype=np.float32)
+
+
+def add_sentencepiece(writer, library, *, bos=None, eos=None):
+    """A sentencepiece model's tokenizer as llama.cpp's converter writes it (`_create_vocab_sentencepiece`)."""
+    kinds = gguf.TokenType
+    types = [
+        kinds.UNKNOWN
+        if library.is_unknown(i)
+        else kinds.CONTROL
+        if library.is_control(i)
+        else kinds.UNUSED
+        if library.is_unused(i)
+        else kinds.BYTE
+        if library.is_byte(i)
+        else kinds.NORMAL
+        for i in range(library.vocab_size())
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([library.id_to_piece(i) for i in range(library.vocab_size())])
+    writer.add_token_scores([library.get_score(i) for i in range(library.vocab_size())])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(library.bos_id() if bos is None else bos)
+    writer.add_eos_token_id(library.eos_id() if eos is None else eos)
+
+
+def add_byte_level_bpe(writer, vocab, merges, pre, *, control=(), user_defined=(), rows=None):
+    """A byte-level BPE as llama.cpp's converter writes it (`get_vocab_base`), padded to the embedding's rows."""
+    tokens = sorted(vocab, key=vocab.get)
+    types = [3 if token in control else 4 if token in user_defined else 1 for token in tokens]
+    padding = max((rows or 0) - len(tokens), 0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, *(f"[PAD{len(tokens) + i}]" for i in range(padding))])
+    writer.add_token_types([*types, *[5] * padding])
+    writer.add_token_merges([" ".join(pair) for pair in merges])

@@ -47,7 +47,8 @@ def convert(
         source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
             and safetensors), or a GGUF file
         destination: folder to write
-        tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
+        tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default that of the
+            source
         model_parallel_size: required number of shards in the source, as a check; by default any number
         max_seq_len: default context length when serving, written to model_args.json
         max_batch_size: default maximum batch size when serving, written to model_args.json
@@ -59,7 +60,7 @@ def convert(
 
     conversion.convert(
         source,
-        tokenizer or source,
+        tokenizer,
         model_parallel_size,
         destination,
         max_seq_len=max_seq_len,
