@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_tp.checkpoint.formats.gguf_header import check_header
-from llama_tp.checkpoint.formats.gguf_metadata import Metadata, architecture_of, read_args
+from llama_tp.checkpoint.formats.gguf_files import open_files
+from llama_tp.checkpoint.formats.gguf_metadata import architecture_of, read_args
 from llama_tp.checkpoint.formats.reader import TensorSource
 from llama_tp.checkpoint.formats.rotary import in_metas_order
 from llama_tp.config import ModelArgs
@@ -39,20 +39,19 @@ _ROPE_FREQS = "rope_freqs.weight"
 
 
 class GGUFReader:
-    """A CheckpointReader of one GGUF file; every tensor comes in `dtype`. ValueError says what was found instead.
+    """A CheckpointReader of a GGUF file, or of all parts of a split one, given any of them; every tensor comes in
+    `dtype`. ValueError says what was found instead.
 
     dtype: by default float32 if the file's tensors are in float32, else bfloat16
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        self.path = Path(path)
-        self.files = [self.path]
+        self.files, self.metadata, entries = open_files(Path(path))
+        self.path = self.files[0]
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "gguf"}
-        file = _open(self.path)
-        self.metadata = Metadata(self.path, file.fields)
         architecture = architecture_of(self.metadata)
-        found = {_meta_name(entry.name): entry for entry in file.tensors}
+        found = {_meta_name(name): entry for name, entry in entries.items()}
         _check_types(self.path, found.values())
         self.dtype = dtype or _dtype_of(found.values())
         freqs = found.pop(_ROPE_FREQS, None)
@@ -87,19 +86,6 @@ class QuantisedTensor:
         # float32 comes as a view of the file, which torch cannot take.
         values = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.dtype)
         return values if rows is not self.entry.data else values.narrow(dim, start, length)
-
-
-def _open(path: Path) -> Any:
-    """The gguf package's reader of a file that was found sound."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("reading GGUF needs the gguf package: pip install 'llama-tp[demo]'") from None
-    check_header(path)
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a sound GGUF file: {str(error).splitlines()[0]}") from None
 
 
 def _meta_name(name: str) -> str:
