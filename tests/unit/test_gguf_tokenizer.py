@@ -238,6 +238,11 @@ REFUSED = {
     "a merge of nothing": (_bpe(merges=[("a", "c")]), "'a c' is not a merge of two tokens"),
     "a merge without space": (_bpe(merges=[("ab",)]), "'ab' is not a merge of two tokens"),
     "eos beyond the end": (_key(_bpe(), eos_token_id=3), "tokenizer.ggml.eos_token_id=3, but there are 3 tokens"),
+    "a number for a flag": (_key(_bpe(), add_bos_token=1), "tokenizer.ggml.add_bos_token=1 must be true or false"),
+    "a number for a template": (
+        lambda writer: (_bpe()(writer), writer.add_uint32("tokenizer.chat_template", 7)),
+        "tokenizer.chat_template=7 must be a string",
+    ),
     "a piece twice": (_pieces((4, ("ab", 1))), "6 tokens (5 distinct) with 6 types"),
     "no unknown": (_pieces((0, ("x", 1))), "0 unknown tokens, expected 1"),
     "one byte": (_pieces((5, ("<0x00>", 6))), "1 tokens for bytes, expected 256 or none"),
@@ -259,6 +264,6 @@ def test_a_tokenizer_that_is_not_read_is_refused_with_the_remedy(tmp_path, case)
         convert(str(path), str(tmp_path / "out"))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-    if case not in ("eos beyond the end", "tokens that are numbers"):
+    if case not in ("eos beyond the end", "tokens that are numbers", "a number for a flag"):
         assert "--tokenizer" in str(error.value)
     assert not (tmp_path / "out").exists()

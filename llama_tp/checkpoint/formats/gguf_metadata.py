@@ -63,6 +63,12 @@ class Metadata:
             raise ValueError(f"{self.path}: {key}={_shown(value)} must be a number")
         return _shortest(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.path}: {key}={_shown(value)} must be true or false")
+        return value
+
     def texts(self, key: str) -> list[str]:
         value = self._need(key, None)
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):

@@ -109,8 +109,8 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[float]) ->
             types,
             bos=bos,
             eos=eos,
-            adds_space=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-            merges_spaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+            adds_space=metadata.flag("tokenizer.ggml.add_space_prefix", True),
+            merges_spaces=metadata.flag("tokenizer.ggml.remove_extra_whitespaces", False),
         )
     except ValueError as error:
         raise ValueError(f"{metadata.path}: {error}; {_REMEDY}") from None
@@ -121,9 +121,11 @@ def _write_siblings(metadata: Metadata, tokens: list[str], folder: Path, default
         "tokenizer_class": defaults["tokenizer_class"],
         "bos_token": _token(metadata, tokens, "bos"),
         "eos_token": _token(metadata, tokens, "eos"),
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos_token"])),
+        "add_bos_token": metadata.flag("tokenizer.ggml.add_bos_token", defaults["add_bos_token"]),
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
+    if not isinstance(template := config["chat_template"], str | None):
+        raise ValueError(f"{metadata.path}: tokenizer.chat_template={template!r:.80} must be a string; {_REMEDY}")
     _write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
     ends = [_token_id(metadata, tokens, role) for role in ("eos", "eot", "eom")]
     stops = sorted({index for index in ends if index is not None})
