@@ -127,6 +127,10 @@ REFUSED = {
     "heads that do not divide": ({"heads": 3}, "llama.embedding_length=64 must be a multiple of"),
     "too many layers": ({"layers": 1 << 30}, "too few for block_count=1073741824"),
     "unknown frequencies": ({"extra": {"x": ("rope_freqs", (8,), F32)}}, "tensor rope_freqs.weight is not that of"),
+    "quantised frequencies": (
+        {"extra": {"x": ("rope_freqs", (32,), gguf.GGMLQuantizationType.Q8_0)}},
+        "tensor rope_freqs.weight is not that of",
+    ),
     "a type beyond the package": (
         {"raw": ("blk.0.attn_q.bias", np.zeros(4, np.int32))},
         "tensor blk.0.attn_q.bias is of type I32, which the gguf package cannot dequantise",

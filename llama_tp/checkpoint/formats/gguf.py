@@ -54,14 +54,11 @@ class GGUFReader:
         found = {_meta_name(name): entry for name, entry in entries.items()}
         _check_types(self.path, found.values())
         self.dtype = dtype or _dtype_of(found.values())
-        freqs = found.pop(_ROPE_FREQS, None)
-        self.args = read_args(
-            self.metadata,
-            {name: _shape(entry) for name, entry in found.items()},
-            None if freqs is None else QuantisedTensor(freqs, _shape(freqs), torch.float32).read(0, 0, len(freqs.data)),
-        )
+        rope_freqs = _dequantised(found.pop(_ROPE_FREQS)) if _ROPE_FREQS in found else None
+        shapes = {name: _shape(entry) for name, entry in found.items()}
+        self.args = read_args(self.metadata, shapes, rope_freqs)
         _check_tensors(self.path, self.args, found)
-        stored = {name: QuantisedTensor(entry, _shape(entry), self.dtype) for name, entry in found.items()}
+        stored = {name: QuantisedTensor(entry, shapes[name], self.dtype) for name, entry in found.items()}
         self.tensors: Mapping[str, TensorSource] = {
             name: stored[name] if architecture == "llama" else in_metas_order(name, stored[name], self.args.head_dim)
             for name in weight_shapes(self.args)
@@ -77,15 +74,17 @@ class QuantisedTensor:
     dtype: torch.dtype
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
-        from gguf.quants import dequantize
-
-        rows = self.entry.data
         if dim == 0 and len(self.shape) == 2:
-            rows = rows[start : start + length]
-        array = dequantize(rows, self.entry.tensor_type)
-        # float32 comes as a view of the file, which torch cannot take.
-        values = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.dtype)
-        return values if rows is not self.entry.data else values.narrow(dim, start, length)
+            return _dequantised(self.entry, slice(start, start + length)).to(self.dtype)
+        return _dequantised(self.entry).to(self.dtype).narrow(dim, start, length)
+
+
+def _dequantised(entry: Any, rows: slice = slice(None)) -> Tensor:
+    from gguf.quants import dequantize
+
+    array = dequantize(entry.data[rows], entry.tensor_type)
+    # float32 comes as a view of the file, which torch cannot take.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _meta_name(name: str) -> str:
