@@ -68,7 +68,7 @@ def convert(
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
             reader = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size))
-            tokenizer = agree(lambda: _check_tokenizer(reader, original_ckpt_dir, tokenizer_path, own_tokenizer))
+            tokenizer = agree(lambda: _check_tokenizer(reader, str(original_ckpt_dir), tokenizer_path, own_tokenizer))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
@@ -97,10 +97,11 @@ def _check_tokenizer(reader: CheckpointReader, original_ckpt_dir: str, tokenizer
 
     if tokenizer_path is None:
         tokenizer_path = own if write_own_tokenizer(reader, Path(own)) else original_ckpt_dir
+    tokenizer_path = str(tokenizer_path)
     for path in (Path(tokenizer_path), Path(tokenizer_path, "tokenizer.model")):
         check_original(path)
     load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
-    return str(tokenizer_path)
+    return tokenizer_path
 
 
 def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str) -> None:
