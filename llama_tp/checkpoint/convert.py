@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
 
 from llama_tp.checkpoint.formats.checklist import BackgroundCheck, check_original
-from llama_tp.checkpoint.formats.open import open_checkpoint
+from llama_tp.checkpoint.formats.open import open_checkpoint, write_own_tokenizer
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.store import dcp
@@ -34,7 +35,7 @@ _PEER_TIMEOUT = timedelta(hours=12)
 
 def convert(
     original_ckpt_dir: str,
-    tokenizer_path: str,
+    tokenizer_path: str | None,
     model_parallel_size: int | None,
     save_checkpoint_dir: str = "converted_checkpoints",
     max_seq_len: int = 2048,
@@ -51,7 +52,8 @@ def convert(
     Args:
         original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model
             (config.json and safetensors), or a GGUF file
-        tokenizer_path: the model's tokenizer.model or tokenizer.json; copied into the checkpoint with its companions
+        tokenizer_path: the model's tokenizer.model or tokenizer.json; copied into the checkpoint with its companions.
+            None: the one in original_ckpt_dir
         model_parallel_size: shards of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: any number
         save_checkpoint_dir: folder to write
         max_seq_len: default context for serving, stored in model_args.json
@@ -62,14 +64,15 @@ def convert(
     """
     if isinstance(tp_max, bool) or not isinstance(tp_max, int) or tp_max < 1:
         raise ValueError(f"tp_max={tp_max!r} must be an integer of at least 1")
-    with process_group():
+    with process_group(), TemporaryDirectory() as own_tokenizer:
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
-            reader = agree(lambda: _open(str(original_ckpt_dir), str(tokenizer_path), model_parallel_size))
+            reader = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size))
+            tokenizer = agree(lambda: _check_tokenizer(reader, str(original_ckpt_dir), tokenizer_path, own_tokenizer))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
-                _write(reader, args, staged, str(tokenizer_path), tp_max)
+                _write(reader, args, staged, tokenizer, tp_max)
                 agree(lambda: check.finish(show_progress=is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
             if is_leader():
@@ -82,16 +85,23 @@ def convert(
             _wait_for_all()
 
 
-def _open(original_ckpt_dir: str, tokenizer_path: str, model_parallel_size: int | None) -> CheckpointReader:
-    from llama_tp.text.tokenizer import load_tokenizer  # a heavy import, needed only here
-
+def _open(original_ckpt_dir: str, model_parallel_size: int | None) -> CheckpointReader:
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int | None):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
-    reader = open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size)
+    return open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size)
+
+
+def _check_tokenizer(reader: CheckpointReader, original_ckpt_dir: str, tokenizer_path: str | None, own: str) -> str:
+    """The path of a tokenizer that fits the weights. `own`: a folder to write one to that is part of them."""
+    from llama_tp.text.tokenizer import load_tokenizer  # a heavy import, needed only here
+
+    if tokenizer_path is None:
+        tokenizer_path = own if write_own_tokenizer(reader, Path(own)) else original_ckpt_dir
+    tokenizer_path = str(tokenizer_path)
     for path in (Path(tokenizer_path), Path(tokenizer_path, "tokenizer.model")):
         check_original(path)
     load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
-    return reader
+    return tokenizer_path
 
 
 def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str) -> None:

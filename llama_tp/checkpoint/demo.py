@@ -104,7 +104,7 @@ def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None
 
     reader = GGUFReader(gguf)
     write_fairscale_shards(reader.tensors, reader.args, folder, model_parallel_size)
-    write_tokenizer(reader, folder)
+    write_tokenizer(reader.metadata, folder)
 
 
 def _is_complete(folder: Path, about: dict[str, object]) -> bool:

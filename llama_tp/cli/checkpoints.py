@@ -57,7 +57,8 @@ def convert(
             and safetensors), a GGUF file, or a repository of the Hugging Face hub, to download first: owner/name or
             owner/name@revision
         destination: folder to write
-        tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default the source
+        tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default that of the
+            source
         model_parallel_size: required number of shards in the source, as a check; by default any number
         max_seq_len: default context length when serving, written to model_args.json
         max_batch_size: default maximum batch size when serving, written to model_args.json
@@ -72,7 +73,7 @@ def convert(
         source = _on_this_machine(source, destination, overwrite=overwrite, download_dir=download_dir)
         conversion.convert(
             source,
-            tokenizer or source,
+            tokenizer,
             model_parallel_size,
             destination,
             max_seq_len=max_seq_len,

@@ -8,9 +8,13 @@ import pytest
 import tiktoken
 from sentencepiece import SentencePieceProcessor
 from tiktoken.load import load_tiktoken_bpe
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from llama_tp.checkpoint.formats.open import open_checkpoint, write_own_tokenizer
 from llama_tp.text import Detokenizer, Tokenizer, chat_format, load_tokenizer
 from tests.real_vocabularies import LLAMA, MISTRAL, extract
+from tests.tiny_gguf import add_byte_level_bpe, add_sentencepiece, write_model
+from tests.tiny_huggingface import tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -35,6 +39,19 @@ WORDS = (
     "(a, b)",
     "[INST]",
     "é",
+)
+HARD = (
+    "   three spaces",
+    "trailing  ",
+    "\n\n\tdef f(x):\r\n    return x\r\n\r\n",
+    "12345678 1,000.50 ١٢٣ ½",
+    "Don't DON'T we'LL I'd",
+    "nai\u0308ve déjà vu",
+    "日本語の文章 한국어",
+    "👩‍👩‍👧 \U0001f1e9\U0001f1ea",
+    "a\u00a0b\u200bc\u3000d",
+    "<s></s><unk> [INST]<|eot_id|>",
+    "\x00\x01\x7f",
 )
 
 
@@ -101,6 +118,48 @@ def test_llama_3s_ids_are_metas(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.special_ids["<|eot_id|>"] == 128009
     assert chat_format("auto", tokenizer).name == "llama3"
+
+
+@pytest.mark.parametrize("version", SENTENCEPIECE)
+def test_a_sentencepiece_vocabulary_gives_the_same_ids_from_a_gguf_file(version, tmp_path):
+    path = extract(MISTRAL, f"mistral_common/data/{SENTENCEPIECE[version]}", tmp_path)
+    library = SentencePieceProcessor(model_file=str(path))
+    expected, found = load_tokenizer(path), through_gguf(tmp_path, lambda writer: add_sentencepiece(writer, library))
+    assert (found.bos_id, found.eos_id, found.special_ids) == (expected.bos_id, expected.eos_id, expected.special_ids)
+    for text in [*some_texts(), *HARD]:
+        ids = found.encode(text)
+        assert ids == expected.encode(text), text
+        assert found.decode(ids) == expected.decode(ids), text
+    for text in some_texts():
+        assert found.encode(text) == library.encode(text), text
+
+
+def test_llama_3s_vocabulary_gives_the_same_ids_from_a_gguf_file(tmp_path):
+    path = extract(LLAMA, "llama_models/llama3/tokenizer.model", tmp_path)
+    expected = load_tokenizer(path, embedding_rows=128256)
+    vocab, merges = TikTokenConverter(str(path)).extract_vocab_merges_from_model(str(path))
+    vocab |= expected.special_ids
+
+    def add(writer):
+        add_byte_level_bpe(writer, vocab, merges, "llama-bpe", control=expected.special_ids)
+        writer.add_bos_token_id(128000)
+        writer.add_eos_token_id(128009)
+
+    found = through_gguf(tmp_path, add)
+    assert found.special_ids == expected.special_ids
+    assert (found.bos_id, found.eos_id, found.adds_bos) == (128000, 128009, True)
+    for text in [*some_texts(), *HARD]:
+        ids = found.encode(text)
+        assert ids == expected.encode(text), text
+        assert found.decode(ids) == text
+    assert chat_format("auto", found).name == "llama3"
+
+
+def through_gguf(folder, add_tokenizer) -> Tokenizer:
+    write_model(folder / "a.gguf", tiny_model("llama"), tokenizer=add_tokenizer)
+    (folder / "own").mkdir()
+    assert write_own_tokenizer(open_checkpoint(folder / "a.gguf"), folder / "own")
+    return load_tokenizer(folder / "own")
 
 
 def test_llama_4s_vocabulary_is_refused_by_name(tmp_path):

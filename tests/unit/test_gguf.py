@@ -7,6 +7,7 @@ import struct
 import time
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +36,7 @@ def test_a_gguf_file_is_converted_to_what_the_same_weights_in_metas_shards_are(t
     meta = tmp_path / "meta"
     meta.mkdir()
     write_fairscale_shards(reader.tensors, reader.args, meta, 2)
-    write_tokenizer(reader, meta)
+    write_tokenizer(reader.metadata, meta)
     for source, name in ((tmp_path / "a.gguf", "gguf"), (meta, "fairscale")):
         convert(str(source), str(meta), None, str(tmp_path / name), model_args_path=str(tmp_path / name / MODEL_ARGS))
     ours, theirs = (
@@ -102,20 +103,43 @@ def test_an_untied_output_is_found(tmp_path):
 
 F32 = gguf.GGMLQuantizationType.F32
 REFUSED = {
-    "another architecture": ({"architecture": "qwen2"}, "architecture 'qwen2'"),
+    "another architecture": (
+        {"architecture": "gemma2"},
+        "architecture 'gemma2', which is not supported; supported: llama, qwen2, qwen3",
+    ),
+    "qwen2 without biases": ({"architecture": "qwen2"}, "layers.0.attention.wk.bias is missing"),
+    "qwen3 without norms": ({"architecture": "qwen3"}, "layers.0.attention.k_norm.weight is missing"),
     "a missing tensor": ({"drop": ("layers.0.attention.wk",)}, "layers.0.attention.wk.weight is missing"),
     "a mixture of experts": (
         {"extra": {"x": ("blk.0.ffn_gate_inp", (4, DIM), F32)}},
         "blk.0.ffn_gate_inp.weight is unexpected",
     ),
-    "biases": ({"extra": {"x": ("blk.0.attn_q.bias", (DIM,), F32)}}, "is unexpected"),
+    "one bias of three": ({"extra": {"x": ("blk.0.attn_q.bias", (DIM,), F32)}}, "attention.wk.bias is missing"),
+    "norms in a llama": ({"extra": {"x": ("blk.0.attn_q_norm", (16,), F32)}}, "attention.q_norm.weight is unexpected"),
     "another shape": ({"hidden": 512}, "expected (512, 64) from the metadata"),
-    "rope scaling": ({"llama__rope__scaling__type": "linear"}, "llama.rope.scaling.type='linear'"),
+    "yarn": ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
+    "linear by nothing": ({"llama__rope__scaling__factor": "two"}, "llama.rope.scaling.factor='two' must be a number"),
+    "negative factor": ({"llama__rope__scaling__factor": -2.0}, "llama.rope.scaling.factor=-2.0 must be"),
+    "experts": ({"llama__expert_count": 8}, "llama.expert_count=8: a mixture of experts"),
+    "partial rotation": ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count=8, expected the head size"),
+    "other values than keys": ({"llama__attention__value_length": 8}, "llama.attention.value_length=8, expected"),
+    "no heads": ({"heads": 0}, "llama.attention.head_count=0 must be a positive integer"),
+    "heads that do not divide": ({"heads": 3}, "llama.embedding_length=64 must be a multiple of"),
+    "too many layers": ({"layers": 1 << 30}, "too few for block_count=1073741824"),
+    "unknown frequencies": ({"extra": {"x": ("rope_freqs", (8,), F32)}}, "tensor rope_freqs.weight is not that of"),
+    "quantised frequencies": (
+        {"extra": {"x": ("rope_freqs", (32,), gguf.GGMLQuantizationType.Q8_0)}},
+        "tensor rope_freqs.weight is not that of",
+    ),
+    "a type beyond the package": (
+        {"raw": ("blk.0.attn_q.bias", np.zeros(4, np.int32))},
+        "tensor blk.0.attn_q.bias is of type I32, which the gguf package cannot dequantise",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_model_that_is_no_plain_llama_is_refused(tmp_path, case):
+def test_a_model_that_is_not_computed_is_refused_by_name(tmp_path, case):
     arguments, words = REFUSED[case]
     write_gguf(tmp_path / "a.gguf", **arguments)
     with pytest.raises(ValueError, match=r"a\.gguf") as error:
@@ -174,7 +198,7 @@ def test_a_truncated_file_is_refused(tmp_path, size):
 
 def test_the_tokenizer_splits_digits_merges_and_keeps_control_tokens_whole(tmp_path):
     write_gguf(tmp_path / "a.gguf")
-    write_tokenizer(GGUFReader(tmp_path / "a.gguf"), tmp_path)
+    write_tokenizer(GGUFReader(tmp_path / "a.gguf").metadata, tmp_path)
     tokens, _ = tokens_and_merges()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert len(tokenizer) == VOCAB
@@ -196,7 +220,7 @@ def test_the_tokenizer_splits_digits_merges_and_keeps_control_tokens_whole(tmp_p
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
-    write_gguf(tmp_path / "a.gguf", pre="llama-bpe")
-    with pytest.raises(ValueError, match="'llama-bpe'"):
-        write_tokenizer(GGUFReader(tmp_path / "a.gguf"), tmp_path)
+    write_gguf(tmp_path / "a.gguf", pre="tekken")
+    with pytest.raises(ValueError, match="'tekken'"):
+        write_tokenizer(GGUFReader(tmp_path / "a.gguf").metadata, tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()

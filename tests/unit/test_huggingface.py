@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from llama_tp.checkpoint.convert import MODEL_ARGS, convert
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
-from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, RotaryTensor, hugging_face_name
+from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, hugging_face_name
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import MemoryTensor
+from llama_tp.checkpoint.formats.rotary import RotaryTensor
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine

@@ -1,20 +1,23 @@
-"""GGUF files of architecture "llama": weights, dequantised one tensor at a time, and architecture.
+"""GGUF files: weights, dequantised one tensor at a time.
 
-GGUF's converter turns q and k from Hugging Face's layout back to Meta's interleaved rotary pairs: only names change.
+For "llama", GGUF's converter turns q and k from Hugging Face's layout back to Meta's interleaved rotary pairs: only
+names change. The other architectures keep Hugging Face's, and are put into Meta's order as they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_tp.checkpoint.formats.gguf_header import check_header
+from llama_tp.checkpoint.formats.gguf_files import open_files
+from llama_tp.checkpoint.formats.gguf_metadata import architecture_of, read_args
 from llama_tp.checkpoint.formats.reader import TensorSource
+from llama_tp.checkpoint.formats.rotary import in_metas_order
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 
@@ -24,45 +27,42 @@ _LAYER = {
     "attn_k": "attention.wk",
     "attn_v": "attention.wv",
     "attn_output": "attention.wo",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
     "ffn_gate": "feed_forward.w1",
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
+_ROPE_FREQS = "rope_freqs.weight"
 
 
 class GGUFReader:
-    """A CheckpointReader of one GGUF file; every tensor comes in `dtype`. ValueError says what was found instead."""
+    """A CheckpointReader of a GGUF file, or of all parts of a split one, given any of them; every tensor comes in
+    `dtype`. ValueError says what was found instead.
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.path = Path(path)
-        self.dtype = dtype
-        self.files = [self.path]
+    dtype: by default float32 if the file's tensors are in float32, else bfloat16
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        self.files, self.metadata, entries = open_files(Path(path))
+        self.path = self.files[0]
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "gguf"}
-        self._file = _open(self.path)
-        if (architecture := self.field("general.architecture")) != "llama":
-            raise ValueError(f"{self.path} holds a model of architecture {architecture!r}, only 'llama' is read")
-        found = {_meta_name(tensor.name): tensor for tensor in self._file.tensors}
-        self.args = replace(_model_args(self), tied_embeddings="output.weight" not in found)
-        shapes = weight_shapes(self.args)
-        if odd := sorted(shapes.keys() ^ found.keys()):
-            state = "missing" if odd[0] in shapes else "unexpected"
-            raise ValueError(
-                f"{self.path}: tensor {odd[0]} is {state} ({len(odd)} in all): this is no plain Llama model"
-            )
-        for name, shape in shapes.items():
-            if (actual := tuple(reversed(found[name].shape.tolist()))) != shape:
-                raise ValueError(f"{self.path}: {name} has shape {actual}, expected {shape} from the metadata")
+        architecture = architecture_of(self.metadata)
+        found = {_meta_name(name): entry for name, entry in entries.items()}
+        _check_types(self.path, found.values())
+        self.dtype = dtype or _dtype_of(found.values())
+        rope_freqs = _dequantised(found.pop(_ROPE_FREQS)) if _ROPE_FREQS in found else None
+        shapes = {name: _shape(entry) for name, entry in found.items()}
+        self.args = read_args(self.metadata, shapes, rope_freqs)
+        _check_tensors(self.path, self.args, found)
+        stored = {name: QuantisedTensor(entry, shapes[name], self.dtype) for name, entry in found.items()}
         self.tensors: Mapping[str, TensorSource] = {
-            name: QuantisedTensor(found[name], shapes[name], dtype) for name in shapes
+            name: stored[name] if architecture == "llama" else in_metas_order(name, stored[name], self.args.head_dim)
+            for name in weight_shapes(self.args)
         }
-
-    def field(self, key: str, default: Any = None) -> Any:
-        """A metadata value."""
-        field = self._file.fields.get(key)
-        return default if field is None else field.contents()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,69 +74,61 @@ class QuantisedTensor:
     dtype: torch.dtype
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
-        from gguf.quants import dequantize
-
-        rows = self.entry.data
         if dim == 0 and len(self.shape) == 2:
-            rows = rows[start : start + length]
-        try:
-            array = dequantize(rows, self.entry.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(f"tensor {self.entry.name}: {error}") from None
-        # float32 comes as a view of the file, which torch cannot take.
-        values = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.dtype)
-        return values if rows is not self.entry.data else values.narrow(dim, start, length)
+            return _dequantised(self.entry, slice(start, start + length)).to(self.dtype)
+        return _dequantised(self.entry).to(self.dtype).narrow(dim, start, length)
 
 
-def _open(path: Path) -> Any:
-    """The gguf package's reader of a file that was found sound."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("reading GGUF needs the gguf package: pip install 'llama-tp[demo]'") from None
-    check_header(path)
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a sound GGUF file: {str(error).splitlines()[0]}") from None
+def _dequantised(entry: Any, rows: slice = slice(None)) -> Tensor:
+    from gguf.quants import dequantize
+
+    array = dequantize(entry.data[rows], entry.tensor_type)
+    # float32 comes as a view of the file, which torch cannot take.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _meta_name(name: str) -> str:
-    """Meta's name of a GGUF tensor; a name that is none of Llama's stays, and is refused as unexpected."""
-    stem = name.removesuffix(".weight")
+    """Meta's name of a GGUF tensor; a name that is none of ours stays, and is refused as unexpected."""
+    stem, _, parameter = name.rpartition(".")
     if stem in _TOP:
-        return f"{_TOP[stem]}.weight"
+        return f"{_TOP[stem]}.{parameter}"
     prefix, _, rest = stem.partition(".")
     layer, _, kind = rest.partition(".")
-    return f"layers.{layer}.{_LAYER[kind]}.weight" if prefix == "blk" and kind in _LAYER else name
+    return f"layers.{layer}.{_LAYER[kind]}.{parameter}" if prefix == "blk" and kind in _LAYER else name
 
 
-def _model_args(reader: GGUFReader) -> ModelArgs:
-    def need(key: str) -> Any:
-        if (value := reader.field(f"llama.{key}")) is None:
-            raise ValueError(f"{reader.path}: metadata llama.{key} is missing")
-        return value
-
-    if (scaling := reader.field("llama.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"{reader.path}: llama.rope.scaling.type={scaling!r} is not supported")
-    args = ModelArgs.from_params(
-        {
-            "dim": need("embedding_length"),
-            "n_layers": need("block_count"),
-            "n_heads": need("attention.head_count"),
-            "n_kv_heads": reader.field("llama.attention.head_count_kv"),
-            "vocab_size": len(reader.field("tokenizer.ggml.tokens", ())) or need("vocab_size"),
-            "norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(reader.field("llama.rope.freq_base", 10000.0)),
-        }
-    )
-    for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-        if (size := reader.field(f"llama.{key}", args.head_dim)) != args.head_dim:
-            raise ValueError(f"{reader.path}: llama.{key}={size}, expected the head size {args.head_dim}")
-    hidden = need("feed_forward_length")
-    return args if args.hidden_dim == hidden else replace(args, ffn_hidden_dim=hidden)
+def _shape(entry: Any) -> tuple[int, ...]:
+    return tuple(reversed(entry.shape.tolist()))
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
-    return float(f"{value:.7g}")
+def _dtype_of(entries: Iterable[Any]) -> torch.dtype:
+    return torch.float32 if {entry.tensor_type.name for entry in entries} <= {"F32"} else torch.bfloat16
+
+
+def _check_types(path: Path, entries: Iterable[Any]) -> None:
+    """ValueError if a tensor is in a type that the gguf package cannot dequantise: one block of each is tried."""
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    first_of = {entry.tensor_type: entry for entry in reversed(list(entries))}
+    for kind, entry in first_of.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{path}: tensor {entry.name} is of type {kind.name}, which the gguf package cannot dequantise; "
+                "get the model in another quantization"
+            ) from None
+
+
+def _check_tensors(path: Path, args: ModelArgs, found: Mapping[str, Any]) -> None:
+    if args.n_layers > len(found):  # names for so many layers might not even fit into memory
+        raise ValueError(f"{path} holds {len(found)} tensors: too few for block_count={args.n_layers}")
+    shapes = weight_shapes(args)
+    if odd := sorted(shapes.keys() ^ found.keys()):
+        state = "missing" if odd[0] in shapes else "unexpected"
+        raise ValueError(f"{path}: tensor {odd[0]} is {state} ({len(odd)} in all); expected those of a dense model")
+    for name, shape in shapes.items():
+        if (actual := _shape(found[name])) != shape:
+            raise ValueError(f"{path}: {name} has shape {actual}, expected {shape} from the metadata")

@@ -1,67 +1,151 @@
-"""The tokenizer inside a GGUF file, written as tokenizer.json and tokenizer_config.json."""
+"""The tokenizer inside a GGUF file, written as the files that a tokenizer is usually published in.
+
+Byte-level BPE ("gpt2") becomes tokenizer.json, SentencePiece's BPE ("llama") tokenizer.model. The chat template, BOS
+and EOS go into tokenizer_config.json, what else ends a turn into generation_config.json.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_tp.checkpoint.formats.gguf import GGUFReader
+from llama_tp.checkpoint.formats.gguf_metadata import Metadata
+from llama_tp.checkpoint.formats.gguf_sentencepiece import sentencepiece_model
 
-_CONTROL = 3
+_CONTROL, _USER_DEFINED = 3, 4
+_REMEDY = "pass the model's tokenizer.json or tokenizer.model with --tokenizer"
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py, as in its tokenizer.json."""
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+"""https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/tokenization_qwen2.py."""
+_PRE_TOKENIZERS = ("smollm", "llama-bpe", "qwen2", "gpt-2")
 
 
-def write_tokenizer(reader: GGUFReader, folder: str | Path) -> None:
-    """Write the byte-level BPE of a GGUF file. ValueError for another kind of tokenizer or pre-tokenizer.
-
-    Control tokens become special tokens; the chat template, and whether a BOS is prepended, go into
-    tokenizer_config.json.
-    """
-    model, pre = reader.field("tokenizer.ggml.model"), reader.field("tokenizer.ggml.pre")
-    if (model, pre) != ("gpt2", "smollm"):
+def write_tokenizer(metadata: Metadata, folder: str | Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder. ValueError for a kind or pre-tokenizer that is not read, and
+    for one that is not sound."""
+    folder, kind = Path(folder), metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        found = "no tokenizer" if kind is None else f"a tokenizer of kind {kind!r}, 'gpt2' and 'llama' are read"
+        raise ValueError(f"{metadata.path} has {found}; {_REMEDY}")
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    types = metadata.numbers("tokenizer.ggml.token_type")
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
-            f"{reader.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; only 'gpt2' with 'smollm' is read"
+            f"{metadata.path}: {len(tokens)} tokens ({len(set(tokens))} distinct) with {len(types)} types; {_REMEDY}"
         )
-    tokens: list[str] = reader.field("tokenizer.ggml.tokens")
-    kinds: list[int] = reader.field("tokenizer.ggml.token_type")
-    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ValueError(f"{reader.path}: {len(tokens)} tokens ({len(set(tokens))} distinct) with {len(kinds)} types")
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    merges = [_pair(reader, merge) for merge in reader.field("tokenizer.ggml.merges")]
-    tokenizer = _byte_level_bpe({token: index for index, token in enumerate(tokens)}, merges, special)
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _token(reader, tokens, "bos"),
-        "eos_token": _token(reader, tokens, "eos"),
-        "add_bos_token": bool(reader.field("tokenizer.ggml.add_bos_token", False)),
-        "chat_template": reader.field("tokenizer.chat_template"),
-    }
-    text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, ensure_ascii=False)
-    (Path(folder) / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    # Whether a prompt begins with BOS where the file does not say so: as in llama.cpp.
+    if kind == "gpt2":
+        pre = _pre_tokenizer_name(metadata)
+        _byte_level_bpe(metadata, pre, tokens, types).save(str(folder / "tokenizer.json"))
+        defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": pre == "llama-bpe"}
+    else:
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(metadata, tokens, types))
+        defaults = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    _write_siblings(metadata, tokens, folder, defaults)
 
 
-def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _pre_tokenizer_name(metadata: Metadata) -> str:
+    """llama.cpp's "default", which is also that of files without a name, is no published tokenizer's."""
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{metadata.path}: tokenizer.ggml.pre={name!r} is not read; read: {', '.join(_PRE_TOKENIZERS)}; {_REMEDY}"
+        )
+    return str(name)
 
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # SmolLM: each digit is a word of its own, then GPT-2's rule.
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+def _byte_level_bpe(metadata: Metadata, pre: str, tokens: list[str], types: list[float]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [_pair(metadata, vocab, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
+    # Llama 3's takes a word that is a token as it is.
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in added if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in added if k == _USER_DEFINED])
     return tokenizer
 
 
-def _pair(reader: GGUFReader, merge: str) -> tuple[str, str]:
-    first, separator, second = merge.partition(" ")
-    if not separator:
-        raise ValueError(f"{reader.path}: {merge!r} is not a merge of two tokens")
+def _pre_tokenizer(name: str) -> Any:
+    """As the published tokenizer.json files have it."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    gpt_2 = ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt-2":
+        return gpt_2
+    if name == "smollm":  # each digit is a word of its own, then GPT-2's rule
+        return Sequence([Digits(individual_digits=True), gpt_2])
+    words = Split(Regex(_LLAMA_3 if name == "llama-bpe" else _QWEN_2), behavior="isolated")
+    return Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _pair(metadata: Metadata, vocab: Mapping[str, int], merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    if not (first in vocab and second in vocab and first + second in vocab):
+        raise ValueError(f"{metadata.path}: {merge!r} is not a merge of two tokens; {_REMEDY}")
     return first, second
 
 
-def _token(reader: GGUFReader, tokens: list[str], role: str) -> str | None:
-    index = reader.field(f"tokenizer.ggml.{role}_token_id")
-    if index is not None and index >= len(tokens):
-        raise ValueError(f"{reader.path}: tokenizer.ggml.{role}_token_id={index}, but there are {len(tokens)} tokens")
+def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[float]) -> bytes:
+    scores = metadata.numbers("tokenizer.ggml.scores")
+    bos, eos = _token(metadata, tokens, "bos"), _token(metadata, tokens, "eos")
+    try:
+        return sentencepiece_model(
+            tokens,
+            scores,
+            types,
+            bos=bos,
+            eos=eos,
+            adds_space=metadata.flag("tokenizer.ggml.add_space_prefix", True),
+            merges_spaces=metadata.flag("tokenizer.ggml.remove_extra_whitespaces", False),
+        )
+    except ValueError as error:
+        raise ValueError(f"{metadata.path}: {error}; {_REMEDY}") from None
+
+
+def _write_siblings(metadata: Metadata, tokens: list[str], folder: Path, defaults: dict[str, Any]) -> None:
+    config = {
+        "tokenizer_class": defaults["tokenizer_class"],
+        "bos_token": _token(metadata, tokens, "bos"),
+        "eos_token": _token(metadata, tokens, "eos"),
+        "add_bos_token": metadata.flag("tokenizer.ggml.add_bos_token", defaults["add_bos_token"]),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }
+    if not isinstance(template := config["chat_template"], str | None):
+        raise ValueError(f"{metadata.path}: tokenizer.chat_template={template!r:.80} must be a string; {_REMEDY}")
+    _write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
+    ends = [_token_id(metadata, tokens, role) for role in ("eos", "eot", "eom")]
+    stops = sorted({index for index in ends if index is not None})
+    if len(stops) > 1:
+        _write_json(folder / "generation_config.json", {"eos_token_id": stops})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _token(metadata: Metadata, tokens: list[str], role: str) -> str | None:
+    index = _token_id(metadata, tokens, role)
     return None if index is None else tokens[index]
+
+
+def _token_id(metadata: Metadata, tokens: list[str], role: str) -> int | None:
+    key = f"tokenizer.ggml.{role}_token_id"
+    if metadata.get(key) is None:
+        return None
+    if (index := metadata.integer(key)) >= len(tokens):
+        raise ValueError(f"{metadata.path}: {key}={index}, but there are {len(tokens)} tokens")
+    return index

@@ -7,22 +7,19 @@ and k, their biases and their norm weights are put into Meta's order while they 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface_config import read_config
 from llama_tp.checkpoint.formats.reader import TensorSource
+from llama_tp.checkpoint.formats.rotary import in_metas_order
 from llama_tp.checkpoint.formats.safetensors_files import StoredTensor, check_link, open_tensors
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 
 CONFIG = "config.json"
-_ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose output is rotated, or whose weight multiplies what is."""
 
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -83,43 +80,9 @@ class HuggingFaceReader:
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "huggingface", "architecture": architecture}
         self.tensors: Mapping[str, TensorSource] = {
-            name: _source(name, stored[hugging_face_name(name)], self.args.head_dim)
+            name: in_metas_order(name, stored[hugging_face_name(name)], self.args.head_dim)
             for name in weight_shapes(self.args)
         }
-
-
-@dataclass(frozen=True, slots=True)
-class RotaryTensor:
-    """A TensorSource with each head's rows in Meta's order. A read may load up to two heads more than it returns."""
-
-    stored: StoredTensor
-    head_dim: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.dtype
-
-    def read(self, dim: int, start: int, length: int) -> Tensor:
-        if dim != 0:
-            return self.stored.read(dim, start, length)[self._stored_rows(0, self.shape[0])]
-        first = start // self.head_dim * self.head_dim
-        end = -(-(start + length) // self.head_dim) * self.head_dim
-        return self.stored.read(0, first, end - first)[self._stored_rows(start, length) - first]
-
-    def _stored_rows(self, start: int, length: int) -> Tensor:
-        """Where the rows start, start + 1, ... of Meta's order are stored. Meta has (first, second) of each pair,
-        transformers all first, then all second."""
-        rows = torch.arange(start, start + length)
-        head, within = rows // self.head_dim, rows % self.head_dim
-        return head * self.head_dim + within % 2 * (self.head_dim // 2) + within // 2
-
-
-def _source(name: str, stored: StoredTensor, head_dim: int) -> TensorSource:
-    return RotaryTensor(stored, head_dim) if name.split(".")[-2] in _ROTATED else stored
 
 
 def _check_output(folder: Path, args: ModelArgs, stored: dict[str, StoredTensor]) -> None:

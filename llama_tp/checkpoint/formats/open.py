@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.gguf import GGUFReader
+from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, is_hugging_face
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.file_kind import is_gguf
@@ -25,6 +26,17 @@ def open_checkpoint(source: str | Path, *, model_parallel_size: int | None = Non
         _refuse_shards(model_parallel_size, f"{path} holds a Hugging Face model")
         return HuggingFaceReader(path)
     return FairscaleReader(path, model_parallel_size)
+
+
+def write_own_tokenizer(reader: CheckpointReader, folder: Path) -> bool:
+    """Write the tokenizer that is part of the weights' file into a folder. False if the format has none there.
+
+    ValueError, with the remedy, if it is none that can be written.
+    """
+    if not isinstance(reader, GGUFReader):
+        return False
+    write_tokenizer(reader.metadata, folder)
+    return True
 
 
 def _refuse_shards(model_parallel_size: int | None, found: str) -> None:

@@ -1,0 +1,51 @@
+"""The rows of query and key heads, from the order in which others rotate them into Meta's.
+
+transformers and NeoX rotate the two halves of a head against each other, Meta neighbouring elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_tp.checkpoint.formats.reader import TensorSource
+
+_ROTATED = ("wq", "wk", "q_norm", "k_norm")
+"""Modules whose output is rotated, or multiplies what is."""
+
+
+def in_metas_order(name: str, stored: TensorSource, head_dim: int) -> TensorSource:
+    """A tensor of a model that rotates halves, in Meta's order. `name`: Meta's."""
+    return RotaryTensor(stored, head_dim) if name.split(".")[-2] in _ROTATED else stored
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTensor:
+    """A TensorSource that gives the rows of whole heads in Meta's order. Holds up to two heads more than are read."""
+
+    stored: TensorSource
+    head_dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def read(self, dim: int, start: int, length: int) -> Tensor:
+        if dim != 0:
+            return self.stored.read(dim, start, length)[self._stored_rows(0, self.shape[0])]
+        first = start // self.head_dim * self.head_dim
+        end = -(-(start + length) // self.head_dim) * self.head_dim
+        return self.stored.read(0, first, end - first)[self._stored_rows(start, length) - first]
+
+    def _stored_rows(self, start: int, length: int) -> Tensor:
+        """Where the rows start, start + 1, ... of Meta's order are stored: (first, second) of all pairs side by side
+        became all first, then all second."""
+        rows = torch.arange(start, start + length)
+        head, within = rows // self.head_dim, rows % self.head_dim
+        return head * self.head_dim + within % 2 * (self.head_dim // 2) + within // 2
