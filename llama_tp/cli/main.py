@@ -16,6 +16,7 @@ COMMANDS: dict[str, Any] = {
     "download": checkpoints.download,
     "convert": checkpoints.convert,
     "verify": checkpoints.verify,
+    "export": checkpoints.export,
     "plan": checkpoints.plan,
     "generate": terminal.generate,
     "chat": terminal.chat,

@@ -21,9 +21,6 @@ from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 
 CONFIG = "config.json"
-_ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose output is rotated, or multiplies what is."""
-
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attention.wq": "self_attn.q_proj",
@@ -54,6 +51,11 @@ def hugging_face_name(name: str) -> str:
         return f"{_TOP[module]}.{parameter}"
     _, layer, rest = module.split(".", 2)
     return f"model.layers.{layer}.{_LAYER[rest]}.{parameter}"
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a weight or bias, by Meta's name, belongs to a module whose output is rotated, or multiplies what is."""
+    return name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm")
 
 
 class HuggingFaceReader:
@@ -119,7 +121,7 @@ class RotaryTensor:
 
 
 def _source(name: str, stored: StoredTensor, head_dim: int) -> TensorSource:
-    return RotaryTensor(stored, head_dim) if name.split(".")[-2] in _ROTATED else stored
+    return RotaryTensor(stored, head_dim) if is_rotated(name) else stored
 
 
 def _check_output(folder: Path, args: ModelArgs, stored: dict[str, StoredTensor]) -> None:
