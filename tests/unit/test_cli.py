@@ -149,6 +149,7 @@ def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params
         (["chat", "nowhere", "--top_p=2"], "top_p=2"),
         (["package", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
         (["convert", "nowhere", "out"], "nowhere is not a folder"),
+        (["inspect", "nowhere"], "nowhere is not a folder"),
         (["export", "nowhere", "out", "--format=hf"], "nowhere/manifest.json does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
