@@ -41,7 +41,7 @@ from tests.published_params import LLAMA_2_7B, LLAMA_3_1_8B
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, split_as_meta, write_meta
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_huggingface import CONFIGS, save, tiny_model
-from tests.tiny_model import MODELS, VARIANTS, engine_of, random_model, runner_of
+from tests.tiny_model import MODELS, VARIANTS, engine_of, random_model, runner_of, transformers_twin
 from tests.tiny_text import make_sentencepiece_model, make_tokenizer_json
 
 ALL = {**MODELS, **VARIANTS}
@@ -140,10 +140,11 @@ def test_what_is_exported_for_meta_s_code_comes_back_bit_by_bit_at_every_number_
         assert_same(StoredReader(folder), StoredReader(store_again(destination, tmp_path / f"again{size}")))
 
 
+@pytest.mark.parametrize("before", [1, 2, 4])
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_the_shards_are_those_that_meta_s_code_would_load(tmp_path, shards):
+def test_the_shards_are_those_that_meta_s_code_would_load(tmp_path, shards, before):
     """As torch.chunk cuts them; the embedding as Llama 2's code has it, because the vocabulary is sentencepiece."""
-    folder = convert_beside(write_originals(tmp_path / "originals", num_shards=2))
+    folder = convert_beside(write_originals(tmp_path / "originals", num_shards=before))
     export(folder, tmp_path / "meta", format="meta", model_parallel_size=shards)
     for rank, expected in enumerate(split_as_meta(meta_tensors(), shards, embedding_dim=1)):
         found = torch.load(tmp_path / "meta" / f"consolidated.{rank:02d}.pth", weights_only=True)
@@ -300,6 +301,18 @@ def test_a_limit_of_the_context_is_kept_for_transformers_and_refused_for_meta(tm
     export(folder, tmp_path / "hf", format="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
     assert HuggingFaceReader(tmp_path / "hf").args.context_limit == 72
+
+
+def test_a_limit_that_no_window_can_express_becomes_frequencies_that_begin_to_change_there(tmp_path):
+    """Only Llama has a biased feed-forward, and Llama has no window."""
+    args = replace(ARGS, ffn_bias=True, context_limit=72, max_seq_len=72)
+    model = random_model(args)
+    export(store(tmp_path / "stored", args, weights_of(model)), tmp_path / "hf", format="hf")
+    assert as_computed(HuggingFaceReader(tmp_path / "hf").args) == as_computed(args)
+    prompt = torch.arange(60).unsqueeze(0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    twin = transformers_twin(random_model(replace(args, context_limit=None)))
+    torch.testing.assert_close(theirs(prompt).logits, twin(prompt).logits, atol=TOLERANCE, rtol=0)
 
 
 def test_a_model_that_is_none_of_transformers_is_refused_by_its_features():
