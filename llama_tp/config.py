@@ -39,6 +39,11 @@ _META_ROPE_FACTORS = {
 }
 
 
+def meta_rope_factor(dim: int, n_layers: int) -> float | None:
+    """By how much `use_scaled_rope` stretches the wavelengths of Meta's model of this shape; None for no known one."""
+    return _META_ROPE_FACTORS.get((dim, n_layers))
+
+
 class ConfigError(ValueError):
     """One or more settings are invalid. Each problem is one line that names key, value, constraint and remedy."""
 
@@ -273,7 +278,7 @@ class ModelArgs:
             raise ConfigError(problems)
         values.setdefault("n_kv_heads", values["n_heads"])
         if scaled:
-            known_factor = _META_ROPE_FACTORS.get((values["dim"], values["n_layers"]))
+            known_factor = meta_rope_factor(values["dim"], values["n_layers"])
             defaults = {} if scaling or known_factor is None else {"factor": known_factor}
             values["rope_scaling"] = _rope_scaling({**defaults, **(scaling or {}), **factors})
         return cls(**values)

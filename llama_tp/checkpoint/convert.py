@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,18 +15,18 @@ import torch.distributed as dist
 
 from llama_tp.checkpoint.formats.checklist import BackgroundCheck, check_original
 from llama_tp.checkpoint.formats.open import open_checkpoint, write_own_tokenizer
-from llama_tp.checkpoint.formats.reader import CheckpointReader
+from llama_tp.checkpoint.formats.reader import CheckpointReader, num_bytes
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX
 from llama_tp.checkpoint.store.manifest import write_manifest
-from llama_tp.checkpoint.store.staging import StagedFolder, replace_file
+from llama_tp.checkpoint.store.staging import StagedFolder, check_space, replace_file
+from llama_tp.checkpoint.store.stored import MODEL_ARGS
 from llama_tp.config import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
 from llama_tp.text.tokenizer_files import copy_tokenizer
 
-MODEL_ARGS = "model_args.json"
 _PEER_TIMEOUT = timedelta(hours=12)
 """A rank that has written its share waits for the slowest one. A dead rank is noticed immediately."""
 
@@ -111,16 +109,12 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
     if parent != staged.destination and not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"model_args_path={model_args_path}: the folder {parent} does not exist or is not writable")
     staged.begin()
-    needed, free = _num_bytes(reader), shutil.disk_usage(staged.path).free
-    if free < needed:
-        raise ValueError(
-            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, but the checkpoint needs {needed / 1e9:.1f} GB"
-        )
+    check_space(staged, num_bytes(reader))
 
 
 def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str, tp_max: int) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    with byte_progress("Converting", _num_bytes(reader) // ranks, enabled=is_leader()) as advance:
+    with byte_progress("Converting", num_bytes(reader) // ranks, enabled=is_leader()) as advance:
         files = dcp.save(reader, staged.path, tp_max=tp_max, advance=advance)
     about = {**reader.about, "dtype": str(reader.dtype).removeprefix("torch.")}
 
@@ -151,10 +145,6 @@ def _wait_for_all() -> None:
     """Let the leader clean up before any rank exits: torchrun ends all ranks as soon as one has ended."""
     with suppress(ValueError):
         gather(None)
-
-
-def _num_bytes(reader: CheckpointReader) -> int:
-    return sum(math.prod(source.shape) * source.dtype.itemsize for source in reader.tensors.values())
 
 
 def is_leader() -> bool:

@@ -117,6 +117,29 @@ def verify(checkpoint: str) -> None:
     print(f"{checkpoint}: {len(manifest.files)} files match the manifest")
 
 
+def export(
+    checkpoint: str,
+    destination: str,
+    format: str,
+    model_parallel_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a converted checkpoint as Meta's shards or as a Hugging Face model, with the same weights bit by bit.
+
+    Args:
+        checkpoint: the folder that `llama-tp convert` wrote
+        destination: folder to write
+        format: meta (consolidated.NN.pth and params.json) or hf (safetensors and config.json)
+        model_parallel_size: number of Meta's shards; by default as many as the originals had, else 1
+        overwrite: replace the destination, which must be the output of an export or a conversion
+    """
+    from llama_tp.checkpoint.export import export as export_checkpoint
+
+    export_checkpoint(
+        checkpoint, destination, format=format, model_parallel_size=model_parallel_size, overwrite=overwrite
+    )
+
+
 def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16", max_ranks: int = 16) -> None:
     """Print the memory of the busiest rank at each tensor-parallel size, and how many tokens of KV cache fit.
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.cli import bench, checkpoints, serve, terminal
+from llama_tp.cli import bench, checkpoints, inspection, serve, terminal
 from llama_tp.cli.command import run_command
 from llama_tp.threads import bound_spinning
 
@@ -16,6 +16,8 @@ COMMANDS: dict[str, Any] = {
     "download": checkpoints.download,
     "convert": checkpoints.convert,
     "verify": checkpoints.verify,
+    "inspect": inspection.inspect,
+    "export": checkpoints.export,
     "plan": checkpoints.plan,
     "generate": terminal.generate,
     "chat": terminal.chat,

@@ -8,6 +8,8 @@ from pathlib import Path
 from llama_tp.text.siblings import SIBLINGS
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = (*TOKENIZER_NAMES, *SIBLINGS)
+"""The names under which `copy_tokenizer` keeps a tokenizer and its siblings."""
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:

@@ -149,6 +149,8 @@ def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params
         (["chat", "nowhere", "--top_p=2"], "top_p=2"),
         (["package", "nowhere.yaml", "a", "b"], "nowhere.yaml"),
         (["convert", "nowhere", "out"], "nowhere is not a folder"),
+        (["inspect", "nowhere"], "nowhere is not a folder"),
+        (["export", "nowhere", "out", "--format=hf"], "nowhere/manifest.json does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -331,6 +333,35 @@ def test_convert_checks_the_number_of_shards_that_it_is_told(run, originals, tmp
     assert is_one_line(err)
     assert "pass --model_parallel_size 2" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_export_gives_back_what_was_converted(run, originals, checkpoint, tmp_path):
+    meta, hf, again = (str(tmp_path / name) for name in ("meta", "hf", "again"))
+    assert run("export", str(checkpoint), meta, "--format=meta") == (0, f"Wrote {meta}\n", "")
+    names = {path.name for path in originals.iterdir()}
+    assert {path.name for path in Path(meta).iterdir()} - {"checklist.chk", "manifest.json"} == names
+    assert run("export", str(checkpoint), hf, "--format", "hf") == (0, f"Wrote {hf}\n", "")
+    assert run("verify", hf) == (0, f"{hf}: 3 files match the manifest\n", "")
+    for source in (meta, hf):
+        assert run("convert", source, again, "--max_seq_len=128", "--overwrite")[0] == 0
+        weights = {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
+        assert weights == {path.name: path.read_bytes() for path in Path(again).glob("*.distcp")}
+
+
+def test_export_refuses_in_one_line(run, checkpoint, tmp_path):
+    for options, words in (
+        (["--format=gguf"], "format='gguf' must be one of meta, hf"),
+        (
+            ["--format=meta", "--model_parallel_size=3"],
+            "does not divide n_heads=8; legal sizes",
+        ),
+        (["--format=meta", "--model_parallel_size=two"], "model_parallel_size='two' must be an integer"),
+    ):
+        code, out, err = run("export", str(checkpoint), str(tmp_path / "out"), *options)
+        assert (code, out) == (1, "")
+        assert is_one_line(err)
+        assert words in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

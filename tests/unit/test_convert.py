@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(job, tmp_path):
 
 def test_too_little_space_is_found_before_anything_is_written(job, tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     before = names_in(tmp_path)
     with pytest.raises(ValueError, match=r"0\.0 GB free, but the checkpoint needs"):
         convert(**job)

@@ -95,6 +95,15 @@ class BackgroundCheck:
                 file.close()
 
 
+def write_checklist(folder: Path, known: Mapping[str, str]) -> None:
+    """checklist.chk of every file of a folder, as md5sum would write it; `known`: the md5 sums of some, by name."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        md5 = known.get(path.name) or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        lines.append(f"{md5}  {path.name}\n")
+    (folder / "checklist.chk").write_text("".join(lines))
+
+
 def listed_shards(names: Iterable[str]) -> list[str]:
     """The names on a checklist that are shards."""
     return sorted(name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name))

@@ -26,7 +26,7 @@ from llama_tp.file_kind import describe_model_folder, describe_weights
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.sharding import tp_dim
 
-EMBEDDING = "tok_embeddings.weight"
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ELEMENTS = 2048
 _NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
@@ -62,7 +62,7 @@ class FairscaleReader:
             args = args.with_vocab_size(rows)
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
-        self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": "output.weight" not in first})
+        self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": OUTPUT not in first})
         self.dtype = first[EMBEDDING].dtype
         self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim, self.dtype)
 
@@ -118,14 +118,16 @@ def write_fairscale_shards(
     _check_divisible(args, model_parallel_size)
     for rank in range(model_parallel_size):
         shard = {
-            name: _slice(name, source, rank, model_parallel_size, embedding_dim) for name, source in tensors.items()
+            name: slice_of_rank(name, source, rank, model_parallel_size, embedding_dim)
+            for name, source in tensors.items()
         }
         torch.save(shard, Path(folder) / f"consolidated.{rank:02d}.pth")
     params = {key: value for key, value in args.to_dict().items() if value is not None and key not in _NOT_IN_PARAMS}
     (Path(folder) / "params.json").write_text(json.dumps(params) + "\n")
 
 
-def _slice(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
+def slice_of_rank(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
+    """What one shard holds of a tensor, in memory of its own."""
     dim = embedding_dim if name == EMBEDDING else tp_dim(name)
     if dim is None:
         return source.read(0, 0, source.shape[0]).clone()
@@ -188,7 +190,15 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
             )
     # Rotary frequencies are computed from params.json.
-    return {str(name): value for name, value in entries.items() if not str(name).endswith("rope.freqs")}
+    shard = {str(name): value for name, value in entries.items() if not str(name).endswith("rope.freqs")}
+    if EMBEDDING in shard and OUTPUT in shard and _is_same(shard[EMBEDDING], shard[OUTPUT]):
+        del shard[OUTPUT]
+    return shard
+
+
+def _is_same(one: Tensor, two: Tensor) -> bool:
+    """Whether two names of a file stand for one tensor in it, as where embeddings are tied."""
+    return one.shape == two.shape and one.stride() == two.stride() and one.data_ptr() == two.data_ptr()
 
 
 def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], ranks: int) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 
 CONFIG = "config.json"
-
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attention.wq": "self_attn.q_proj",

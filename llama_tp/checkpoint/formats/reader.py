@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,11 @@ class CheckpointReader(Protocol):
     def about(self) -> Mapping[str, Any]:
         """The description of the source in a converted checkpoint's manifest."""
         ...
+
+
+def num_bytes(reader: CheckpointReader) -> int:
+    """Of all tensors."""
+    return sum(math.prod(source.shape) * source.dtype.itemsize for source in reader.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)

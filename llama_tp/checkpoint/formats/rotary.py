@@ -12,13 +12,15 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.reader import TensorSource
 
-_ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose output is rotated, or multiplies what is."""
+
+def is_rotated(name: str) -> bool:
+    """Whether a weight or bias, by Meta's name, belongs to a module whose output is rotated, or scales what is."""
+    return name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm")
 
 
 def in_metas_order(name: str, stored: TensorSource, head_dim: int) -> TensorSource:
     """A tensor of a model that rotates halves, in Meta's order. `name`: Meta's."""
-    return RotaryTensor(stored, head_dim) if name.split(".")[-2] in _ROTATED else stored
+    return RotaryTensor(stored, head_dim) if is_rotated(name) else stored
 
 
 @dataclass(frozen=True, slots=True)

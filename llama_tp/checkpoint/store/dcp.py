@@ -114,7 +114,7 @@ def load(wanted: Mapping[str, Tensor | Slices], folder: str | Path, *, verify_fi
     """
     slices = {name: one if isinstance(one, Slices) else Slices.whole(one) for name, one in wanted.items()}
     metadata = agree(lambda: _check_target(slices, folder))
-    with agree(lambda: LoadVerification(folder, verify_files, num_threads=_load_threads())) as verification:
+    with agree(lambda: LoadVerification(folder, verify_files, num_threads=load_threads())) as verification:
         try:
             with _one_line_errors(f"cannot load {folder}"):
                 torch_dcp.load({}, storage_reader=_VerifiedReader(folder, metadata), planner=_SlicePlanner(slices))
@@ -122,6 +122,23 @@ def load(wanted: Mapping[str, Tensor | Slices], folder: str | Path, *, verify_fi
             verification.finish()  # report a damaged file by its hash rather than by where reading failed
             raise
         verification.finish()
+
+
+def read_slice(folder: str | Path, metadata: Metadata, name: str, dim: int, start: int, length: int) -> Tensor:
+    """`length` entries of a stored tensor along `dim`, on this process alone, in fresh memory.
+
+    Holds the result and, per thread, one chunk. `metadata` is that of `read_metadata`: the files of the weights are not
+    hashed here (see `LoadVerification`). ValueError for a file that cannot be read.
+    """
+    stored = tensors_of(metadata)[name]
+    shape = tuple(stored.size)
+    target = torch.empty(
+        [length if at == dim else size for at, size in enumerate(shape)], dtype=stored.properties.dtype
+    )
+    planner = _SlicePlanner({name: Slices(dim, [(range(start, start + length), target)], shape)})
+    with _one_line_errors(f"cannot read {folder}"):
+        torch_dcp.load({}, storage_reader=_VerifiedReader(folder, metadata), planner=planner, no_dist=True)
+    return target
 
 
 def read_metadata(folder: str | Path) -> Metadata:
@@ -132,7 +149,7 @@ def read_metadata(folder: str | Path) -> Metadata:
 
 def checkpoint_dtype(folder: str | Path) -> torch.dtype:
     """The dtype of the stored tensors."""
-    return next(iter(_tensors(read_metadata(folder)).values())).properties.dtype
+    return next(iter(tensors_of(read_metadata(folder)).values())).properties.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +297,7 @@ class _SlicePlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
-        stored = _tensors(self.metadata)
+        stored = tensors_of(self.metadata)
         return LoadPlan([item for name, one in self.wanted.items() for item in _read_items(name, one, stored[name])])
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
@@ -331,7 +348,7 @@ class _VerifiedReader(FileSystemReader):
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         plans = {name: replace(plan, items=items) for name, items in sorted(files.items())}
-        with ThreadPoolExecutor(_load_threads()) as pool:
+        with ThreadPoolExecutor(load_threads()) as pool:
             for future in [pool.submit(self._read_file, name, part, planner) for name, part in plans.items()]:
                 future.result()
         return _finished(None)
@@ -345,27 +362,34 @@ class _VerifiedReader(FileSystemReader):
             raise WeightsError(f"{Path(self.path) / name} {why_not_loaded(error)}") from None
 
 
-def _load_threads() -> int:
+def load_threads() -> int:
+    """This rank's share of the host's."""
     return max(1, LOAD_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """By name; `load_metadata` has checked that there is nothing else."""
     return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
 
 
 def _check_target(wanted: Mapping[str, Slices], folder: str | Path) -> Metadata:
     metadata = read_metadata(folder)
-    stored = _tensors(metadata)
+    assert not any(target.is_meta for one in wanted.values() for _, target in one.parts)
+    check_shapes(metadata, {name: one.shape for name, one in wanted.items()}, folder)
+    return metadata
+
+
+def check_shapes(metadata: Metadata, wanted: Mapping[str, tuple[int, ...]], folder: str | Path) -> None:
+    """ValueError unless the checkpoint has exactly these tensors."""
+    stored = tensors_of(metadata)
     problems = [f"{name} is not in the checkpoint" for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"{name} is in the checkpoint but not in the model" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):
-        assert not any(target.is_meta for _, target in wanted[name].parts), name
-        if (shape := tuple(stored[name].size)) != wanted[name].shape:
-            problems.append(f"{name} has shape {shape} in the checkpoint, {wanted[name].shape} in the model")
+        if (shape := tuple(stored[name].size)) != wanted[name]:
+            problems.append(f"{name} has shape {shape} in the checkpoint, {wanted[name]} in the model")
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise ValueError(f"{folder} does not contain this model: {'; '.join(problems[:4])}{more}")
-    return metadata
 
 
 @contextmanager

@@ -25,17 +25,18 @@ class HashingFile:
     writer continues after it and reports something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, also_md5: bool = False) -> None:
         self.path = path
         self.size = 0
         self._digest = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False) if also_md5 else None
         self._error: BaseException | None = None
         self._sync: Future[None] | None = None
         self._next_sync = _SYNC_BYTES
 
     def __enter__(self) -> HashingFile:
         self._file = self.path.open("wb")
-        self._pool = ThreadPoolExecutor(2)
+        self._pool = ThreadPoolExecutor(3)
         return self
 
     def __exit__(
@@ -57,6 +58,12 @@ class HashingFile:
     def entry(self) -> FileEntry:
         return FileEntry(self.size, self._digest.hexdigest())
 
+    @property
+    def md5(self) -> str:
+        """In lower-case hex, of a file that was made with `also_md5`."""
+        assert self._md5 is not None
+        return self._md5.hexdigest()
+
     def write(self, block: Any) -> int:
         if self._error is not None:
             raise self._error
@@ -73,15 +80,18 @@ class HashingFile:
         self._file.flush()
 
     def _write(self, block: Any, size: int) -> None:
+        digests = [digest for digest in (self._digest, self._md5) if digest is not None]
         if size < _LARGE:
-            self._digest.update(block)
+            for digest in digests:
+                digest.update(block)
             self._file.write(block)
         else:
-            hashed = self._pool.submit(self._digest.update, block)
+            hashed = [self._pool.submit(digest.update, block) for digest in digests]
             try:
                 self._file.write(block)
             finally:
-                hashed.result()
+                for one in hashed:
+                    one.result()
         self.size += size
 
     def _start_sync(self) -> None:

@@ -100,6 +100,15 @@ class StagedFolder:
             )
 
 
+def check_space(staged: StagedFolder, needed: int) -> None:
+    """ValueError if a begun folder is on a disk without room for so many bytes."""
+    free = shutil.disk_usage(staged.path).free
+    if free < needed:
+        raise ValueError(
+            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB"
+        )
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a small file atomically: readers see the old one or the new one."""
     handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")

@@ -1,0 +1,76 @@
+"""`llama-tp inspect`: what a checkpoint is, as text or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_tp.checkpoint.inspection import Inspection
+
+_SIZES = (1, 2, 4, 8)
+"""The numbers of ranks for which memory is printed."""
+
+
+def inspect(source: str, json: bool = False) -> None:
+    """Describe Meta's shards, a Hugging Face model, a GGUF file or a converted checkpoint, without reading its weights.
+
+    Args:
+        source: the folder or file
+        json: print one JSON object, with sizes in bytes
+    """
+    from llama_tp.checkpoint.inspection import inspect_checkpoint
+
+    if not isinstance(json, bool):
+        raise ValueError(f"json={json!r} must be True or False, or have no value")
+    found = inspect_checkpoint(source)
+    memory = _memory(found)
+    if json:
+        print(dumps({**asdict(found), "memory_per_rank": memory}, ensure_ascii=False))
+        return
+    for label, value in _lines(found):
+        print(f"{label:<14}{value}".rstrip())
+    print(f"\nMemory of the busiest rank, in {found.dtype}:")
+    print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {f'... of {found.args.max_seq_len} tokens':>24}")
+    for row in memory:
+        weights, token = row["weights"], row["kv_cache_per_token"]
+        whole = token * found.args.max_seq_len
+        print(f"{row['ranks']:>6} {weights / 2**30:>8.2f} GiB {token / 2**10:>17.1f} KiB {whole / 2**20:>20.1f} MiB")
+
+
+def _lines(found: Inspection) -> list[tuple[str, str]]:
+    args = found.args
+    limit = "no limit known" if args.context_limit is None else f"at most {args.context_limit} tokens"
+    tokenizer = f"{found.tokenizer}, {found.tokens} tokens" if found.tokenizer else "none"
+    size = f"{found.num_bytes / 1e9:.2f} GB" if found.num_bytes >= 10**9 else f"{found.num_bytes / 1e6:.1f} MB"
+    lines = [
+        ("format", found.format),
+        ("architecture", f"{args.n_layers} layers of dim {args.dim}, feed-forward {args.hidden_dim}"),
+        ("attention", f"{args.n_heads} heads of {args.head_dim}, {args.n_kv_heads} kv heads"),
+        ("embedding", f"{args.vocab_size} rows"),
+        ("rotation", f"theta {args.rope_theta:g}"),
+        ("features", "; ".join(found.features) or "those of every Llama"),
+        ("parameters", f"{found.parameters / 1e9:.2f} billion in {found.tensors} tensors, {found.dtype}"),
+        ("on disk", f"{size} in {found.files} file{'s' if found.files != 1 else ''}"),
+        ("tokenizer", tokenizer),
+        ("chat format", found.chat_format or "none"),
+        ("context", f"{limit}; max_seq_len is {args.max_seq_len}"),
+    ]
+    notes = found.notes or ("none",)
+    return [*lines, *((label, note) for label, note in zip(("notes", *[""] * len(notes)), notes, strict=False))]
+
+
+def _memory(found: Inspection) -> list[dict[str, Any]]:
+    """Bytes of the busiest rank, as `plan` has them."""
+    from llama_tp.config import EngineConfig
+    from llama_tp.engine.memory import MemoryModel
+
+    config = EngineConfig(max_seq_len=found.args.max_seq_len)
+    rows = []
+    for size in _SIZES:
+        if size <= found.args.n_heads:
+            ranks = [MemoryModel.of(found.args, config, size, rank, found.dtype, "cuda") for rank in range(size)]
+            weights, token = max(rank.weights for rank in ranks), max(rank.token for rank in ranks)
+            rows.append({"ranks": size, "weights": weights, "kv_cache_per_token": token})
+    return rows
