@@ -21,7 +21,7 @@ SHIPPED = {
     "configs/llama2-13b.yaml": (LLAMA_2_13B, 2),
     "configs/llama2-70b.yaml": (LLAMA_2_70B, 8),
     "configs/llama3.1-8b.yaml": (LLAMA_3_1_8B, 1),
-    "configs/demo-cpu.yaml": (DEMO, 3),
+    "configs/demo-cpu.yaml": (DEMO, 2),
 }
 TINY = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=300, max_batch_size=4)
 

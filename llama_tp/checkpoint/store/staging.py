@@ -105,7 +105,7 @@ def check_space(staged: StagedFolder, needed: int) -> None:
     free = shutil.disk_usage(staged.path).free
     if free < needed:
         raise ValueError(
-            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB"
+            f"{staged.destination.parent} has {free / 1e9:.1f} GB free, but the checkpoint needs {needed / 1e9:.1f} GB"
         )
 
 
