@@ -21,6 +21,8 @@ pytestmark = pytest.mark.e2e
 
 WITH_A_SERVER = {("serve",), ("stop",), ("health",), ("follow",), ("bench", "serve")}
 UNDER_TORCHRUN = {("bench", "comm")}
+TOO_LARGE = {("bench", "checkpoint")}
+"""6 GB on disk; test_bench_checkpoint.py runs it on a few MB."""
 
 
 def needs_the_hub(words: tuple[str, ...]) -> bool:
@@ -31,7 +33,7 @@ def needs_the_hub(words: tuple[str, ...]) -> bool:
 COMMANDS = {
     one.words: one
     for one in commands()
-    if not {one.words[:1], one.words[:2]} & (WITH_A_SERVER | UNDER_TORCHRUN)
+    if not {one.words[:1], one.words[:2]} & (WITH_A_SERVER | UNDER_TORCHRUN | TOO_LARGE)
     if not one.is_in_text or len(one.words) > 1
     if not needs_the_hub(one.words)
 }
