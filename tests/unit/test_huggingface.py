@@ -397,7 +397,7 @@ REFUSED = {
     ),
     "a missing key": (_config(intermediate_size=None), ("key 'intermediate_size' is missing",)),
     "a missing epsilon": (_config(rms_norm_eps=None), ("key 'rms_norm_eps' is missing",)),
-    "a size that is text": (_config(hidden_size="64"), ("hidden_size='64' must be a positive integer",)),
+    "a size that is text": (_config(hidden_size="64"), ("hidden_size='64' must be an integer of at least 0",)),
     "a switch that is a number": (_config(attention_bias=1), ("attention_bias=1 must be true or false",)),
     "heads that do not divide": (
         _config(num_attention_heads=6, num_key_value_heads=6, head_dim=None),

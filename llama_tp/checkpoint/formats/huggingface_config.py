@@ -169,7 +169,7 @@ def _int(config: Mapping[str, Any], key: str, default: int | None) -> int | None
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key}={value!r} must be a positive integer")
+        raise ValueError(f"{key}={value!r} must be an integer of at least 0")
     return value
 
 
