@@ -60,7 +60,7 @@ class Hub(ThreadingHTTPServer):
         """By a part of the path."""
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_after: int | None = None
-        """Break each transfer of weights off after so many bytes."""
+        """Cut off each transfer of weights after this many bytes."""
         self.withheld: set[str] = set()
         """Files that are listed and not given."""
         self.damaged: set[str] = set()

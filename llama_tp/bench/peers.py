@@ -8,28 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_tp.checkpoint.formats.huggingface import hugging_face_name
+from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
 from llama_tp.config import ModelArgs, RopeScaling
-
-_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_TOP = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_ROTATED = ("wq", "wk", "q_norm", "k_norm")
-"""Modules whose output is rotated, or multiplies what is."""
 
 
 def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -41,7 +22,10 @@ def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: to
 
     model: Any = AutoModelForCausalLM.from_config(_config(args))
     model = model.to(dtype).eval().requires_grad_(False)
-    theirs = {_their_name(name): _their_layout(name, weight, args) for name, weight in weights.items()}
+    theirs = {
+        hugging_face_name(name): in_halves(weight, args.head_dim) if is_rotated(name) else weight
+        for name, weight in weights.items()
+    }
     if args.tied_embeddings:
         theirs.setdefault("lm_head.weight", theirs["model.embed_tokens.weight"])
     model.load_state_dict(theirs)
@@ -90,18 +74,3 @@ def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_seq_len,
     }
-
-
-def _their_name(name: str) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    for ours, theirs in _NAMES.items():
-        name = name.replace(ours, theirs)
-    return f"model.{name}"
-
-
-def _their_layout(name: str, weight: Tensor, args: ModelArgs) -> Tensor:
-    """Hugging Face rotates element i of a head with element i + d / 2, Meta adjacent elements."""
-    if name.split(".")[-2] not in _ROTATED:
-        return weight
-    return weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -9,6 +9,8 @@ stays as it is, half the size of a float32 one, and every call upcasts it piece 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ _PIECE = 1 << 20
 """Elements upcast at a time: few enough to stay in the last-level cache, enough to make calls cheap."""
 
 
-class Linear(nn.Module):
+class Linear(nn.Module, ABC):
     """y = x W^T + b, where W is (out, in), in a subclass's format. Most layers have no b."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
@@ -30,16 +32,16 @@ class Linear(nn.Module):
         self.in_features = in_features
 
     @property
+    @abstractmethod
     def num_bytes(self) -> int:
         """Size of weight and bias in memory."""
-        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def dense_weight(self) -> Tensor:
         """W as a plain matrix: for tools and tests, not for a step."""
-        raise NotImplementedError
 
 
 class DenseLinear(Linear):

@@ -123,7 +123,7 @@ def _check_types(path: Path, entries: Iterable[Any]) -> None:
 
 
 def _check_tensors(path: Path, args: ModelArgs, found: Mapping[str, Any]) -> None:
-    if args.n_layers > len(found):  # names for so many layers might not even fit into memory
+    if args.n_layers > len(found):  # the names of all layers might not even fit in memory
         raise ValueError(f"{path} holds {len(found)} tensors: too few for block_count={args.n_layers}")
     shapes = weight_shapes(args)
     if odd := sorted(shapes.keys() ^ found.keys()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface import CONFIG, hugging_face_name
 from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource, num_bytes
-from llama_tp.checkpoint.formats.rotary import is_rotated
+from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
 from llama_tp.checkpoint.formats.safetensors_files import INDEX, SINGLE
 from llama_tp.checkpoint.formats.safetensors_writer import Layout, split_into_files, write_safetensors
 from llama_tp.checkpoint.progress import Advance
@@ -22,7 +22,7 @@ from llama_tp.text.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9
 _BLOCK_BYTES = 512 << 20
-"""Rows are read and written about so many bytes at a time, where chunks are of rows, too."""
+"""Approximate size of a block of rows that is read and written at a time, for tensors that are stored in rows."""
 
 
 class HuggingFaceWriter:
@@ -55,11 +55,6 @@ class HuggingFaceWriter:
             for block in _rows(self._reader.tensors[name], unit, in_blocks=tp_dim(name) == 0):
                 yield in_halves(block, unit) if is_rotated(name) else block
                 advance(block.nbytes)
-
-
-def in_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads, in which rotated pairs are neighbours, with the first of all pairs before the second."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rows(source: TensorSource, unit: int, *, in_blocks: bool) -> Iterator[Tensor]:

@@ -51,3 +51,8 @@ class RotaryTensor:
         rows = torch.arange(start, start + length)
         head, within = rows // self.head_dim, rows % self.head_dim
         return head * self.head_dim + within % 2 * (self.head_dim // 2) + within // 2
+
+
+def in_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse, for all rows of whole heads: the first elements of all pairs, then the second ones."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

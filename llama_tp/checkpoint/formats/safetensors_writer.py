@@ -48,7 +48,7 @@ def write_safetensors(path: Path, layouts: Mapping[str, Layout], blocks: Iterabl
 
 
 def split_into_files(layouts: Mapping[str, Layout], max_bytes: int) -> Iterator[dict[str, Layout]]:
-    """Consecutive tensors of at most so many bytes together; a larger one is alone."""
+    """Group consecutive tensors up to the size limit; a larger tensor gets a file of its own."""
     part: dict[str, Layout] = {}
     for name, layout in layouts.items():
         if part and sum(one.nbytes for one in part.values()) + layout.nbytes > max_bytes:

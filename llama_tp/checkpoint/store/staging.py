@@ -101,7 +101,7 @@ class StagedFolder:
 
 
 def check_space(staged: StagedFolder, needed: int) -> None:
-    """ValueError if a begun folder is on a disk without room for so many bytes."""
+    """ValueError if the disk of a staged folder does not have `needed` bytes free."""
     free = shutil.disk_usage(staged.path).free
     if free < needed:
         raise ValueError(
