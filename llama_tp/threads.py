@@ -15,6 +15,9 @@ SPIN_COUNT = 1000
 another process on these cores, each parallel region then waits until that process has used its time slice. A bounded
 spin costs 8 to 15 % on an otherwise idle machine (measured: docs/performance.md)."""
 
+_IO_THREADS = 4
+"""Concurrent reads over all ranks of a host."""
+
 
 def bound_spinning(environment: MutableMapping[str, str]) -> None:
     """Set the default for processes started with this environment, or for this process if it has not loaded torch yet.
@@ -45,6 +48,11 @@ def choose_num_threads(requested: int | None) -> int:
     if int(inherited) > share:
         log.warning("OMP_NUM_THREADS=%s exceeds the %d core(s) of this rank; using %d", inherited, share, share)
     return min(int(inherited), share)
+
+
+def num_io_threads() -> int:
+    """Concurrent reads or hashes of this rank: its share of the host's."""
+    return max(1, _IO_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def available_cores() -> int:

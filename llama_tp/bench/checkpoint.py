@@ -13,7 +13,6 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
 from llama_tp.checkpoint.formats.open import open_checkpoint
@@ -21,6 +20,7 @@ from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.load import load_model
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
+from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.launch import join
@@ -135,17 +135,15 @@ def _convert(originals: Path, destination: Path) -> None:
 
 def _bytes_read(folder: Path, args: ModelArgs, size: int) -> float:
     """Bytes that all ranks of `size` read together, as a share of the stored bytes."""
-    metadata = dcp.read_metadata(folder)
-    stored = {index: info.length for index, info in metadata.storage_data.items()}
-    total = 0
+    table = StoredFiles(folder).tensors
+    total = sum(tensor.chunk_bytes(chunk) for tensor in table.values() for chunk in tensor.chunks)
+    read = 0
     for rank in range(size):
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            dim = tp_dim(name)
-            parts = [entries for _, entries in shard(args, name, size, rank).parts] if dim is not None else None
+        for name, tensor in table.items():
+            parts = [range(tensor.shape[0])]
+            if tp_dim(name) is not None:
+                parts = [entries for _, entries in shard(args, name, size, rank).parts]
             for chunk in tensor.chunks:
-                start = chunk.offsets[dim or 0]
-                stop = start + chunk.sizes[dim or 0]
-                if parts is None or any(one.start < stop and start < one.stop for one in parts):
-                    total += stored[MetadataIndex(name, chunk.offsets)]
-    return total / sum(stored.values())
+                if any(one.start < chunk.start + chunk.length and chunk.start < one.stop for one in parts):
+                    read += tensor.chunk_bytes(chunk)
+    return read / total

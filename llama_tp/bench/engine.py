@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from llama_tp.bench.peers import transformers_model
-from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.reading import load, stored_dtype
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request
@@ -243,9 +243,9 @@ def _line(name: str, batch: int, prefill: float, decode: float) -> str:
 
 def _read_all(checkpoint: str, args: ModelArgs) -> dict[str, torch.Tensor]:
     """The full model as plain tensors, in the checkpoint's dtype."""
-    dtype = dcp.checkpoint_dtype(checkpoint)
+    dtype = stored_dtype(checkpoint)
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in weight_shapes(args).items()}
     if args.tied_embeddings:
         weights.pop("output.weight", None)
-    dcp.load(weights, checkpoint)
+    load(weights, checkpoint)
     return weights

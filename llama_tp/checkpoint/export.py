@@ -55,7 +55,7 @@ def _write(reader: StoredReader, folder: Path, kind: str, model_parallel_size: i
     """All files. ValueError also if any that was read is not that of the checkpoint's manifest."""
     if kind == "meta" and model_parallel_size is None:
         model_parallel_size = reader.about.get("model_parallel_size")
-    with reader.verification() as verification:
+    with reader.reading() as verification:
         writer = make_writer(kind, reader, _keep_tokenizer(reader, folder), model_parallel_size)
         with byte_progress("Exporting", num_bytes(reader)) as advance:
             files = writer.write(folder, advance)

@@ -6,13 +6,6 @@ import pickle
 import re
 
 
-def is_about_the_file(error: Exception) -> bool:
-    """Whether the error is due to the file's content, not to memory or a device."""
-    return isinstance(error, pickle.UnpicklingError) or any(
-        word in str(error) for word in ("PytorchStreamReader", "weights_only")
-    )
-
-
 def why_not_loaded(error: Exception) -> str:
     """One line for the exception of a `torch.load(weights_only=True)`, to follow the file name."""
     # Other errors, such as that for a TorchScript archive, also give that advice.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def needs_fp32(tensor: Tensor) -> bool:
-    """Whether this CPU lacks instructions for the tensor's dtype and would emulate it."""
-    return not tensor.is_cuda and tensor.dtype.itemsize == 2 and not _has_kernels(tensor.dtype)
+def needs_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device is a CPU that lacks instructions for a dtype and would emulate it."""
+    return device.type != "cuda" and dtype.itemsize == 2 and not _has_kernels(dtype)
 
 
 @cache

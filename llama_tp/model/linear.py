@@ -49,8 +49,8 @@ class DenseLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(*weight.shape)
-        self._in_pieces = needs_fp32(weight)
-        self._packed = not self._in_pieces and _can_pack(weight)
+        self._in_pieces = needs_fp32(weight.device, weight.dtype)
+        self._packed = is_packed(weight.device, weight.dtype)
         self._bias = None if bias is None else bias.detach()
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
         self._weight = (
@@ -79,13 +79,13 @@ class DenseLinear(Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={self._packed}"
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has its own layout for this weight.
+def is_packed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a DenseLinear copies its weight into a layout of oneDNN's own.
 
     The operators are those that torch.compile's freezing emits; they have no public name.
     """
-    is_on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return is_on_cpu and weight.dtype in (torch.float32, torch.bfloat16)
+    is_possible = device.type == "cpu" and torch.backends.mkldnn.is_available() and not needs_fp32(device, dtype)
+    return is_possible and dtype in (torch.float32, torch.bfloat16)
 
 
 def _multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -93,9 +93,17 @@ class Dense:
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dim; without a copy if the parts lie next to each other in memory."""
     import torch
 
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    first, size = parts[0], 0
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != first.data_ptr() + size:
+            return torch.cat(list(parts))
+        size += part.nbytes
+    if first.untyped_storage().nbytes() < first.storage_offset() * first.itemsize + size:
+        return torch.cat(list(parts))  # neighbours by chance
+    return first.as_strided((sum(part.size(0) for part in parts), *first.shape[1:]), first.stride())
 
 
 DENSE = Dense()

@@ -84,24 +84,37 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 @torch.no_grad()
-def localize(model: Transformer, comm: Comm, weight_format: WeightFormat = DENSE) -> Transformer:
+def localize(
+    model: Transformer,
+    comm: Comm,
+    weight_format: WeightFormat = DENSE,
+    prepare: Callable[[nn.Module], object] = lambda part: None,
+) -> Transformer:
     """Replace, in place, every sharded module with one on plain local tensors. The logits then reach the leader only.
 
     wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. The originals
-    are freed layer by layer.
+    are freed layer by layer. `prepare` is called with each part of the model (embedding, layers, norm, output) before
+    its weights are used, in the model's order: a load need not hold more than that part twice.
     """
     local = _Localizer(model.args, comm, weight_format)
+    rows = vocab_shard(model.args, comm.size)
+    prepare(model.tok_embeddings)
+    embedding = _padded(_local(model.tok_embeddings.weight), rows)
+    model.tok_embeddings = VocabEmbedding(embedding, comm)  # type: ignore[assignment]
     for index, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock)
+        prepare(block)
         block.attention = local.attention(block.attention, f"layers.{index}.attention")
         block.feed_forward = local.feed_forward(block.feed_forward, f"layers.{index}.feed_forward")
         block.attention_norm = _norm(block.attention_norm)  # type: ignore[assignment]
         block.ffn_norm = _norm(block.ffn_norm)  # type: ignore[assignment]
+    prepare(model.norm)
     model.norm = _norm(model.norm)  # type: ignore[assignment]
-    rows = vocab_shard(model.args, comm.size)
-    embedding = _padded(_local(model.tok_embeddings.weight), rows)
-    output = embedding if model.args.tied_embeddings else _padded(_local(model.output.weight), rows)
-    model.tok_embeddings = VocabEmbedding(embedding, comm)  # type: ignore[assignment]
+    if model.args.tied_embeddings:
+        output = embedding
+    else:
+        prepare(model.output)
+        output = _padded(_local(model.output.weight), rows)
     linear = weight_format.linear([{"weight": output}])
     model.output = VocabLinear(linear, comm, model.args.vocab_size)  # type: ignore[assignment]
     return model

@@ -169,6 +169,8 @@ def shard(args: ModelArgs, name: str, size: int, rank: int) -> Shard:
         return _plain(_scaled(kv_heads, width))
     stride = width * max(_group(heads(args, size, other)) for other in range(size))
     parts = tuple((index * stride, _scaled(segment.queries, width)) for index, segment in enumerate(local))
+    if all(len(entries) == stride for _, entries in parts):
+        return _plain(_flatten([entries for _, entries in parts]))
     return Shard(parts, tuple(range(start, start + width * _group(local)) for start, _ in parts))
 
 

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.reading import Slices, load
 from llama_tp.parallel.launch import exit_rank
 from llama_tp.parallel.sharding import shard, tp_dim
 from tests.tiny_checkpoint import ARGS, meta_tensors
@@ -37,21 +37,21 @@ def main(folder: str) -> None:
     for name, tensor in tensors.items():
         dim = tp_dim(name)
         if dim is None:
-            slices[name] = dcp.Slices.whole(torch.zeros_like(tensor))
+            slices[name] = Slices.whole(torch.zeros_like(tensor))
             expected[name] = [tensor]
         else:
             held = [entries for _, entries in shard(ARGS, name, size, rank).parts]
             expected[name] = [tensor.narrow(dim, one.start, len(one)) for one in held]
             targets = [torch.zeros_like(one) for one in expected[name]]
-            slices[name] = dcp.Slices(dim, list(zip(held, targets, strict=True)), tuple(tensor.shape))
-    dcp.load(slices, folder)
+            slices[name] = Slices(dim, list(zip(held, targets, strict=True)), tuple(tensor.shape))
+    load(slices, folder)
     for name, one in slices.items():
         assert all(torch.equal(target, want) for (_, target), want in zip(one.parts, expected[name], strict=True)), name
 
     if rank == 1:
         del slices["norm.weight"]
     with pytest.raises(ValueError, match=r"norm\.weight is in the checkpoint but not in the model"):
-        dcp.load(slices, folder)
+        load(slices, folder)
     dist.destroy_process_group()
     exit_rank()
 

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
+from llama_tp.checkpoint.load import _Loader
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine import runner
 from llama_tp.engine import startup as load
-from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.launch import join
 from tests.distributed.torchrun import exit_rank
 
@@ -23,7 +23,7 @@ def main() -> None:
     group = join("cpu")
     if group.comm.rank == 1:
         if stage == "weights":
-            Transformer.to_empty = no_memory  # type: ignore[assignment]
+            _Loader._materialize = no_memory  # type: ignore[assignment, method-assign]
         elif stage == "cache":
             runner.KVCache.__init__ = no_memory  # type: ignore[method-assign]
         else:

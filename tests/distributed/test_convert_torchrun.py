@@ -16,6 +16,7 @@ from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
+from llama_tp.checkpoint.store.reading import StoredFiles, load
 from llama_tp.checkpoint.store.verify import verify
 from tests.distributed.torchrun import check, torchrun
 from tests.hub_stand_in import serving, variables
@@ -60,11 +61,10 @@ def run_script(nproc, *args):
 
 def bytes_by_file(folder):
     """Bytes of tensors, without the wrapping of each chunk."""
-    metadata = dcp.read_metadata(folder)
     sizes = Counter()
-    for index, info in metadata.storage_data.items():
-        chunks = metadata.state_dict_metadata[index.fqn].chunks
-        sizes[info.relative_path] += 2 * next(chunk.sizes.numel() for chunk in chunks if chunk.offsets == index.offset)
+    for tensor in StoredFiles(folder).tensors.values():
+        for chunk in tensor.chunks:
+            sizes[chunk.file] += tensor.chunk_bytes(chunk)
     return sizes.values()
 
 
@@ -88,7 +88,7 @@ def test_the_command_of_the_readme_works_with_any_number_of_ranks(originals, tmp
     assert max(shares) < 1.1 * min(shares)
     tensors = meta_tensors()
     target = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
-    dcp.load(target, folder)
+    load(target, folder)
     assert all(torch.equal(target[name], tensors[name]) for name in tensors)
 
 

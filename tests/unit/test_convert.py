@@ -16,9 +16,9 @@ import torch
 
 from llama_tp.checkpoint import convert as convert_module
 from llama_tp.checkpoint.convert import convert
-from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.manifest import load_manifest
+from llama_tp.checkpoint.store.reading import load
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.verify import verify
 from llama_tp.cli.command import run_command
@@ -51,7 +51,7 @@ def job(tmp_path, tokenizer, monkeypatch):
 
 def load_all(folder):
     target = {name: torch.full_like(tensor, float("nan")) for name, tensor in meta_tensors().items()}
-    dcp.load(target, folder)
+    load(target, folder)
     return target
 
 
@@ -59,12 +59,16 @@ def test_the_checkpoint_and_model_args_are_there_and_nothing_else(job, tmp_path,
     convert(**job)
     assert names_in(tmp_path) == ["converted_checkpoints", "model_args.json", "originals"]
     folder = tmp_path / "converted_checkpoints"
-    assert names_in(folder) == [".metadata", "__0_0.distcp", "manifest.json", "model_args.json", "tokenizer.model"]
+    weights, others = (
+        [".metadata", "__0_0.distcp", "tensors.json"],
+        ["manifest.json", "model_args.json", "tokenizer.model"],
+    )
+    assert names_in(folder) == sorted(weights + others)
     args = ModelArgs.load(tmp_path / "model_args.json")
     assert args == ModelArgs.load(folder / "model_args.json")
     assert (args.max_seq_len, args.max_batch_size, args.vocab_size) == (512, 2, 512)
     verify(folder)
-    assert load_manifest(folder).files.keys() == {".metadata", "__0_0.distcp", "model_args.json", "tokenizer.model"}
+    assert load_manifest(folder).files.keys() == {*weights, "model_args.json", "tokenizer.model"}
     assert load_manifest(folder).about["dtype"] == "bfloat16"
     captured = capsys.readouterr()
     assert "converted_checkpoints" in captured.out

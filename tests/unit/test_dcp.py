@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import LlamaConfig
 
 from llama_tp.checkpoint.formats.reader import MemoryReader
-from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store import dcp, reading
 from llama_tp.checkpoint.store.chunks import chunk_bounds
-from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
+from llama_tp.checkpoint.store.manifest import MANIFEST, load_manifest, write_manifest
+from llama_tp.checkpoint.store.reading import Slices, StoredFiles, load
+from llama_tp.checkpoint.store.table import TABLE, load_table
 from llama_tp.checkpoint.store.verify import verify
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
@@ -103,27 +106,68 @@ def test_load_fills_the_same_tensors_in_place_and_converts(made):
     for dtype in (torch.bfloat16, torch.float32):
         target = blank(tensors, dtype)
         pointers = {name: tensor.data_ptr() for name, tensor in target.items()}
-        dcp.load(target, folder)
+        load(target, folder)
         assert all(torch.equal(target[name], tensors[name].to(dtype)) for name in tensors)
         assert {name: tensor.data_ptr() for name, tensor in target.items()} == pointers
-    assert dcp.checkpoint_dtype(folder) == torch.bfloat16
+    assert StoredFiles(folder).dtype == torch.bfloat16
 
 
 def test_chunks_do_not_drag_their_storage_along(made):
     tensors, folder = made
-    stored = [
-        torch.load(_payload(folder, info), weights_only=True)
-        for info in dcp.read_metadata(folder).storage_data.values()
-    ]
-    assert len(stored) > 100
-    assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in stored)
-    assert sum(chunk.nbytes for chunk in stored) == sum(tensor.nbytes for tensor in tensors.values())
+    stored = 0
+    for index, info in torch_dcp.FileSystemReader(folder).read_metadata().storage_data.items():
+        payload = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        chunk = torch.load(io.BytesIO(payload), weights_only=True)
+        assert chunk.untyped_storage().nbytes() == chunk.nbytes, index
+        stored += chunk.nbytes
+    assert stored == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _payload(folder, info):
-    import io
+def test_the_table_says_where_the_bytes_of_every_chunk_are(made):
+    """Also without torch: the bytes at these places are those of the tensors."""
+    tensors, folder = made
+    for name, stored in load_table(folder, load_manifest(folder)).items():
+        for chunk in stored.chunks:
+            expected = tensors[name].narrow(stored.dim, chunk.start, chunk.length).contiguous()
+            data = (folder / chunk.file).read_bytes()[chunk.offset :][: expected.nbytes]
+            assert data == bytes(expected.view(torch.uint8).numpy().tobytes()), (name, chunk)
 
-    return io.BytesIO((folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length])
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 23])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_any_part_is_read_in_pieces_of_any_size(made, monkeypatch, piece, dtype):
+    """Across chunks, along either dim, into parts of larger tensors."""
+    monkeypatch.setattr(reading, "_PIECE", piece)
+    tensors, folder = made
+    wanted, expected = {}, {}
+    for name, full in tensors.items():
+        for dim, size in enumerate(full.shape):
+            first, second = range(1, size // 2), range(size // 2 + 3, size - 1)
+            shape = [len(first) + len(second) if at == dim else other for at, other in enumerate(full.shape)]
+            target = torch.full(shape, float("nan"), dtype=dtype)
+            parts = [(first, target.narrow(dim, 0, len(first))), (second, target.narrow(dim, len(first), len(second)))]
+            wanted[name, dim] = target, Slices(dim, parts, tuple(full.shape))
+            expected[name, dim] = torch.cat([full.narrow(dim, one.start, len(one)) for one in (first, second)], dim)
+    with StoredFiles(folder) as files:
+        for (name, dim), (target, slices) in wanted.items():
+            files.read({name: slices})
+            assert torch.equal(target, expected[name, dim].to(dtype)), (name, dim)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(made, copy):
+    files = StoredFiles(copy)
+    os.truncate(copy / "__0_0.distcp", 5000)
+    target = blank(made[0])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp was truncated while it was read"):
+        files.read({name: Slices.whole(tensor) for name, tensor in target.items()})
+
+
+def test_threads_that_start_after_a_read_compute_as_before(made):
+    threads = torch.get_num_threads()
+    with StoredFiles(made[1]) as files:
+        files.read({"norm.weight": Slices.whole(torch.empty(64))})
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
 
 
 def test_files_are_closed_at_the_size_limit_and_read_together(tmp_path, monkeypatch):
@@ -133,13 +177,14 @@ def test_files_are_closed_at_the_size_limit_and_read_together(tmp_path, monkeypa
     assert len(list(tmp_path.glob("*.distcp"))) > 5
     verify(tmp_path)
     target = blank(tensors)
-    dcp.load(target, tmp_path)
+    load(target, tmp_path)
     assert all(torch.equal(target[name], tensors[name]) for name in tensors)
 
 
-def test_the_same_weights_give_the_same_bytes(made, tmp_path):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_weights_give_the_same_bytes(made, tmp_path, workers):
     tensors, folder = made
-    dcp.save(MemoryReader.of(ARGS, tensors), tmp_path)
+    dcp.save(MemoryReader.of(ARGS, tensors), tmp_path, workers=workers)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
@@ -150,7 +195,7 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(made):
     target["layers.7.attention.wq.weight"] = target.pop("layers.1.attention.wq.weight")
     target["norm.weight"] = torch.empty(65)
     with pytest.raises(ValueError, match=r"\(65,\)") as error:
-        dcp.load(target, folder)
+        load(target, folder)
     message = str(error.value)
     assert "layers.7.attention.wq.weight is not in the checkpoint" in message
     assert "layers.1.attention.wq.weight is in the checkpoint but not in the model" in message
@@ -159,36 +204,20 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(made):
     assert target["output.weight"].isnan().all()
 
 
-def _edit_metadata(change):
+def _edit_table(change):
+    """Change one tensor's entry, and make the manifest agree."""
+
     def breaks(folder):
-        with (folder / ".metadata").open("rb") as file:
-            metadata = pickle.load(file)
-        change(metadata)
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        table = json.loads((folder / TABLE).read_text())
+        change(table["output.weight"])
+        (folder / TABLE).write_text(json.dumps(table))
         write_manifest(folder)
 
     return breaks
 
 
-def _elsewhere(metadata):
-    info = next(iter(metadata.storage_data.values()))
-    info.relative_path = "../../etc/passwd"
-
-
-def _beyond(metadata):
-    next(iter(metadata.storage_data.values())).offset = 1 << 40
-
-
-def _gap(metadata):
-    metadata.state_dict_metadata["output.weight"].chunks.pop()
-
-
-def _non_tensor(metadata):
-    metadata.state_dict_metadata["norm.weight"] = BytesStorageMetadata()
-
-
 def _flip_bit(folder):
-    path = folder / ".metadata"
+    path = folder / TABLE
     data = bytearray(path.read_bytes())
     data[500] ^= 1
     path.write_bytes(data)
@@ -213,7 +242,7 @@ BROKEN = {
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json does not exist"),
     "a manifest that is none": (lambda folder: (folder / MANIFEST).write_text("[1, 2"), "is not a manifest"),
     "a manifest of lists": (lambda folder: (folder / MANIFEST).write_text("[]"), "is not a manifest"),
-    "a manifest of the future": (_manifest(lambda m: m.update(format_version=2)), "format_version=2"),
+    "a manifest of the future": (_manifest(lambda m: m.update(format_version=3)), "format_version=3"),
     "a manifest that leaves the folder": (
         _manifest(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}})),
         "'../x' is not a file name",
@@ -240,11 +269,30 @@ BROKEN = {
         lambda folder: _replace_in(folder / "model_args.json", '"n_layers": 2', '"n_layers": 3'),
         "model_args.json is corrupt",
     ),
-    "changed metadata": (_flip_bit, ".metadata is corrupt"),
-    "a chunk in another folder": (_edit_metadata(_elsewhere), "../../etc/passwd"),
-    "a chunk beyond its file": (_edit_metadata(_beyond), "is outside"),
-    "a chunk that is missing": (_edit_metadata(_gap), "output.weight is incomplete"),
-    "a non-tensor entry": (_edit_metadata(_non_tensor), "BytesStorageMetadata, which checkpoints never need"),
+    "a changed table": (_flip_bit, "tensors.json is corrupt"),
+    "changed metadata": (lambda folder: (folder / ".metadata").write_bytes(b"x"), ".metadata has 1 bytes"),
+    "a table that is not listed": (
+        _manifest(lambda m: m["files"].pop(TABLE)),
+        "tensors.json is not in the manifest",
+    ),
+    "a table of the wrong type": (
+        lambda folder: ((folder / TABLE).write_text("[1]"), write_manifest(folder)),
+        "tensors.json is not the table of a checkpoint",
+    ),
+    "a chunk in another folder": (
+        _edit_table(lambda one: one["chunks"][0].__setitem__(0, "../../etc/passwd")),
+        "'../../etc/passwd', which is not in the manifest",
+    ),
+    "a chunk beyond its file": (_edit_table(lambda one: one["chunks"][0].__setitem__(1, 1 << 40)), "is outside"),
+    "a chunk before its file": (_edit_table(lambda one: one["chunks"][0].__setitem__(1, -1)), "is outside"),
+    "a chunk that is missing": (_edit_table(lambda one: one["chunks"].pop()), "output.weight is incomplete"),
+    "a chunk that is there twice": (
+        _edit_table(lambda one: one["chunks"].insert(0, one["chunks"][0])),
+        "output.weight has a gap or an overlap at 0",
+    ),
+    "a chunk of a fifth number": (_edit_table(lambda one: one["chunks"][0].append(1)), "is not the table"),
+    "a dtype that is none": (_edit_table(lambda one: one.update(dtype="object")), "KeyError: 'object'"),
+    "a dim that is none": (_edit_table(lambda one: one.update(dim=2)), "is cut along dim 2"),
 }
 
 
@@ -265,43 +313,29 @@ def test_an_unsound_checkpoint_is_refused_before_anything_is_read(made, copy, ca
     breaks(copy)
     target = blank(made[0])
     with pytest.raises(ValueError, match=re.escape(words)) as error:
-        dcp.load(target, copy)
+        load(target, copy)
     assert "\n" not in str(error.value)
     assert all(tensor.isnan().all() for tensor in target.values())
 
 
-@pytest.mark.parametrize("where", ["as the metadata", "in the metadata", "through a dotted name"])
-def test_nothing_in_the_metadata_is_executed(copy, where, tmp_path):
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_nothing_is_unpickled(made, copy, file, tmp_path):
+    """PyTorch's reader would unpickle both."""
     proof = tmp_path / "proof"
-    if where == "through a dotted name":
-        reach = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
-        (copy / ".metadata").write_bytes(reach + b"\x8c\x04true\x85R.")
-        write_manifest(copy)
-    elif where == "as the metadata":
-        (copy / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
-        write_manifest(copy)
-    else:
-        _edit_metadata(lambda metadata: setattr(metadata, "planner_data", Evil(proof)))(copy)
-    with pytest.raises(ValueError, match=r"\.metadata is refused, nothing in it was executed"):
-        dcp.load({}, copy)
-    assert not proof.exists()
-
-
-def test_nothing_in_a_chunk_is_executed(made, copy, tmp_path):
-    proof = tmp_path / "proof"
-    info = next(iter(dcp.read_metadata(copy).storage_data.values()))
-    path = copy / info.relative_path
-    data = bytearray(path.read_bytes())
     evil = pickle.dumps(Evil(proof))
-    data[info.offset : info.offset + len(evil)] = evil
-    path.write_bytes(data)
+    if file == ".metadata":
+        (copy / file).write_bytes(evil)
+    else:
+        data = bytearray((copy / file).read_bytes())
+        first = torch_dcp.FileSystemReader(made[1]).read_metadata().storage_data.values()
+        offset = min(info.offset for info in first)
+        data[offset : offset + len(evil)] = evil
+        (copy / file).write_bytes(data)
     write_manifest(copy)
-    with pytest.raises(ValueError, match=re.escape(f"{path} is ")) as error:
-        dcp.load(blank(made[0]), copy)
-    assert "\n" not in str(error.value)
-    assert "nothing in it was executed" in str(error.value)
-    assert "weights_only" not in str(error.value)
+    target = blank(made[0])
+    load(target, copy)
     assert not proof.exists()
+    assert all(torch.equal(target[name], tensor) for name, tensor in made[0].items())
 
 
 def test_a_flipped_bit_of_a_weight_is_found_by_the_full_verification(copy):

@@ -12,7 +12,7 @@ from llama_tp.checkpoint import demo
 from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.gguf import GGUFReader
-from llama_tp.checkpoint.store import dcp
+from llama_tp.checkpoint.store.reading import load
 from llama_tp.config import ModelArgs
 from tests.tiny_checkpoint import meta_tensors, write_meta
 from tests.tiny_gguf import (
@@ -109,7 +109,7 @@ def test_the_whole_demo_is_weights_and_what_a_conversion_of_them_gives(tmp_path,
     weights, checkpoint = demo.make_demo(tmp_path / "demo")
     assert (weights, checkpoint) == (tmp_path / "demo" / "weights", tmp_path / "demo" / "converted_checkpoints")
     target = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in wheel.items()}
-    dcp.load(target, checkpoint)
+    load(target, checkpoint)
     assert all(torch.equal(target[name], tensor.bfloat16()) for name, tensor in wheel.items())
     assert ModelArgs.load(checkpoint / "model_args.json").max_seq_len == 2048
 

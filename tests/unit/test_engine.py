@@ -514,7 +514,7 @@ def test_a_cache_of_no_size_is_refused_by_name(memory):
 def test_auto_computes_in_what_is_fastest_for_the_batch(monkeypatch, name, stored, cpu, max_batch_size, expected):
     from llama_tp.checkpoint import load
 
-    monkeypatch.setattr(load.dcp, "checkpoint_dtype", lambda _folder: stored)
+    monkeypatch.setattr(load, "stored_dtype", lambda _folder: stored)
     monkeypatch.setattr(load, "_computes_natively", lambda _dtype, _device: cpu == "native")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     assert load.resolve_dtype(name, "", torch.device("cpu"), max_batch_size) == expected

@@ -264,7 +264,7 @@ def test_the_tokenizer_and_all_that_belongs_to_it_travel_along(tmp_path):
     names |= {"generation_config.json", "chat_template.jinja"}
     assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in names)
     rest = {path.name for path in folder.iterdir()} - names
-    assert rest == {".metadata", "__0_0.distcp", "manifest.json", "model_args.json"}
+    assert rest == {".metadata", "__0_0.distcp", "tensors.json", "manifest.json", "model_args.json"}
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.chat_template, tokenizer.stop_ids >= {1, 2}) == ("é", True)
     about = json.loads((folder / "manifest.json").read_text())["about"]

@@ -137,7 +137,14 @@ LAYERS = {
     "text": ("file_kind",),
     "model": ("config",),
     "parallel": ("config", "threads", "model"),
-    "checkpoint": ("file_kind", "config", "text", "model", "parallel"),  # a conversion checks and keeps the tokenizer
+    "checkpoint": (
+        "file_kind",
+        "config",
+        "threads",
+        "text",
+        "model",
+        "parallel",
+    ),  # a conversion checks and keeps the tokenizer
     "engine": ("config", "control_groups", "threads", "model", "parallel", "checkpoint"),
     "serving": ("config", "text", "engine"),
     "torchserve": ("config", "threads", "text", "parallel", "checkpoint", "engine", "serving"),

@@ -106,14 +106,15 @@ def test_every_query_head_is_with_its_kv_head(name):
         for rank in range(size):
             queries = shard(args, f"{ATTENTION}.wq.weight", size, rank)
             kv_heads = [entry // width for entry in keys[rank][::width]]
-            assert len(kv_heads) == local_kv_heads(args, size, rank) == len(queries.kept)
-            group = len(queries.kept[0]) // width
+            assert len(kv_heads) == local_kv_heads(args, size, rank)
             # Attention divides the query heads it is given equally among the kv heads.
-            assert queries.length == len(kv_heads) * group * width
-            for (position, entries), kept, kv_head in zip(queries.parts, queries.kept, kv_heads, strict=True):
-                assert position == kept.start
-                assert 0 < len(entries) <= len(kept)
-                assert {entry // width // (args.n_heads // args.n_kv_heads) for entry in entries} == {kv_head}
+            group, rest = divmod(queries.length // width, len(kv_heads))
+            assert rest == 0
+            entry_at = {position + index: entry for position, one in queries.parts for index, entry in enumerate(one)}
+            heads = [position for one in queries.kept for position in one][::width]
+            for index, kv_head in enumerate(kv_heads):
+                of_kv_head = [entry_at[at] // width for at in heads[index * group :][:group] if at in entry_at]
+                assert {head // (args.n_heads // args.n_kv_heads) for head in of_kv_head} == {kv_head}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store import verify as verify_module
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.stored import MODEL_ARGS, StoredReader, is_stored
@@ -53,7 +52,7 @@ def test_a_damaged_file_is_found_by_the_time_that_all_is_read(folder, monkeypatc
     for module in (load_verification, verify_module):
         monkeypatch.setattr(module, "SMALL", 5000)
     reader = StoredReader(folder)
-    with reader.verification() as verification:
+    with reader.reading() as verification:
         reader.tensors["norm.weight"].read(0, 0, 64)
         with pytest.raises(ValueError, match=rf"{shard.name} is corrupt: its sha256"):
             verification.finish()
@@ -70,11 +69,3 @@ def test_weights_of_another_model_than_its_arguments_are_refused(folder):
     write_manifest(folder)
     with pytest.raises(ValueError, match=r"does not list model_args\.json"):
         StoredReader(folder)
-
-
-def test_a_read_plans_nothing_with_other_ranks(folder, monkeypatch):
-    seen = []
-    load = dcp.torch_dcp.load
-    monkeypatch.setattr(dcp.torch_dcp, "load", lambda *args, **options: (seen.append(options), load(*args, **options)))
-    StoredReader(folder).tensors["norm.weight"].read(0, 0, 1)
-    assert [options["no_dist"] for options in seen] == [True]

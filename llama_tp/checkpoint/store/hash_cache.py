@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from llama_tp.checkpoint.store.manifest import HASH_CACHE, MANIFEST
+from llama_tp.checkpoint.store.manifest import HASH_CACHE, manifest_digest
 from llama_tp.checkpoint.store.staging import replace_file
 from llama_tp.checkpoint.user_cache import cache_folder
 
@@ -47,7 +47,7 @@ class FileState:
 
 def recall(folder: Path) -> set[tuple[str, FileState]]:
     """The hashed files and their states at that time. Empty if the manifest has changed or nothing is recorded."""
-    digest = _manifest_digest(folder)
+    digest = manifest_digest(folder)
     found: set[tuple[str, FileState]] = set()
     for path in _cache_files(folder):
         # A cache that cannot be read is ignored, for whatever reason.
@@ -67,7 +67,7 @@ def remember(folder: Path, states: Mapping[str, FileState]) -> Path | None:
     """
     content = {
         "format_version": _FORMAT_VERSION,
-        "manifest_sha256": _manifest_digest(folder),
+        "manifest_sha256": manifest_digest(folder),
         "files": {name: astuple(state) for name, state in sorted(states.items())},
     }
     for path in _cache_files(folder):
@@ -84,7 +84,3 @@ def _cache_files(folder: Path) -> list[Path]:
         key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
         files.append(cache_folder() / "verified" / f"{key}.json")
     return files
-
-
-def _manifest_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -12,6 +14,7 @@ from llama_tp.checkpoint.store.hash_cache import FileState, recall, remember
 from llama_tp.checkpoint.store.manifest import load_manifest
 from llama_tp.checkpoint.store.verify import SMALL, check_hash
 from llama_tp.parallel.agreement import agree, gather
+from llama_tp.threads import num_io_threads
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ class LoadVerification:
     Hashing and reading share the page cache, so the disk is read once.
     """
 
-    def __init__(self, folder: str | Path, policy: str, *, num_threads: int) -> None:
+    def __init__(self, folder: str | Path, policy: str) -> None:
         """`policy`: always; once (skip files that were hashed before and have not changed); size (no files).
 
         Small files are excluded: the quick check of `verify` hashes them at every load.
@@ -36,12 +39,11 @@ class LoadVerification:
         self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         share = pending[self._local_rank :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
         self._entries = {name: large[name] for name in share}
-        self._num_threads = num_threads
         self._is_aborted = False
 
     def __enter__(self) -> LoadVerification:
         self._start = monotonic()
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="verify")
+        self._pool = ThreadPoolExecutor(num_io_threads(), thread_name_prefix="verify")
         self._hashing: dict[str, Future[FileState | None]] = {
             name: self._pool.submit(check_hash, self._folder / name, entry, self._stop_if_aborted)
             for name, entry in self._entries.items()
@@ -53,6 +55,16 @@ class LoadVerification:
     def __exit__(self, *_error: object) -> None:
         self._is_aborted = True
         self._pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Run a body that fails on all ranks or on none: a damaged file is reported by its hash, not by the error that
+        it led to."""
+        try:
+            yield
+        except ValueError:
+            self.finish()
+            raise
 
     def finish(self) -> None:
         """Called on all ranks: wait for the threads of all. ValueError on all ranks names a file that has changed

@@ -16,7 +16,7 @@ from llama_tp.file_kind import describe_model_folder
 MANIFEST = "manifest.json"
 HASH_CACHE = ".verified.json"
 """Not in the manifest: it records which files have been hashed since, see `hash_cache`."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_BYTES = 64 << 20
 _BLOCK = 4 << 20
 
@@ -49,7 +49,10 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError("it is too large")
         content = json.loads(path.read_bytes())
         if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version={content['format_version']!r}, but this program reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"format_version={content['format_version']!r}, but this program reads {FORMAT_VERSION}; convert the "
+                "originals again"
+            )
         files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
         if odd := [name for name in files if name != os.path.basename(name) or name in ("", ".", "..")]:
             raise ValueError(f"{odd[0]!r} is not a file name")
@@ -76,6 +79,11 @@ def write_manifest(
         file.flush()
         os.fsync(file.fileno())
     return manifest
+
+
+def manifest_digest(folder: str | Path) -> str:
+    """The sha256 of manifest.json, which stands for all files."""
+    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()
 
 
 def hash_file(path: str | Path, advance: Advance = no_progress) -> str:

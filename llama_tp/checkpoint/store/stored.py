@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.checkpoint.store import dcp
-from llama_tp.checkpoint.store.dcp_metadata import METADATA, load_metadata
+from llama_tp.checkpoint.store.dcp import METADATA
 from llama_tp.checkpoint.store.load_verification import LoadVerification
-from llama_tp.checkpoint.store.verify import verify
+from llama_tp.checkpoint.store.reading import Slices, StoredFiles
+from llama_tp.checkpoint.store.table import StoredTensor, check_shapes
 from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
 
@@ -31,43 +31,54 @@ class StoredReader:
     """A CheckpointReader of a converted checkpoint, on this process alone.
 
     When it is made, the folder passes the quick check against its manifest, which hashes all small files. Large ones
-    are hashed while they are read, inside of `verification`: what was read is good once its `finish` has returned.
+    are hashed while they are read, inside of `reading`: what was read is good once its `finish` has returned.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = verify(self.folder, full=False)
-        metadata = load_metadata(self.folder, self.manifest.files.keys())
+        self.stored = StoredFiles(folder)
+        self.manifest = self.stored.manifest
         if MODEL_ARGS not in self.manifest.files:
             raise ValueError(f"{self.folder}: the manifest does not list {MODEL_ARGS}; convert the originals again")
         self.args = ModelArgs.load_converted(self.folder / MODEL_ARGS)
         shapes = weight_shapes(self.args)
-        dcp.check_shapes(metadata, shapes, self.folder)
-        stored = dcp.tensors_of(metadata)
-        self.dtype = stored["tok_embeddings.weight"].properties.dtype
-        if odd := [name for name in shapes if stored[name].properties.dtype != self.dtype]:
-            raise ValueError(f"{self.folder}: {odd[0]} is {stored[odd[0]].properties.dtype}, expected {self.dtype}")
+        check_shapes(self.stored.tensors, shapes, self.folder)
+        self.dtype = self.stored.dtype
+        if odd := [name for name in shapes if self.stored.tensors[name].dtype != self.dtype]:
+            raise ValueError(f"{self.folder}: {odd[0]} is {self.stored.tensors[odd[0]].dtype}, expected {self.dtype}")
         self.files = [self.folder / name for name in self.manifest.files if name.endswith(".distcp")]
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = self.manifest.about
         self.tensors: Mapping[str, TensorSource] = {
-            name: ChunkedTensor(self.folder, name, shape, self.dtype, metadata) for name, shape in shapes.items()
+            name: ChunkedTensor(self.stored, name, self.stored.tensors[name]) for name in shapes
         }
 
-    def verification(self) -> LoadVerification:
-        """The context to read in, whose `finish` raises ValueError for a file that is not that of the manifest."""
-        return LoadVerification(self.folder, "once", num_threads=dcp.load_threads())
+    @contextmanager
+    def reading(self) -> Iterator[LoadVerification]:
+        """The context to read in. ValueError from the verification's `finish` for a file that is not that of the
+        manifest."""
+        with self.stored, LoadVerification(self.folder, "once") as verification:
+            yield verification
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkedTensor:
     """A TensorSource over the chunks of one stored tensor."""
 
-    folder: Path
+    files: StoredFiles = field(repr=False)
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    metadata: Metadata = field(repr=False)
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
-        return dcp.read_slice(self.folder, self.metadata, self.name, dim, start, length)
+        shape = [length if at == dim else size for at, size in enumerate(self.shape)]
+        target = torch.empty(shape, dtype=self.dtype)
+        self.files.read({self.name: Slices(dim, [(range(start, start + length), target)], self.shape)})
+        return target

@@ -46,7 +46,8 @@ class SdpaBackend:
         self._costs = costs or SdpaCosts()
         self._planner = CallPlanner(cache, self._costs, can_merge=can_merge)
         self._deterministic = deterministic
-        self._fp32_fallback = needs_fp32(cache.layers[0].k) if fp32_fallback is None else fp32_fallback
+        keys = cache.layers[0].k
+        self._fp32_fallback = needs_fp32(keys.device, keys.dtype) if fp32_fallback is None else fp32_fallback
         self._scratch_slot = (cache.num_pages - 1) * cache.page_size
 
     def prepare(self, sequences: Sequence[SequenceTokens], *, num_padding: int = 0) -> SdpaStep:
