@@ -131,13 +131,13 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def pack_nibbles(levels: Tensor) -> Tensor:
-    """(rows, columns) of 0..15 in uint8 -> (rows, columns / 2): two columns a byte, the first in the low four bits."""
-    return levels[:, 0::2] | (levels[:, 1::2] << 4)
+    """(..., columns) of 0..15 in uint8 -> (..., columns / 2): two columns a byte, the first in the low four bits."""
+    return levels[..., 0::2] | (levels[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def _empty(weight: Tensor, form: Form) -> QuantizedWeight:
