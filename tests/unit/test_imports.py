@@ -112,6 +112,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         *modules_below("llama_tp.serving.dialects"),
         "llama_tp.resources",
         *modules_below("llama_tp.checkpoint.hub"),
+        "llama_tp.checkpoint.formats.quantization_config",
         *modules_below("llama_tp.text"),
         *modules_below("llama_tp.torchserve", but=("llama_tp.torchserve.worker", "llama_tp.torchserve.follower")),
         *modules_below("llama_tp.cli", but=("llama_tp.cli.console",)),

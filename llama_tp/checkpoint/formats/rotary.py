@@ -40,17 +40,18 @@ class RotaryTensor:
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
         if dim != 0:
-            return self.stored.read(dim, start, length)[self._stored_rows(0, self.shape[0])]
+            return self.stored.read(dim, start, length)[stored_rows(0, self.shape[0], self.head_dim)]
         first = start // self.head_dim * self.head_dim
         end = -(-(start + length) // self.head_dim) * self.head_dim
-        return self.stored.read(0, first, end - first)[self._stored_rows(start, length) - first]
+        return self.stored.read(0, first, end - first)[stored_rows(start, length, self.head_dim) - first]
 
-    def _stored_rows(self, start: int, length: int) -> Tensor:
-        """Where the rows start, start + 1, ... of Meta's order are stored: (first, second) of all pairs side by side
-        became all first, then all second."""
-        rows = torch.arange(start, start + length)
-        head, within = rows // self.head_dim, rows % self.head_dim
-        return head * self.head_dim + within % 2 * (self.head_dim // 2) + within // 2
+
+def stored_rows(start: int, length: int, head_dim: int) -> Tensor:
+    """Where the rows start, start + 1, ... of Meta's order are stored: (first, second) of all pairs side by side
+    became all first, then all second."""
+    rows = torch.arange(start, start + length)
+    head, within = rows // head_dim, rows % head_dim
+    return head * head_dim + within % 2 * (head_dim // 2) + within // 2
 
 
 def in_halves(rows: Tensor, head_dim: int) -> Tensor:
