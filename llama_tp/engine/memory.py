@@ -15,6 +15,11 @@ DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Default limit of the KV cache, as a share of the memory left after weights and steps. A host has other uses for its
 memory; a GPU usually does not."""
 
+FRAGMENTATION = 1.25
+"""Memory that PyTorch's allocator takes, as a multiple of what the tensors of a step need."""
+HEADROOM = 256 << 20
+"""Bytes for later allocations outside PyTorch's allocator: cuBLAS workspaces, NCCL channels, modules."""
+
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes per element."""
 
