@@ -1,0 +1,93 @@
+"""What ranks of every size hold after they were really parallelized and localized is what the sharding table says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.engine.memory import MemoryModel
+from llama_tp.model.linear import Linear
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.apply import localize, parallelize
+from llama_tp.parallel.sharding import heads, local_shapes, num_parameters_of_rank
+
+SHAPES = {
+    "7B": ModelArgs(dim=128, n_layers=1, n_heads=32, n_kv_heads=32, vocab_size=320, ffn_hidden_dim=344),
+    "70B": ModelArgs(dim=128, n_layers=1, n_heads=64, n_kv_heads=8, vocab_size=320, ffn_hidden_dim=896),
+    "405B": ModelArgs(dim=256, n_layers=1, n_heads=128, n_kv_heads=8, vocab_size=501, ffn_hidden_dim=1664),
+    "Qwen2.5 7B": ModelArgs(
+        dim=112, n_layers=1, n_heads=28, n_kv_heads=4, vocab_size=297, ffn_hidden_dim=592, qkv_bias=True
+    ),
+    "Qwen3 32B": ModelArgs(
+        dim=80,
+        n_layers=1,
+        n_heads=64,
+        n_kv_heads=8,
+        vocab_size=301,
+        ffn_hidden_dim=400,
+        attention_head_dim=2,
+        qk_norm=True,
+    ),
+}
+"""Heads, kv heads and features of the published models, with narrow heads."""
+
+
+@pytest.fixture
+def rank_of():
+    """Makes this process one rank of a group whose collectives do nothing, and returns its local model."""
+
+    def make(args, size, rank):
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+        try:
+            mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+            with torch.device("meta"):
+                model = Transformer(args).requires_grad_(False).eval()
+            parallelize(model, mesh).to_empty(device="cpu")
+            return localize(model, SimpleNamespace(size=size, rank=rank, is_leader=rank == 0))
+        finally:
+            dist.destroy_process_group()
+
+    return make
+
+
+def distinct(args, size):
+    """The first rank of each kind, and the last, which has fewer tokens of the vocabulary."""
+    kinds = {}
+    for rank in range(size):
+        shapes = tuple(local_shapes(args, size, rank).values())
+        kinds.setdefault(shapes, rank)
+    return sorted({*kinds.values(), size - 1})
+
+
+@pytest.mark.parametrize("size", range(1, 17))
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_rank_holds_what_the_table_says(rank_of, name, size):
+    args = SHAPES[name]
+    config = EngineConfig(max_seq_len=64)
+    for rank in distinct(args, size):
+        model = rank_of(args, size, rank)
+        shapes, (block,) = local_shapes(args, size, rank), model.layers
+        attention, feed_forward = block.attention, block.feed_forward
+        rows = {kind: shapes[f"layers.0.attention.{kind}.weight"][0] for kind in ("wq", "wk", "wv")}
+        assert attention.split == (
+            sum(rows[kind] for kind in ("wq", "wk")) // args.head_dim,
+            rows["wv"] // args.head_dim,
+        )
+        assert (attention.wqkv.out_features, attention.wqkv.in_features) == (sum(rows.values()), args.dim)
+        assert attention.wo.linear.in_features == shapes["layers.0.attention.wo.weight"][1] == rows["wq"]
+        hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+        assert (feed_forward.w13.out_features, feed_forward.w2.linear.in_features) == (2 * hidden, hidden)
+        assert tuple(model.tok_embeddings.weight.shape) == shapes["tok_embeddings.weight"]
+        assert model.output.linear.out_features == shapes["output.weight"][0]
+        memory = MemoryModel.of(args, config, size, rank, "float32", "cpu")
+        linears = sum(module.num_bytes for module in model.modules() if isinstance(module, Linear))
+        norms = (2 * args.n_layers + 1) * args.dim + 2 * args.head_dim * args.qk_norm
+        assert memory.weights - 4 * norms == linears + model.tok_embeddings.weight.nbytes
+        assert memory.weights == 4 * num_parameters_of_rank(args, size, rank)
+        assert memory.token == 2 * 4 * args.n_layers * len(heads(args, size, rank)) * args.head_dim
