@@ -224,3 +224,10 @@ def test_405b_is_planned_within_two_seconds_without_torch():
     assert time.perf_counter() - start < 2
     assert "405.85 billion parameters" in done.stdout
     assert " torch\n" not in done.stderr
+
+
+def test_no_speed_is_given_for_a_batch_that_does_not_fit(run):
+    _, out, _ = run("plan", "llama2-7b", "--device=l4", "--max-ranks=1")
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["1"])
+    assert row.split()[-2:] == ["-", "-"]  # 8 and 32 times 2,048 tokens, in 15,928
+    assert "does not fit" in run("plan", "llama2-7b", "--device=l4", "--tp=1")[1]
