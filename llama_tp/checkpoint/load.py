@@ -11,31 +11,37 @@ from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.agreement import agree
 from llama_tp.parallel.apply import localize, parallelize
-from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.launch import Group
-from llama_tp.parallel.sharding import check_tp_size, shard, tp_dim
+from llama_tp.parallel.sharding import Ranks, check_tp_size, shard, tp_dim
 
 
 def load_model(
-    folder: str, args: ModelArgs, group: Group, dtype: torch.dtype, *, verify_files: str = "once"
+    folder: str,
+    args: ModelArgs,
+    group: Group,
+    dtype: torch.dtype,
+    *,
+    verify_files: str = "once",
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """Load this rank's share of a checkpoint in `dtype` onto its device, ready to compute.
 
     ValueError, on every rank, if the folder does not match its manifest or this model, or the model cannot be split
-    over this many ranks. No rank ever holds the whole model.
+    over these ranks. No rank ever holds the whole model. `ranks`: the shares; None: equal ones.
     """
-    check_tp_size(args, group.comm.size)
+    ranks = group.comm.size if ranks is None else ranks
+    check_tp_size(args, ranks)
     with torch.device("meta"):
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     if group.mesh is not None:
-        parallelize(model, group.mesh)
+        parallelize(model, group.mesh, ranks)
     agree(lambda: model.to_empty(device=group.device))
     model.tie_embeddings()  # to_empty gave the two names separate tensors
-    dcp.load(_slices(model, group.comm), folder, verify_files=verify_files)
-    return agree(lambda: localize(model, group.comm))
+    dcp.load(_slices(model, ranks, group.comm.rank), folder, verify_files=verify_files)
+    return agree(lambda: localize(model, group.comm, ranks=ranks))
 
 
-def _slices(model: Transformer, comm: Comm) -> dict[str, dcp.Slices]:
+def _slices(model: Transformer, ranks: Ranks, rank: int) -> dict[str, dcp.Slices]:
     """Where each weight of the checkpoint goes. What is padding becomes zero."""
     parameters = dict(model.named_parameters())
     slices = {}
@@ -45,7 +51,7 @@ def _slices(model: Transformer, comm: Comm) -> dict[str, dcp.Slices]:
         if (dim := tp_dim(name)) is None:
             slices[name] = dcp.Slices.whole(local)
             continue
-        parts = shard(model.args, name, comm.size, comm.rank).parts
+        parts = shard(model.args, name, ranks, rank).parts
         if sum(len(entries) for _, entries in parts) < local.size(dim):
             local.zero_()
         targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]

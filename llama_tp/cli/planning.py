@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_tp.config import ModelArgs
+    from llama_tp.parallel.sharding import Ranks
     from llama_tp.planning.advice import Advice
     from llama_tp.planning.devices import Device
     from llama_tp.planning.estimate import Estimate
@@ -20,6 +21,7 @@ def plan(
     model: str,
     *,
     tp: int | str | None = None,
+    tp_shares: tuple[int, ...] | None = None,
     device: str = "h100",
     max_batch_size: int | None = None,
     max_seq_len: int | None = None,
@@ -40,6 +42,7 @@ def plan(
         model: name of a published model such as llama2-70b; or model_args.json, params.json, or a checkpoint of any
             format (Meta, Hugging Face, GGUF, converted)
         tp: tensor-parallel size to print in detail, or "auto" for the recommended one; without it, a table of all sizes
+        tp_shares: query heads of each rank, such as 24,24,16, instead of equal shares
         device: h100, h200, a100-40, a100-80, l4, l40s, a10, rtx3090, rtx4090, rtx5090, mi300x, or cpu for this host
         max_batch_size: requests at the same time; by default the model's
         max_seq_len: prompt plus answer of a request, in tokens; by default the model's
@@ -58,18 +61,19 @@ def plan(
     _check_switches(json=json, overwrite=overwrite)
     _check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len, context=context, max_ranks=max_ranks)
     args, found_dtype = _architecture(model)
+    groups: Sequence[Ranks] = _sizes(args, tp, max_ranks) if tp_shares is None else [_shares(args, tp, tp_shares)]
     estimates = list(
         _estimates(
             args,
             _device(device, memory, bandwidth),
             _dtype(found_dtype if dtype == "auto" else dtype),
             (max_batch_size, max_seq_len, context),
-            _sizes(args, tp, max_ranks),
+            groups,
         )
     )
     name = _title(model)
     advice = advise(name, estimates)
-    chosen = _chosen(estimates, tp, advice)
+    chosen = estimates[0] if tp_shares is not None else _chosen(estimates, tp, advice)
     if json:
         shown = estimates if chosen is None else [chosen]
         print(dumps(document(name, shown, advice), ensure_ascii=False))
@@ -153,14 +157,26 @@ def _sizes(args: ModelArgs, tp: int | str | None, max_ranks: int) -> range:
     return range(1, max(tp, min(max_ranks, args.n_heads)) + 1)
 
 
+def _shares(args: ModelArgs, tp: int | str | None, shares: object) -> tuple[int, ...]:
+    """Of ranks that are not equal."""
+    from llama_tp.parallel.sharding import check_tp_size
+
+    if not isinstance(shares, (tuple, list)) or not all(type(share) is int for share in shares):
+        raise ValueError(f"tp_shares={shares!r} must be the query heads of each rank, such as 24,24,16")
+    if tp is not None and tp != len(shares):
+        raise ValueError(f"tp={tp!r}, but tp_shares has {len(shares)} shares; leave --tp out")
+    check_tp_size(args, tuple(shares))
+    return tuple(shares)
+
+
 def _estimates(
     args: ModelArgs,
     device: Device,
     dtype: str,
     limits: tuple[int | None, int | None, int | None],
-    sizes: range,
+    groups: Sequence[Ranks],
 ) -> Iterator[Estimate]:
-    """One of each size. `limits`: max_batch_size, max_seq_len and context; None for defaults."""
+    """One for each group. `limits`: max_batch_size, max_seq_len and context; None for defaults."""
     from llama_tp.config import EngineConfig
     from llama_tp.planning.estimate import Estimate
 
@@ -176,8 +192,8 @@ def _estimates(
         max_batch_size=max_batch_size,
         max_batched_tokens=max(EngineConfig().max_batched_tokens, max_batch_size),
     )
-    for size in sizes:
-        yield Estimate(args, device, size, dtype, config, context)
+    for ranks in groups:
+        yield Estimate(args, device, ranks, dtype, config, context)
 
 
 def _title(model: str) -> str:

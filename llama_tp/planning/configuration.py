@@ -52,6 +52,7 @@ def _values(estimate: Estimate, tokenizer: str, threads: int) -> dict[str, objec
         "max_batched_tokens": config.max_batched_tokens,
         "kv_cache_memory": cache,
         "dtype": estimate.dtype,
+        "tp_shares": estimate.ranks if isinstance(estimate.ranks, tuple) else None,
     }
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE
 from llama_tp.model.weights import DENSE, WeightFormat
-from llama_tp.parallel.sharding import shard
+from llama_tp.parallel.sharding import Ranks, num_ranks, shard
 from llama_tp.planning.devices import GIB, Device
 from llama_tp.planning.needs import GroupNeeds
 
@@ -60,11 +60,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A model on `size` devices."""
+    """A model on a group of equal devices."""
 
     args: ModelArgs
     device: Device
-    size: int
+    ranks: Ranks
+    """How many, or the query heads of each."""
     dtype: str
     config: EngineConfig
     """The limits: sequences at the same time, their length, tokens per step."""
@@ -72,10 +73,15 @@ class Estimate:
     """Tokens that a sequence has in the cache on average, for speeds."""
     weight_format: WeightFormat = DENSE
 
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return num_ranks(self.ranks)
+
     @cached_property
     def needs(self) -> GroupNeeds:
         """Of the ranks."""
-        return GroupNeeds.of(self.args, self.size, self.dtype, self.device.type, self.weight_format)
+        return GroupNeeds.of(self.args, self.ranks, self.dtype, self.device.type, self.weight_format)
 
     @cached_property
     def whole(self) -> GroupNeeds:
@@ -107,7 +113,7 @@ class Estimate:
             return 0
         tokens, sequences, itemsize = self.config.max_batched_tokens, self.config.max_batch_size, self._itemsize
         names = ("layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight")
-        queries, hidden = (shard(self.args, name, self.size, 0).length for name in names)
+        queries, hidden = (self._longest_shard(name) for name in names)
         # Residual, its norm and the block's output; gate, up and their product, or queries, keys, values and the mask.
         feed_forward = tokens * (3 * self.args.dim + 3 * hidden)
         attention = tokens * (3 * self.args.dim + 4 * queries + self.config.max_seq_len)
@@ -176,6 +182,9 @@ class Estimate:
             reducing_s=reducing,
             even_s=even + reducing,
         )
+
+    def _longest_shard(self, name: str) -> int:
+        return max(shard(self.args, name, self.ranks, rank).length for rank in range(self.size))
 
     @property
     def _itemsize(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.memory import ITEMSIZE, MemoryModel
 from llama_tp.model.weights import DENSE, WeightFormat
-from llama_tp.parallel.sharding import check_tp_size, num_parameters_of_rank, vocab_shard
+from llama_tp.parallel.sharding import Ranks, check_tp_size, num_parameters_of_rank, num_ranks, vocab_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +30,24 @@ class GroupNeeds:
     """All ranks. Each property is that of the rank that needs most."""
 
     ranks: tuple[RankNeeds, ...]
-    """Distinct ones."""
 
     @classmethod
     def of(
-        cls, args: ModelArgs, size: int, dtype: str, device_type: str, weight_format: WeightFormat = DENSE
+        cls, args: ModelArgs, ranks: Ranks, dtype: str, device_type: str, weight_format: WeightFormat = DENSE
     ) -> GroupNeeds:
-        """For `size` ranks on devices of a type (cpu or cuda). ValueError for a size at which the model cannot run."""
-        check_tp_size(args, size)
+        """For ranks on devices of a type (cpu or cuda). ValueError if the model cannot run on them."""
+        check_tp_size(args, ranks)
         config = EngineConfig(dtype=dtype)
-        rows = vocab_shard(args, size) * args.dim
-        ranks = []
-        for rank in range(size):
-            memory = MemoryModel.of(args, config, size, rank, dtype, device_type, weight_format)
+        rows = vocab_shard(args, ranks) * args.dim
+        needs = []
+        for rank in range(num_ranks(ranks)):
+            memory = MemoryModel.of(args, config, ranks, rank, dtype, device_type, weight_format)
             # With tied embeddings a GPU multiplies with the embedding itself, a CPU with a packed copy of it.
             unread = 0 if args.tied_embeddings and device_type != "cpu" else rows * ITEMSIZE[dtype]
-            parameters = num_parameters_of_rank(args, size, rank)
+            parameters = num_parameters_of_rank(args, ranks, rank)
             multiplied = parameters - (0 if args.tied_embeddings else rows)
-            ranks.append(RankNeeds(memory.weights, memory.weights - unread, memory.token, parameters, multiplied))
-        return cls(tuple(dict.fromkeys(ranks)))
+            needs.append(RankNeeds(memory.weights, memory.weights - unread, memory.token, parameters, multiplied))
+        return cls(tuple(needs))
 
     @property
     def weights(self) -> int:

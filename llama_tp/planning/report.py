@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from llama_tp.parallel.sharding import heads
 from llama_tp.planning.advice import Advice
 from llama_tp.planning.estimate import Estimate
 
@@ -60,6 +61,8 @@ def details(name: str, estimate: Estimate) -> Iterator[str]:
     yield ""
     yield from (f"{label:<14}{value}" for label, value in _budget(estimate))
     yield ""
+    if isinstance(estimate.ranks, tuple):
+        yield from (*_of_each_rank(estimate), "")
     yield f"{'batch':>6} {'GB read':>9} {'ms a step':>10} {'tokens/s':>10} {'uneven costs':>13}   bound by"
     for batch in _batches(estimate):
         step = estimate.step(batch)
@@ -68,6 +71,20 @@ def details(name: str, estimate: Estimate) -> Iterator[str]:
         yield (
             f"{batch:>6} {step.bytes_read / 1e9:>9.2f} {1e3 * step.seconds:>10.2f} {step.tokens_per_s:>10,.0f} "
             f"{cost:>13}   {step.bound}{room}"
+        )
+
+
+def _of_each_rank(estimate: Estimate) -> Iterator[str]:
+    """A row for each rank, to compare with the devices."""
+    columns = f"{'rank':>6} {'query heads':>12} {'kv heads':>9} {'weights':>10}"
+    yield f"{columns} {'KV of a token':>14} {'with the KV cache':>18}"
+    for rank, needs in enumerate(estimate.needs.ranks):
+        segments = heads(estimate.args, estimate.ranks, rank)
+        queries = sum(len(segment.queries) for segment in segments)
+        held = needs.weights + estimate.config.cache_tokens * needs.kv_token
+        yield (
+            f"{rank:>6} {queries:>12} {len(segments):>9} {_size(needs.weights):>10} "
+            f"{f'{needs.kv_token / 2**10:.1f} KiB':>14} {_size(held):>18}"
         )
 
 

@@ -231,3 +231,27 @@ def test_no_speed_is_given_for_a_batch_that_does_not_fit(run):
     row = next(line for line in out.splitlines() if line.split()[:1] == ["1"])
     assert row.split()[-2:] == ["-", "-"]  # 8 and 32 times 2,048 tokens, in 15,928
     assert "does not fit" in run("plan", "llama2-7b", "--device=l4", "--tp=1")[1]
+
+
+def test_unequal_shares_are_listed_by_rank_and_written(run, tmp_path):
+    path = tmp_path / "model-config.yaml"
+    code, out, _ = run("plan", "llama2-70b", "--tp-shares", "24,24,16", "--write", str(path))
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith("     ") and "KiB" in line]
+    assert [row[1:3] for row in rows] == [["24", "3"], ["24", "3"], ["16", "2"]]
+    engine = ModelConfig.load(path).engine_config(PUBLISHED["llama2-70b"])
+    assert engine.tp_shares == (24, 24, 16)
+    assert ModelConfig.load(path).torchrun.nproc_per_node == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tp-shares=24,24,15"], "tp_shares=[24, 24, 15] adds up to 63, but must add up to n_heads=64"),
+        (["--tp-shares=64"], "tp_shares=64 must be the query heads of each rank, such as 24,24,16"),
+        (["--tp-shares=32,half"], "must be the query heads of each rank"),
+        (["--tp-shares=32,32", "--tp=4"], "tp=4, but tp_shares has 2 shares; leave --tp out"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(run, argv, words):
+    assert words in why_refused(run, "llama2-70b", *argv)

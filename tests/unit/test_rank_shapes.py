@@ -15,7 +15,7 @@ from llama_tp.engine.memory import MemoryModel
 from llama_tp.model.linear import Linear
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.apply import localize, parallelize
-from llama_tp.parallel.sharding import heads, local_shapes, num_parameters_of_rank
+from llama_tp.parallel.sharding import heads, local_shapes, num_parameters_of_rank, num_ranks
 
 SHAPES = {
     "7B": ModelArgs(dim=128, n_layers=1, n_heads=32, n_kv_heads=32, vocab_size=320, ffn_hidden_dim=344),
@@ -42,37 +42,47 @@ SHAPES = {
 def rank_of():
     """Makes this process one rank of a group whose collectives do nothing, and returns its local model."""
 
-    def make(args, size, rank):
+    def make(args, ranks, rank):
+        size = num_ranks(ranks)
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
             with torch.device("meta"):
                 model = Transformer(args).requires_grad_(False).eval()
-            parallelize(model, mesh).to_empty(device="cpu")
-            return localize(model, SimpleNamespace(size=size, rank=rank, is_leader=rank == 0))
+            parallelize(model, mesh, ranks).to_empty(device="cpu")
+            return localize(model, SimpleNamespace(size=size, rank=rank, is_leader=rank == 0), ranks=ranks)
         finally:
             dist.destroy_process_group()
 
     return make
 
 
-def distinct(args, size):
+def distinct(args, ranks):
     """The first rank of each kind, and the last, which has fewer tokens of the vocabulary."""
     kinds = {}
-    for rank in range(size):
-        shapes = tuple(local_shapes(args, size, rank).values())
+    for rank in range(num_ranks(ranks)):
+        shapes = tuple(local_shapes(args, ranks, rank).values())
         kinds.setdefault(shapes, rank)
-    return sorted({*kinds.values(), size - 1})
+    return sorted({*kinds.values(), num_ranks(ranks) - 1})
 
 
-@pytest.mark.parametrize("size", range(1, 17))
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_rank_holds_what_the_table_says(rank_of, name, size):
+UNEQUAL = [
+    ("70B", (24, 24, 16)),
+    ("70B", (1, 40, 23)),
+    ("7B", (17, 15)),
+    ("405B", (64, 32, 16, 16)),
+    ("Qwen2.5 7B", (14, 7, 7)),
+    ("Qwen3 32B", (5, 5, 54)),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [*((name, size) for name in SHAPES for size in range(1, 17)), *UNEQUAL])
+def test_a_rank_holds_what_the_table_says(rank_of, name, ranks):
     args = SHAPES[name]
     config = EngineConfig(max_seq_len=64)
-    for rank in distinct(args, size):
-        model = rank_of(args, size, rank)
-        shapes, (block,) = local_shapes(args, size, rank), model.layers
+    for rank in distinct(args, ranks):
+        model = rank_of(args, ranks, rank)
+        shapes, (block,) = local_shapes(args, ranks, rank), model.layers
         attention, feed_forward = block.attention, block.feed_forward
         rows = {kind: shapes[f"layers.0.attention.{kind}.weight"][0] for kind in ("wq", "wk", "wv")}
         assert attention.split == (
@@ -85,9 +95,9 @@ def test_a_rank_holds_what_the_table_says(rank_of, name, size):
         assert (feed_forward.w13.out_features, feed_forward.w2.linear.in_features) == (2 * hidden, hidden)
         assert tuple(model.tok_embeddings.weight.shape) == shapes["tok_embeddings.weight"]
         assert model.output.linear.out_features == shapes["output.weight"][0]
-        memory = MemoryModel.of(args, config, size, rank, "float32", "cpu")
+        memory = MemoryModel.of(args, config, ranks, rank, "float32", "cpu")
         linears = sum(module.num_bytes for module in model.modules() if isinstance(module, Linear))
         norms = (2 * args.n_layers + 1) * args.dim + 2 * args.head_dim * args.qk_norm
         assert memory.weights - 4 * norms == linears + model.tok_embeddings.weight.nbytes
-        assert memory.weights == 4 * num_parameters_of_rank(args, size, rank)
-        assert memory.token == 2 * 4 * args.n_layers * len(heads(args, size, rank)) * args.head_dim
+        assert memory.weights == 4 * num_parameters_of_rank(args, ranks, rank)
+        assert memory.token == 2 * 4 * args.n_layers * len(heads(args, ranks, rank)) * args.head_dim
