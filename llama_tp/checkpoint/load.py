@@ -10,7 +10,7 @@ from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.agreement import agree
-from llama_tp.parallel.apply import localize, parallelize
+from llama_tp.parallel.apply import drop_padding, localize, parallelize
 from llama_tp.parallel.launch import Group
 from llama_tp.parallel.sharding import Ranks, check_tp_size, shard, tp_dim
 
@@ -35,6 +35,7 @@ def load_model(
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     if group.mesh is not None:
         parallelize(model, group.mesh, ranks)
+        drop_padding(model, ranks, group.comm.rank)
     agree(lambda: model.to_empty(device=group.device))
     model.tie_embeddings()  # to_empty gave the two names separate tensors
     dcp.load(_slices(model, ranks, group.comm.rank), folder, verify_files=verify_files)
@@ -51,7 +52,8 @@ def _slices(model: Transformer, ranks: Ranks, rank: int) -> dict[str, dcp.Slices
         if (dim := tp_dim(name)) is None:
             slices[name] = dcp.Slices.whole(local)
             continue
-        parts = shard(model.args, name, ranks, rank).parts
+        own = shard(model.args, name, ranks, rank)
+        parts = own.compact.parts if local.size(dim) == own.length else own.parts
         if sum(len(entries) for _, entries in parts) < local.size(dim):
             local.zero_()
         targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]

@@ -80,6 +80,21 @@ def _evenly_split(weight: Tensor, args: ModelArgs, name: str, ranks: Ranks) -> T
     return padded
 
 
+def drop_padding(model: Transformer, ranks: Ranks, rank: int) -> None:
+    """On the meta device: replace the padded shards of a parallelized model by plain tensors of the rank's own size, so
+    that a rank with a small share does not allocate as much as one with the largest."""
+    for name, parameter in list(model.named_parameters()):
+        dim = tp_dim(name)
+        if dim is None or not name.startswith("layers."):
+            continue
+        local, own = _local(parameter), shard(model.args, name, ranks, rank)
+        if own.length < local.size(dim):
+            shape = [own.length if axis == dim else size for axis, size in enumerate(local.shape)]
+            module, _, attribute = name.rpartition(".")
+            compact = nn.Parameter(local.new_empty(shape), requires_grad=False)
+            model.get_submodule(module).register_parameter(attribute, compact)
+
+
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     COLUMN: ColwiseParallel,
     ROW: RowwiseParallel,
@@ -166,12 +181,12 @@ class _Localizer:
         return local
 
     def _unpadded(self, local: Tensor, name: str) -> Tensor:
-        """The rank's part of a weight, without padding."""
+        """The rank's part of a weight, without padding; `local` may have none."""
         dim = tp_dim(name)
-        if dim is None:
+        own = None if dim is None else shard(self.args, name, self.ranks, self.comm.rank)
+        if dim is None or own is None or local.size(dim) == own.length:
             return local
-        kept = shard(self.args, name, self.ranks, self.comm.rank).kept
-        parts = [local.narrow(dim, one.start, len(one)) for one in kept]
+        parts = [local.narrow(dim, one.start, len(one)) for one in own.kept]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
 
 

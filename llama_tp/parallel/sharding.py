@@ -178,6 +178,14 @@ class Shard:
         """Entries that the rank computes with."""
         return sum(map(len, self.kept))
 
+    @property
+    def compact(self) -> Shard:
+        """The same shard without the entries that the rank does not compute with."""
+        starts = [sum(map(len, self.kept[:index])) for index in range(len(self.kept))]
+        moved = zip(self.parts, self.kept, starts, strict=True)
+        parts = tuple((start + position - kept.start, entries) for (position, entries), kept, start in moved)
+        return Shard(parts, (range(self.length),))
+
 
 def shard(args: ModelArgs, name: str, ranks: Ranks, rank: int) -> Shard:
     """A rank's shard of a weight or bias that the plan splits. A vocabulary's may be empty."""

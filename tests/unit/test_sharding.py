@@ -274,3 +274,23 @@ def test_shares_that_are_equal_are_those_of_a_size(name, size):
 def test_shares_that_leave_a_rank_or_a_head_over_are_refused(shares, reason):
     with pytest.raises(ValueError, match=reason):
         check_tp_size(args_of("70B"), shares)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("70B", 3), ("demo", 2), ("demo", 5), ("3.2 1B", 6), *SHARES])
+def test_a_compact_shard_has_the_same_entries_at_the_positions_that_are_kept(name, ranks):
+    args = args_of(name)
+    count = ranks if isinstance(ranks, int) else len(ranks)
+    for layer in (f"{ATTENTION}.wq", f"{ATTENTION}.wk", f"{FFN}.w2"):
+        for rank in range(count):
+            padded = shard(args, f"{layer}.weight", ranks, rank)
+            compact = padded.compact
+            assert compact.kept == (range(padded.length),)
+            kept = [position for one in padded.kept for position in one]
+            found = {
+                kept.index(position + offset): entry
+                for position, entries in padded.parts
+                for offset, entry in enumerate(entries)
+            }
+            assert found == {
+                position + offset: entry for position, entries in compact.parts for offset, entry in enumerate(entries)
+            }
