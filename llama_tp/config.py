@@ -314,6 +314,8 @@ class EngineConfig:
     """cpu | cuda | auto: cuda if available."""
     threads: int | None = None
     """CPU threads of this rank. None: its share of the available cores."""
+    tp_shares: tuple[int, ...] | None = None
+    """Query heads of each rank, for unequal devices. None: equal shares."""
     verify_checkpoint: str = "once"
     """Which large files are hashed while loading. always: all; once: those not hashed before or changed since; size:
     none, only sizes are compared."""
@@ -330,6 +332,8 @@ class EngineConfig:
         ]
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             problems.append(f"threads={self.threads!r} must be a positive integer")
+        if self.tp_shares is not None and not (isinstance(self.tp_shares, tuple) and all(map(_is_int, self.tp_shares))):
+            problems.append(f"tp_shares={self.tp_shares!r} must be a tuple of integers, the query heads of each rank")
         if self.dtype not in DTYPES:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:

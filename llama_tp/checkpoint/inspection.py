@@ -43,10 +43,15 @@ class Inspection:
     """What is odd, or missing."""
 
 
+def open_any(path: str | Path) -> CheckpointReader:
+    """Open a converted checkpoint, or one of any other format."""
+    return StoredReader(path) if is_stored(path) else open_checkpoint(path)
+
+
 def inspect_checkpoint(path: str | Path) -> Inspection:
     """Meta's shards, a Hugging Face model, a GGUF file or a converted checkpoint. ValueError, in one line, for what is
     none or has damaged headers."""
-    reader: CheckpointReader = StoredReader(path) if is_stored(path) else open_checkpoint(path)
+    reader = open_any(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     tokenizer, chat, problems = _text(folder, reader.args.vocab_size)
     notes = [*problems, *_notes(folder, reader, tokenizer)]

@@ -17,30 +17,40 @@ from llama_tp.model.linear import is_packed
 from llama_tp.model.transformer import Transformer, TransformerBlock
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.agreement import agree
-from llama_tp.parallel.apply import localize, parallelize
-from llama_tp.parallel.comm import Comm
+from llama_tp.parallel.apply import drop_padding, localize, parallelize
 from llama_tp.parallel.launch import Group
-from llama_tp.parallel.sharding import check_tp_size, shard, tp_dim
+from llama_tp.parallel.sharding import Ranks, check_tp_size, shard, tp_dim
 
 
 def load_model(
-    folder: str, args: ModelArgs, group: Group, dtype: torch.dtype, *, verify_files: str = "once"
+    folder: str,
+    args: ModelArgs,
+    group: Group,
+    dtype: torch.dtype,
+    *,
+    verify_files: str = "once",
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """Load this rank's share of a checkpoint in `dtype` onto its device, ready to compute.
 
     ValueError, on every rank, if the folder does not match its manifest or this model, or the model cannot be split
-    over this many ranks. No rank ever holds the whole model, nor its own share twice.
+    over these ranks. No rank ever holds the whole model, nor its own share twice.
+
+    `ranks`: the shares; None: equal ones.
     """
-    check_tp_size(args, group.comm.size)
+    ranks = group.comm.size if ranks is None else ranks
+    check_tp_size(args, ranks)
     with torch.device("meta"):
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     if group.mesh is not None:
-        parallelize(model, group.mesh)
+        parallelize(model, group.mesh, ranks)
+        drop_padding(model, ranks, group.comm.rank)
     with open_on_all_ranks(folder) as files:
         agree(lambda: check_shapes(files.tensors, weight_shapes(args), folder))
         with agree(lambda: LoadVerification(folder, verify_files)) as verification:
             with verification.explaining():
-                agree(lambda: localize(model, group.comm, prepare=_Loader(model, files, group, dtype)))
+                loader = agree(lambda: _Loader(model, files, group, dtype, ranks))
+                agree(lambda: localize(model, group.comm, ranks=ranks, prepare=loader))
             verification.finish()
     return model
 
@@ -49,10 +59,11 @@ class _Loader:
     """Fills the parts of a model on the meta device from a checkpoint, in order: each while the one before it is being
     localized. Sharded parameters become this rank's local tensors."""
 
-    def __init__(self, model: Transformer, files: StoredFiles, group: Group, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, files: StoredFiles, group: Group, dtype: torch.dtype, ranks: Ranks) -> None:
         self._args = model.args
         self._files = files
         self._group = group
+        self._ranks = ranks
         # Packing copies a matrix. One that is not packed stays where it is read to.
         self._spare = deque([_nothing(), _nothing()]) if is_packed(group.device, dtype) else None
         parts = [("tok_embeddings", model.tok_embeddings), *_numbered("layers", model.layers), ("norm", model.norm)]
@@ -70,7 +81,7 @@ class _Loader:
         if (one := next(self._parts, None)) is not None:
             name, self._part = one
             self._materialize(self._part)
-            self._reading = self._files.start(_slices(self._part, name, self._args, self._group.comm))
+            self._reading = self._files.start(_slices(self._part, name, self._args, self._ranks, self._group.comm.rank))
 
     def _materialize(self, part: nn.Module) -> None:
         """Give a part local tensors on the device, with matrices that become one linear layer next to each other."""
@@ -124,7 +135,7 @@ def _numbered(name: str, modules: Iterable[nn.Module]) -> list[tuple[str, nn.Mod
     return [(f"{name}.{index}", module) for index, module in enumerate(modules)]
 
 
-def _slices(part: nn.Module, prefix: str, args: ModelArgs, comm: Comm) -> dict[str, Slices]:
+def _slices(part: nn.Module, prefix: str, args: ModelArgs, ranks: Ranks, rank: int) -> dict[str, Slices]:
     """Where the weights of a part go. What is padding becomes zero."""
     shapes = weight_shapes(args)
     slices = {}
@@ -133,7 +144,8 @@ def _slices(part: nn.Module, prefix: str, args: ModelArgs, comm: Comm) -> dict[s
         if (dim := tp_dim(name)) is None:
             slices[name] = Slices.whole(local)
             continue
-        parts = shard(args, name, comm.size, comm.rank).parts
+        own = shard(args, name, ranks, rank)
+        parts = own.compact.parts if local.size(dim) == own.length else own.parts
         if sum(len(entries) for _, entries in parts) < local.size(dim):
             local.zero_()
         targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]

@@ -18,6 +18,7 @@ def engine(
     device: str = "auto",
     threads: int | None = None,
     max_batched_tokens: int = 512,
+    tp: int | str | None = None,
 ) -> None:
     """Measure the engine's prefill and decode rates. Runs on all ranks under torchrun. Ends with a line of JSON.
 
@@ -34,7 +35,11 @@ def engine(
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
+    from llama_tp.cli.ranks import run_on_ranks
+
+    run_on_ranks(tp, checkpoint, device)
     from llama_tp.bench.engine import bench_engine
 
     bench_engine(
@@ -65,6 +70,7 @@ def load(
     threads: int | None = None,
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
+    tp: int | str | None = None,
 ) -> None:
     """Measure the engine under requests of mixed lengths with random arrivals. Ends with a line of JSON.
 
@@ -84,7 +90,11 @@ def load(
         threads: CPU threads per rank; by default its share of the available cores
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
+    from llama_tp.cli.ranks import run_on_ranks
+
+    run_on_ranks(tp, checkpoint, device)
     from llama_tp.bench.engine_load import bench_load
     from llama_tp.bench.workload import Load, Slo, parse_rate
 
@@ -133,7 +143,7 @@ def serve(
     concurrency: int = 0,
     max_batch_size: int = 16,
     max_batched_tokens: int = 512,
-    tp: int = 1,
+    tp: int | str = 1,
     threads: int | None = None,
     runs: int = 2,
     seed: int = 0,
@@ -158,7 +168,7 @@ def serve(
         concurrency: maximum concurrent requests; others are held back; 0 is no limit
         max_batch_size: maximum requests computed together
         max_batched_tokens: maximum tokens per step
-        tp: number of ranks
+        tp: number of ranks, or auto: one on CPUs
         threads: CPU threads per rank; by default its share of the available cores
         runs: runs of each; run n uses seed + n
         seed: seed for prompts, lengths and arrivals
@@ -172,13 +182,15 @@ def serve(
     """
     from llama_tp.bench.serve import Setup, bench_serve
     from llama_tp.bench.workload import Load, Slo, parse_rate
+    from llama_tp.cli.ranks import AUTO, resolve_size
     from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
     from llama_tp.text.tokenizer_files import find_tokenizer
 
     if not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    if not isinstance(tp, int) or tp < 1:
-        raise ValueError(f"tp={tp!r} must be an integer of at least 1")
+    size = resolve_size(tp, checkpoint, "cpu") if tp == AUTO else tp
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"tp={size!r} must be an integer of at least 1, or {AUTO}")
     allow_slow_shutdown()
     bench_serve(
         Setup(
@@ -186,8 +198,8 @@ def serve(
             tokenizer=tokenizer or str(find_tokenizer(checkpoint)),
             max_batch_size=max_batch_size,
             max_batched_tokens=max_batched_tokens,
-            tp=tp,
-            threads=max(1, available_cores() // tp) if threads is None else threads,
+            tp=size,
+            threads=max(1, available_cores() // size) if threads is None else threads,
             dtype=dtype,
         ),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),

@@ -1,4 +1,4 @@
-"""Commands that create, verify and describe checkpoints."""
+"""Commands that create, verify and export checkpoints."""
 
 from __future__ import annotations
 
@@ -138,42 +138,3 @@ def export(
     export_checkpoint(
         checkpoint, destination, format=format, model_parallel_size=model_parallel_size, overwrite=overwrite
     )
-
-
-def plan(model_args: str, memory: str = "80GiB", dtype: str = "bfloat16", max_ranks: int = 16) -> None:
-    """Print the memory of the busiest rank at each tensor-parallel size, and how many tokens of KV cache fit.
-
-    Args:
-        model_args: model_args.json or Meta's params.json (with a vocab_size)
-        memory: memory of each rank's device, such as 24GiB
-        dtype: dtype of weights and cache: bfloat16, float16 or float32, as in the startup log
-        max_ranks: largest size to print
-    """
-    from llama_tp.config import EngineConfig, ModelArgs, parse_memory
-    from llama_tp.engine.memory import ITEMSIZE, MemoryModel
-    from llama_tp.parallel.sharding import num_parameters_of_rank
-
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(ITEMSIZE)}")
-    args = ModelArgs.load_converted(model_args)
-    try:
-        size_of_memory = parse_memory(memory)
-    except ValueError as error:
-        raise ValueError(f"memory={memory!r} {error}") from None
-    if isinstance(size_of_memory, float):
-        raise ValueError(f"memory={memory!r} must be a size such as 24GiB")
-    if isinstance(max_ranks, bool) or not isinstance(max_ranks, int) or max_ranks < 1:
-        raise ValueError(f"max_ranks={max_ranks!r} must be an integer of at least 1")
-    whole = num_parameters_of_rank(args, 1, 0)
-    print(f"{whole / 1e9:.2f} billion parameters. The busiest rank holds, in {dtype}:")
-    fitting = f"tokens that fit in {memory}"
-    columns = f"{'weights':>12} {'of an even share':>17} {'KV cache of a token':>21} {'... of one full context':>24}"
-    print(f"{'ranks':>6} {columns}   {fitting}")
-    config = EngineConfig(max_seq_len=args.max_seq_len)
-    for size in range(1, min(max_ranks, args.n_heads) + 1):
-        ranks = [MemoryModel.of(args, config, size, rank, dtype, "cuda") for rank in range(size)]
-        weights, token = max(rank.weights for rank in ranks), max(rank.token for rank in ranks)
-        tokens = min(max(0, size_of_memory - rank.weights) // rank.token for rank in ranks)
-        uneven = weights * size / (whole * ITEMSIZE[dtype])
-        row = f"{size:>6} {weights / 2**30:>8.2f} GiB {uneven:>16.2f}x {token / 2**10:>17.1f} KiB"
-        print(f"{row} {token * args.max_seq_len / 2**20:>20.1f} MiB   {tokens:>{len(fitting)}}")

@@ -63,14 +63,8 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
 
 def _memory(found: Inspection) -> list[dict[str, Any]]:
     """Bytes of the busiest rank, as `plan` has them."""
-    from llama_tp.config import EngineConfig
-    from llama_tp.engine.memory import MemoryModel
+    from llama_tp.planning.needs import GroupNeeds
 
-    config = EngineConfig(max_seq_len=found.args.max_seq_len)
-    rows = []
-    for size in _SIZES:
-        if size <= found.args.n_heads:
-            ranks = [MemoryModel.of(found.args, config, size, rank, found.dtype, "cuda") for rank in range(size)]
-            weights, token = max(rank.weights for rank in ranks), max(rank.token for rank in ranks)
-            rows.append({"ranks": size, "weights": weights, "kv_cache_per_token": token})
-    return rows
+    sizes = [size for size in _SIZES if size <= found.args.n_heads]
+    groups = [(size, GroupNeeds.of(found.args, size, found.dtype, "cuda")) for size in sizes]
+    return [{"ranks": size, "weights": group.weights, "kv_cache_per_token": group.kv_token} for size, group in groups]

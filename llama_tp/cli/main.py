@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.cli import bench, checkpoints, inspection, serve, terminal
+from llama_tp.cli import bench, checkpoints, inspection, planning, serve, terminal
 from llama_tp.cli.command import run_command
 from llama_tp.threads import bound_spinning
 
@@ -18,7 +18,7 @@ COMMANDS: dict[str, Any] = {
     "verify": checkpoints.verify,
     "inspect": inspection.inspect,
     "export": checkpoints.export,
-    "plan": checkpoints.plan,
+    "plan": planning.plan,
     "generate": terminal.generate,
     "chat": terminal.chat,
     "config": serve.config,

@@ -15,6 +15,7 @@ def generate(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    tp: int | str | None = None,
 ) -> None:
     """Continue a prompt and print the text as it is generated. Runs on all ranks under torchrun.
 
@@ -30,7 +31,11 @@ def generate(
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
+    from llama_tp.cli.ranks import run_on_ranks
+
+    run_on_ranks(tp, checkpoint, device)
     from llama_tp.cli.console import run_console
     from llama_tp.engine.sampling_params import SamplingParams
 
@@ -58,6 +63,7 @@ def chat(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    tp: int | str | None = None,
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D ends it. Runs on all ranks under torchrun.
 
@@ -74,7 +80,11 @@ def chat(
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
+    from llama_tp.cli.ranks import run_on_ranks
+
+    run_on_ranks(tp, checkpoint, device)
     from llama_tp.cli.console import run_console
     from llama_tp.engine.sampling_params import SamplingParams
 

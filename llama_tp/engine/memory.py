@@ -9,11 +9,16 @@ from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, ModelArgs, parse_memory
 from llama_tp.model.weights import DENSE, WeightFormat, layer_shapes
-from llama_tp.parallel.sharding import local_kv_heads, local_shape
+from llama_tp.parallel.sharding import Ranks, local_kv_heads, local_shape
 
 DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Default limit of the KV cache, as a share of the memory left after weights and steps. A host has other uses for its
 memory; a GPU usually does not."""
+
+FRAGMENTATION = 1.25
+"""Memory that PyTorch's allocator takes, as a multiple of what the tensors of a step need."""
+HEADROOM = 256 << 20
+"""Bytes for later allocations outside PyTorch's allocator: cuBLAS workspaces, NCCL channels, modules."""
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes per element."""
@@ -37,16 +42,16 @@ class MemoryModel:
         cls,
         args: ModelArgs,
         config: EngineConfig,
-        size: int,
+        ranks: Ranks,
         rank: int,
         dtype: str,
         device_type: str,
         weight_format: WeightFormat = DENSE,
     ) -> MemoryModel:
-        """For one of `size` ranks, computing in `dtype`."""
+        """For one of the ranks, computing in `dtype`."""
         itemsize = ITEMSIZE[dtype]
-        weights = _weight_bytes(args, size, rank, itemsize, weight_format, device_type)
-        page = 2 * args.n_layers * config.page_size * local_kv_heads(args, size, rank) * args.head_dim * itemsize
+        weights = _weight_bytes(args, ranks, rank, itemsize, weight_format, device_type)
+        page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
         return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
 
     @property
@@ -118,12 +123,12 @@ class MemoryModel:
 
 
 def _weight_bytes(
-    args: ModelArgs, size: int, rank: int, itemsize: int, weight_format: WeightFormat, device_type: str
+    args: ModelArgs, ranks: Ranks, rank: int, itemsize: int, weight_format: WeightFormat, device_type: str
 ) -> int:
     """Bytes of a rank's weights once prepared for the device."""
 
     def num_bytes(name: str, shape: tuple[int, ...]) -> int:
-        shape = local_shape(args, name, shape, size, rank)
+        shape = local_shape(args, name, shape, ranks, rank)
         if len(shape) == 1 or name == "tok_embeddings.weight":
             return math.prod(shape) * itemsize
         return weight_format.num_bytes(shape[0], shape[1], itemsize)

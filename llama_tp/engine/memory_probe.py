@@ -12,16 +12,13 @@ import torch
 
 from llama_tp import control_groups
 from llama_tp.config import EngineConfig
+from llama_tp.engine.memory import FRAGMENTATION, HEADROOM
 from llama_tp.engine.request import Request
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.sequence import Sequence
 from llama_tp.engine.step import Chunk, StepPlan
-
-_FRAGMENTATION = 1.25
-_HEADROOM = 256 << 20
-"""Bytes for later allocations outside PyTorch's allocator: cuBLAS workspaces, NCCL channels, modules."""
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -57,7 +54,7 @@ def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:
         ) from None
     torch.cuda.synchronize(runner.device)
     peak = torch.cuda.max_memory_allocated(runner.device) - before
-    return int(_FRAGMENTATION * peak) + _HEADROOM
+    return int(FRAGMENTATION * peak) + HEADROOM
 
 
 def config_for_measuring(config: EngineConfig) -> EngineConfig:

@@ -16,7 +16,7 @@ from llama_tp.engine.memory_probe import config_for_measuring, free_memory, meas
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import Group
-from llama_tp.parallel.sharding import local_kv_heads
+from llama_tp.parallel.sharding import Ranks, check_tp_size, local_kv_heads, num_ranks
 from llama_tp.threads import choose_num_threads, warn_of_spinning
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,13 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         warn_of_spinning(threads)
     dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
     dtype_name = str(dtype).removeprefix("torch.")
-    memory = MemoryModel.of(args, config, group.comm.size, group.comm.rank, dtype_name, device.type)
+    ranks = _ranks(args, config, group)
+    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type)
     agree(lambda: memory.check(free_memory(device)))
-    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint)
+    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
-        kv_heads = local_kv_heads(args, group.comm.size, group.comm.rank)
+        kv_heads = local_kv_heads(args, ranks, group.comm.rank)
         return ModelRunner(model, config, num_kv_heads=kv_heads, dtype=dtype, device=device)
 
     def measure() -> int:
@@ -70,6 +71,18 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
             f"; {step / 2**20:.0f} MiB reserved for a step" if step else "",
         )
     return Engine(runner, group.comm, config)
+
+
+def _ranks(args: ModelArgs, config: EngineConfig, group: Group) -> Ranks:
+    """The ranks with their shares. ValueError if there are not as many as shares, or the model cannot run on them."""
+    ranks: Ranks = group.comm.size if config.tp_shares is None else config.tp_shares
+    if num_ranks(ranks) != group.comm.size:
+        raise ValueError(
+            f"tp_shares={list(config.tp_shares or ())} has shares for {num_ranks(ranks)} ranks, but there are "
+            f"{group.comm.size}; give each rank its query heads"
+        )
+    check_tp_size(args, ranks)
+    return ranks
 
 
 def _prepare_cuda(device: torch.device) -> None:

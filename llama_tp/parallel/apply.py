@@ -35,8 +35,10 @@ from llama_tp.parallel.sharding import (
     ROW,
     VOCAB_IN,
     VOCAB_OUT,
+    Ranks,
     check_tp_size,
     local_kv_heads,
+    num_ranks,
     padded_length,
     shard,
     tp_dim,
@@ -44,35 +46,53 @@ from llama_tp.parallel.sharding import (
 )
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """Make every weight that the plan names a DTensor over a one-dimensional mesh. ValueError for an illegal size.
+def parallelize(model: Transformer, mesh: DeviceMesh, ranks: Ranks | None = None) -> Transformer:
+    """Make every weight that the plan names a DTensor over a one-dimensional mesh. ValueError for illegal ranks.
+
+    `ranks`: the shares; None: equal ones.
 
     DTensor splits evenly, so shares of different sizes are padded with zeros to the largest, which changes no result:
     zero heads and zero hidden columns add nothing to the output. The vocabulary is split like torch.chunk: the last
     ranks may have fewer rows.
     """
     args = model.args
-    check_tp_size(args, mesh.size())
+    ranks = mesh.size() if ranks is None else ranks
+    check_tp_size(args, ranks)
     for name, parameter in list(model.named_parameters()):
         if tp_dim(name) is not None and name.startswith("layers."):
             module, _, attribute = name.rpartition(".")
-            padded = nn.Parameter(_evenly_split(parameter, args, name, mesh.size()), requires_grad=False)
+            padded = nn.Parameter(_evenly_split(parameter, args, name, ranks), requires_grad=False)
             model.get_submodule(module).register_parameter(attribute, padded)
     parallelize_module(model, mesh, {pattern: _STYLES[sharding]() for pattern, sharding in LLAMA_TP_PLAN.items()})
     model.tie_embeddings()
     return model
 
 
-def _evenly_split(weight: Tensor, args: ModelArgs, name: str, size: int) -> Tensor:
+def _evenly_split(weight: Tensor, args: ModelArgs, name: str, ranks: Ranks) -> Tensor:
     """The padded shards of all ranks, concatenated."""
     dim = cast(int, tp_dim(name))
-    length = padded_length(args, name, size)
+    length, size = padded_length(args, name, ranks), num_ranks(ranks)
     padded = weight.new_zeros([length * size if axis == dim else full for axis, full in enumerate(weight.shape)])
     for rank in range(size):
-        for position, entries in shard(args, name, size, rank).parts:
+        for position, entries in shard(args, name, ranks, rank).parts:
             held = weight.narrow(dim, entries.start, len(entries))
             padded.narrow(dim, rank * length + position, len(entries)).copy_(held)
     return padded
+
+
+def drop_padding(model: Transformer, ranks: Ranks, rank: int) -> None:
+    """On the meta device: replace the padded shards of a parallelized model by plain tensors of the rank's own size, so
+    that a rank with a small share does not allocate as much as one with the largest."""
+    for name, parameter in list(model.named_parameters()):
+        dim = tp_dim(name)
+        if dim is None or not name.startswith("layers."):
+            continue
+        local, own = _local(parameter), shard(model.args, name, ranks, rank)
+        if own.length < local.size(dim):
+            shape = [own.length if axis == dim else size for axis, size in enumerate(local.shape)]
+            module, _, attribute = name.rpartition(".")
+            compact = nn.Parameter(local.new_empty(shape), requires_grad=False)
+            model.get_submodule(module).register_parameter(attribute, compact)
 
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -88,15 +108,17 @@ def localize(
     model: Transformer,
     comm: Comm,
     weight_format: WeightFormat = DENSE,
+    ranks: Ranks | None = None,
     prepare: Callable[[nn.Module], object] = lambda part: None,
 ) -> Transformer:
     """Replace, in place, every sharded module with one on plain local tensors. The logits then reach the leader only.
 
-    wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. The originals
-    are freed layer by layer. `prepare` is called with each part of the model (embedding, layers, norm, output) before
-    its weights are used, in the model's order: a load need not hold more than that part twice.
+    wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. `ranks`: the
+    shares; None: equal ones. The originals are freed layer by layer. `prepare` is called with each part of the model
+    (embedding, layers, norm, output) before its weights are used, in this order, so that a load need not hold more than
+    one part twice.
     """
-    local = _Localizer(model.args, comm, weight_format)
+    local = _Localizer(model.args, comm, weight_format, comm.size if ranks is None else ranks)
     rows = vocab_shard(model.args, comm.size)
     prepare(model.tok_embeddings)
     embedding = _padded(_local(model.tok_embeddings.weight), rows)
@@ -136,10 +158,11 @@ class _Localizer:
     args: ModelArgs
     comm: Comm
     weight_format: WeightFormat
+    ranks: Ranks
 
     def attention(self, attention: Attention, name: str) -> FusedAttention:
         wqkv = self.weight_format.linear([self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")])
-        num_kv_heads = local_kv_heads(self.args, self.comm.size, self.comm.rank)
+        num_kv_heads = local_kv_heads(self.args, self.ranks, self.comm.rank)
         num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
         return FusedAttention(
             wqkv=wqkv,
@@ -166,18 +189,18 @@ class _Localizer:
         linear = owner.get_submodule(layer)
         local = {}
         for kind, parameter in list(linear.named_parameters(recurse=False)):
-            local[kind] = _unpadded(_local(parameter), self.args, f"{name}.{layer}.{kind}", self.comm)
+            local[kind] = self._unpadded(_local(parameter), f"{name}.{layer}.{kind}")
             delattr(linear, kind)
         return local
 
-
-def _unpadded(local: Tensor, args: ModelArgs, name: str, comm: Comm) -> Tensor:
-    """A rank's part of a weight, without padding."""
-    dim = tp_dim(name)
-    if dim is None:
-        return local
-    kept = [local.narrow(dim, one.start, len(one)) for one in shard(args, name, comm.size, comm.rank).kept]
-    return kept[0].contiguous() if len(kept) == 1 else torch.cat(kept, dim)
+    def _unpadded(self, local: Tensor, name: str) -> Tensor:
+        """The rank's part of a weight, without padding; `local` may have none."""
+        dim = tp_dim(name)
+        own = None if dim is None else shard(self.args, name, self.ranks, self.comm.rank)
+        if dim is None or own is None or local.size(dim) == own.length:
+            return local
+        parts = [local.narrow(dim, one.start, len(one)) for one in own.kept]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _qk_norm(attention: Attention, num_heads: int, num_kv_heads: int, eps: float) -> HeadNorm:

@@ -5,7 +5,8 @@ their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bia
 column-parallel weight, not with a row-parallel one. Norms are replicated.
 
 No size has to be divisible: query heads are split where it costs least, each with its kv head, the feed-forward is
-split in steps, and the vocabulary is padded.
+split in steps, and the vocabulary is padded. For unequal devices, ranks may have unequal shares: of
+all but the vocabulary.
 """
 
 from __future__ import annotations
@@ -42,8 +43,20 @@ _STEP_TOLERANCE = 1.05
 """The busiest rank's share may exceed an even one by this factor before the step is made smaller."""
 
 
-def why_illegal(args: ModelArgs, size: int) -> str | None:
-    """Why a model cannot run at this tensor-parallel size; None if it can."""
+Ranks = int | tuple[int, ...]
+"""The ranks of a group: how many, if their shares are equal, else the query heads of each."""
+
+
+def num_ranks(ranks: Ranks) -> int:
+    """How many there are."""
+    return ranks if isinstance(ranks, int) else len(ranks)
+
+
+def why_illegal(args: ModelArgs, ranks: Ranks) -> str | None:
+    """Why a model cannot run on these ranks; None if it can."""
+    if isinstance(ranks, tuple):
+        return _why_illegal_shares(args, ranks)
+    size = ranks
     if size < 1:
         return "must be at least 1"
     if size > args.n_heads:
@@ -51,10 +64,21 @@ def why_illegal(args: ModelArgs, size: int) -> str | None:
     return None
 
 
-def check_tp_size(args: ModelArgs, size: int) -> None:
-    """ValueError with the reason if the model cannot run at this size."""
-    if reason := why_illegal(args, size):
-        raise ValueError(f"tensor_parallel_size={size} {reason}; this model runs at any size from 1 to {args.n_heads}")
+def _why_illegal_shares(args: ModelArgs, shares: tuple[int, ...]) -> str | None:
+    if not shares or any(share < 1 for share in shares):
+        return "must have at least one query head for every rank"
+    if sum(shares) != args.n_heads:
+        return f"adds up to {sum(shares)}, but must add up to n_heads={args.n_heads}"
+    return None
+
+
+def check_tp_size(args: ModelArgs, ranks: Ranks) -> None:
+    """ValueError with the reason if the model cannot run on these ranks."""
+    if not (reason := why_illegal(args, ranks)):
+        return
+    if isinstance(ranks, tuple):
+        raise ValueError(f"tp_shares={list(ranks)} {reason}")
+    raise ValueError(f"tensor_parallel_size={ranks} {reason}; this model runs at any size from 1 to {args.n_heads}")
 
 
 def tp_dim(name: str) -> int | None:
@@ -79,14 +103,16 @@ Heads = tuple[Segment, ...]
 largest segment: the others are padded with zero heads."""
 
 
-def heads(args: ModelArgs, size: int, rank: int) -> Heads:
-    """The heads of one rank of `size`."""
-    return _split_heads(args.n_heads, args.n_kv_heads, args.dim, size)[rank]
+def heads(args: ModelArgs, ranks: Ranks, rank: int) -> Heads:
+    """The heads of one of the ranks."""
+    if isinstance(ranks, tuple):
+        return _segments(_share(args.n_heads, rank, ranks), args.n_heads // args.n_kv_heads)
+    return _split_heads(args.n_heads, args.n_kv_heads, args.dim, ranks)[rank]
 
 
-def local_kv_heads(args: ModelArgs, size: int, rank: int) -> int:
-    """The number of kv heads on one rank of `size`. Other ranks may have copies."""
-    return len(heads(args, size, rank))
+def local_kv_heads(args: ModelArgs, ranks: Ranks, rank: int) -> int:
+    """The number of kv heads on one of the ranks. Other ranks may have copies."""
+    return len(heads(args, ranks, rank))
 
 
 @cache
@@ -152,81 +178,101 @@ class Shard:
         """Entries that the rank computes with."""
         return sum(map(len, self.kept))
 
+    @property
+    def compact(self) -> Shard:
+        """The same shard without the entries that the rank does not compute with."""
+        starts = [sum(map(len, self.kept[:index])) for index in range(len(self.kept))]
+        moved = zip(self.parts, self.kept, starts, strict=True)
+        parts = tuple((start + position - kept.start, entries) for (position, entries), kept, start in moved)
+        return Shard(parts, (range(self.length),))
 
-def shard(args: ModelArgs, name: str, size: int, rank: int) -> Shard:
+
+def shard(args: ModelArgs, name: str, ranks: Ranks, rank: int) -> Shard:
     """A rank's shard of a weight or bias that the plan splits. A vocabulary's may be empty."""
     module = _module(name)
     if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
-        length = vocab_shard(args, size)
+        length = vocab_shard(args, ranks)
         start = min(rank * length, args.vocab_size)
         return _plain(range(start, min(start + length, args.vocab_size)))
     if ".feed_forward." in module:
-        step = feed_forward_step(args.hidden_dim, size)
-        return _plain(_scaled(_share(args.hidden_dim // step, rank, size), step))
-    local, width = heads(args, size, rank), args.head_dim
+        step = feed_forward_step(args.hidden_dim, ranks)
+        return _plain(_scaled(_share(args.hidden_dim // step, rank, ranks), step))
+    local, width = heads(args, ranks, rank), args.head_dim
     if module.endswith((".wk", ".wv")):
         kv_heads = range(local[0].kv_head, local[-1].kv_head + 1)
         return _plain(_scaled(kv_heads, width))
-    stride = width * max(_group(heads(args, size, other)) for other in range(size))
+    stride = width * max(_group(heads(args, ranks, other)) for other in range(num_ranks(ranks)))
     parts = tuple((index * stride, _scaled(segment.queries, width)) for index, segment in enumerate(local))
     if all(len(entries) == stride for _, entries in parts):
         return _plain(_flatten([entries for _, entries in parts]))
     return Shard(parts, tuple(range(start, start + width * _group(local)) for start, _ in parts))
 
 
-def padded_length(args: ModelArgs, name: str, size: int) -> int:
+def padded_length(args: ModelArgs, name: str, ranks: Ranks) -> int:
     """Entries of a padded shard, the same on all ranks."""
-    return max(shard(args, name, size, rank).kept[-1].stop for rank in range(size))
+    return max(shard(args, name, ranks, rank).kept[-1].stop for rank in range(num_ranks(ranks)))
 
 
 def _plain(entries: range) -> Shard:
     return Shard(((0, entries),), (range(len(entries)),))
 
 
-def feed_forward_step(hidden_dim: int, size: int) -> int:
-    """The columns by which the shares of `size` ranks may differ: a power of two."""
+@cache
+def feed_forward_step(hidden_dim: int, ranks: Ranks) -> int:
+    """The columns in which the feed-forward is split: a power of two."""
+    shares = (1,) * ranks if isinstance(ranks, int) else ranks
+    exact = [hidden_dim * share / sum(shares) for share in shares]
+
+    def costs_little(step: int) -> bool:
+        lengths = (step * len(_share(hidden_dim // step, rank, shares)) for rank in range(len(shares)))
+        return all(length <= _STEP_TOLERANCE * wanted for length, wanted in zip(lengths, exact, strict=True))
+
     step = math.gcd(hidden_dim, MAX_STEP)
-    while step > 1 and -(-hidden_dim // step // size) * step > _STEP_TOLERANCE * hidden_dim / size:
+    while step > 1 and not costs_little(step):
         step //= 2
     return step
 
 
-def vocab_shard(args: ModelArgs, size: int) -> int:
-    """Rows of the embedding and of the output on every rank, padding included."""
-    return -(-args.vocab_size // size)
+def vocab_shard(args: ModelArgs, ranks: Ranks) -> int:
+    """Rows of the embedding and of the output on every rank, padding included: equal shares on any ranks."""
+    return -(-args.vocab_size // num_ranks(ranks))
 
 
-def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], size: int, rank: int) -> tuple[int, ...]:
+def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], ranks: Ranks, rank: int) -> tuple[int, ...]:
     """Shape of a weight as a rank computes with it: vocabularies are padded to the same size on all ranks."""
     split = tp_dim(name)
     if split is None:
         return shape
     if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
-        length = vocab_shard(args, size)
+        length = vocab_shard(args, ranks)
     else:
-        length = shard(args, name, size, rank).length
+        length = shard(args, name, ranks, rank).length
     return tuple(length if dim == split else full for dim, full in enumerate(shape))
 
 
-def local_shapes(args: ModelArgs, size: int, rank: int) -> dict[str, tuple[int, ...]]:
+def local_shapes(args: ModelArgs, ranks: Ranks, rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights as one rank computes with them."""
-    return {name: local_shape(args, name, shape, size, rank) for name, shape in weight_shapes(args).items()}
+    return {name: local_shape(args, name, shape, ranks, rank) for name, shape in weight_shapes(args).items()}
 
 
-def num_parameters_of_rank(args: ModelArgs, size: int, rank: int) -> int:
+def num_parameters_of_rank(args: ModelArgs, ranks: Ranks, rank: int) -> int:
     """Parameters on a rank, including replicated norms, copies of kv heads and the padded vocabulary."""
     layer, other = layer_shapes(args)
 
     def count(shapes: dict[str, tuple[int, ...]]) -> int:
-        return sum(math.prod(local_shape(args, name, shape, size, rank)) for name, shape in shapes.items())
+        return sum(math.prod(local_shape(args, name, shape, ranks, rank)) for name, shape in shapes.items())
 
     return args.n_layers * count(layer) + count(other)
 
 
-def _share(count: int, rank: int, ranks: int) -> range:
-    """A rank's share of `count` items; shares differ by at most one. Cuts at equal fractions are the same for all
+def _share(count: int, rank: int, ranks: Ranks) -> range:
+    """A rank's share of `count` items; equal shares differ by at most one. Cuts at equal fractions are the same for all
     numbers of ranks, so that a stored tensor has few chunks."""
-    return range(-(-rank * count // ranks), -(-(rank + 1) * count // ranks))
+    if isinstance(ranks, tuple):
+        total, start, stop = sum(ranks), sum(ranks[:rank]), sum(ranks[: rank + 1])
+    else:
+        total, start, stop = ranks, rank, rank + 1
+    return range(-(-start * count // total), -(-stop * count // total))
 
 
 def _scaled(items: range, width: int) -> range:

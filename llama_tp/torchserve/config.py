@@ -72,6 +72,8 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     verify_checkpoint: Literal["always", "once", "size"] = "once"
     """Which files are compared with the manifest's sha256 while loading: all; those not compared before or changed
     since; none, only their sizes."""
+    tp_shares: list[PositiveInt] | None = None
+    """Query heads of each rank, for unequal devices. null: equal shares."""
     max_new_tokens: MaxNewTokens = 128
     """For requests that omit it. Clipped to what fits into max_seq_len."""
     manual_seed: Seed | None = None
@@ -145,7 +147,15 @@ class ModelConfig(_Section):
         handler = self.handler
         problems = []
         size = self.torchrun.nnodes * self.torchrun.nproc_per_node
-        if reason := why_illegal(args, size):
+        shares = None if handler.tp_shares is None else tuple(handler.tp_shares)
+        if shares is not None and len(shares) != size:
+            problems.append(
+                f"handler.tp_shares={handler.tp_shares} has {len(shares)} shares, but torchrun starts {size} ranks; "
+                "give each rank its query heads"
+            )
+        elif shares is not None and (reason := why_illegal(args, shares)):
+            problems.append(f"handler.tp_shares={handler.tp_shares} {reason}")
+        elif reason := why_illegal(args, size):
             problems.append(
                 f"torchrun.nproc-per-node: tensor-parallel size {size} {reason}; this model runs at any size from 1 to "
                 f"{args.n_heads}"
@@ -174,6 +184,7 @@ class ModelConfig(_Section):
             verify_checkpoint=handler.verify_checkpoint,
             device="cuda" if self.deviceType == "gpu" else "cpu",
             threads=self.torchrun.OMP_NUMBER_THREADS,
+            tp_shares=shares,
             collective_timeout_s=handler.collective_timeout_s,
             heartbeat_s=handler.heartbeat_s,
         )

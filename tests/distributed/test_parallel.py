@@ -14,6 +14,7 @@ from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.engine.sampling_params import SamplingParams
 from tests.distributed.parallel_worker import PLAN, PROMPTS
+from tests.distributed.shares_worker import CASES, folder_of
 from tests.distributed.torchrun import check, torchrun
 from tests.tiny_model import MODELS as META_MODELS
 from tests.tiny_model import UNEVEN, VARIANTS, engine_of, random_model, transformers_twin
@@ -120,3 +121,19 @@ def test_when_one_rank_cannot_load_all_ranks_hear_why_at_once(tmp_path, stage):
     assert sorted(done.stdout.splitlines()) == [
         f"rank {rank} heard: rank 1: OutOfMemoryError: CUDA out of memory" for rank in range(2)
     ]
+
+
+def test_unequal_shares_give_the_logits_and_tokens_of_one_process(tmp_path):
+    for name, shares in CASES:
+        folder, model = tmp_path / folder_of(name, shares), random_model(MODELS[name])
+        if name in VARIANTS:
+            write_variant(folder, model)
+        else:
+            write_checkpoint(folder, model, num_shards=1)
+    check(torchrun(3, "tests.distributed.shares_worker", str(tmp_path)))
+    results = torch.load(tmp_path / "results.pt")
+    assert results.keys() == CASES
+    for (name, shares), (logits, greedy) in results.items():
+        single, tokens = on_one_rank(name)
+        torch.testing.assert_close(logits, single, atol=1e-4, rtol=0, msg=f"{name} in shares of {shares}")
+        assert greedy == tokens, f"{name} in shares of {shares}"

@@ -17,7 +17,7 @@ import llama_tp
 from llama_tp.cli import command
 from llama_tp.cli import main as cli
 from tests.paths import CONFIGS, ROOT, SCRIPTS
-from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_3_1_8B
+from tests.published_params import DEMO
 from tests.tiny_converted import convert_beside, write_originals
 
 
@@ -88,50 +88,6 @@ def test_the_help_of_all_names_every_command(run):
     assert code == 0
     for name in cli.COMMANDS:
         assert name in out + err
-
-
-def test_plan_lists_what_the_busiest_rank_holds_at_each_size(run, params):
-    code, out, err = run("plan", params({**json.loads(LLAMA_3_1_8B), "max_seq_len": 8192}))
-    assert (code, err) == (0, "")
-    head, columns, *rows = out.splitlines()
-    assert head.startswith("8.03 billion parameters")
-    assert "ranks" in columns
-    assert [row.split()[0] for row in rows] == [str(size) for size in range(1, 17)]
-    # 8.03e9 * 2 bytes; 32 layers * (keys and values) * 8 heads * 128 * 2 bytes
-    assert rows[0].split()[1:6] == ["14.96", "GiB", "1.00x", "128.0", "KiB"]
-    assert rows[0].split()[6:8] == ["1024.0", "MiB"]
-    assert rows[0].split()[8:] == [str((80 * 2**30 - 2 * 8_030_261_248) // 2**17)]
-    assert rows[7].split()[4:6] == rows[15].split()[4:6] == ["16.0", "KiB"]  # one kv head, and a copy of it
-    assert rows[2].split()[4:6] == ["48.0", "KiB"]  # three of eight
-
-
-def test_plan_lists_no_more_ranks_than_a_model_has_heads_or_was_asked_for(run, params):
-    _, out, _ = run("plan", params({**json.loads(DEMO), "tied_embeddings": True}))
-    assert out.startswith("0.13 billion parameters")
-    assert [row.split()[0] for row in out.splitlines()[2:]] == [str(size) for size in range(1, 10)]
-    assert len(run("plan", params(DEMO), "--max_ranks", "2")[1].splitlines()) == 2 + 2
-    assert "max_ranks=0 must be" in run("plan", params(DEMO), "--max_ranks", "0")[2]
-
-
-def test_plan_counts_the_tokens_that_fit_on_a_device(run, params):
-    _, out, _ = run("plan", params(DEMO), "--memory", "1GiB")
-    assert "tokens that fit in 1GiB" in out.splitlines()[1]
-    tokens = [int(run("plan", params(DEMO), "--dtype", one)[1].split()[-1]) for one in ("bfloat16", "float32")]
-    assert tokens[0] > 2 * tokens[1], "the weights take twice as much, too"
-    assert "dtype='int8' must be one of" in run("plan", params(DEMO), "--dtype=int8")[2]
-    code, _, err = run("plan", params(DEMO), "--memory", "0.9")
-    assert code == 1
-    assert is_one_line(err)
-    assert "memory='0.9' must be a size such as 24GiB" in err
-
-
-def test_plan_does_not_guess_the_vocabulary_that_llama_2_leaves_open(run, params):
-    """It counted the two vocabularies as -1 row each, and said 6.48 billion for a model of 6.74."""
-    code, out, err = run("plan", params(LLAMA_2_7B))
-    assert code == 1
-    assert out == ""
-    assert is_one_line(err)
-    assert "vocab_size" in err
 
 
 @pytest.mark.parametrize(

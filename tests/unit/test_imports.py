@@ -100,6 +100,8 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.threads",
         "llama_tp.file_kind",
         "llama_tp.model.weights",
+        "llama_tp.model.published",
+        *modules_below("llama_tp.planning"),
         "llama_tp.parallel.sharding",
         "llama_tp.engine.request",
         "llama_tp.engine.block_manager",
@@ -147,10 +149,14 @@ LAYERS = {
         "parallel",
     ),  # a conversion checks and keeps the tokenizer
     "engine": ("config", "control_groups", "threads", "model", "parallel", "checkpoint"),
+    "planning": ("config", "control_groups", "threads", "resources", "model", "parallel", "engine"),
     "serving": ("config", "text", "engine"),
     "torchserve": ("config", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
     "bench": ("config", "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
-    "cli": ("config", "resources", "threads", "text", "parallel", "checkpoint", "engine", "torchserve", "bench"),
+    "cli": (
+        *("config", "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
+        *("planning", "torchserve", "bench"),
+    ),
 }
 
 

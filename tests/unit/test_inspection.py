@@ -159,9 +159,11 @@ def test_the_command_prints_one_json_object_with_what_plan_says(run, converted):
     assert [row["ranks"] for row in found["memory_per_rank"]] == [1, 2, 4]
     assert found["memory_per_rank"][0]["weights"] == 4 * inspection.parameters
     assert found["memory_per_rank"][0]["kv_cache_per_token"] == 2 * 2 * 4 * 16 * 4  # k and v, layers, heads, d, bytes
-    plan = run("plan", str(converted / MODEL_ARGS), "--dtype=float32")[1].splitlines()[2:]
-    tokens = [f"{row['kv_cache_per_token'] / 2**10:.1f}" for row in found["memory_per_rank"]]
-    assert tokens == [plan[size - 1].split()[4] for size in (1, 2, 4)]
+    plan = json.loads(run("plan", str(converted), "--json")[1])
+    assert plan["dtype"] == "float32"
+    of_size = {row["ranks"]: row for row in plan["sizes"]}
+    for row in found["memory_per_rank"]:
+        assert row == {key: of_size[row["ranks"]][key] for key in row}
 
 
 def test_what_is_wrong_is_one_line(run, converted, tmp_path):

@@ -228,3 +228,70 @@ def test_405b_is_split_over_twelve_ranks():
     assert {tuple(len(segment.queries) for segment in one) for one in every} == {(11,), (10,), (5, 6)}
     busiest = max(num_parameters_of_rank(args, 12, rank) for rank in range(12))
     assert busiest * 12 / num_parameters_of_rank(args, 1, 0) < 1.05
+
+
+SHARES = [("70B", (24, 24, 16)), ("70B", (1, 40, 23)), ("7B", (17, 15)), ("13B", (20, 12, 8)), ("demo", (6, 2, 1))]
+
+
+@pytest.mark.parametrize(("name", "shares"), SHARES)
+def test_unequal_shares_are_a_partition_in_proportion_to_the_query_heads(name, shares):
+    args = args_of(name)
+    for weight in (f"{ATTENTION}.wq.weight", f"{FFN}.w2.weight", "tok_embeddings.weight"):
+        parts = [shard(args, weight, shares, rank).parts for rank in range(len(shares))]
+        entries = [[entry for _, held_here in one for entry in held_here] for one in parts]
+        length = weight_shapes(args).get(weight)[tp_dim(weight)]
+        assert [one for rank in entries for one in rank] == list(range(length)), weight
+        if weight.endswith("wq.weight"):
+            assert [len(one) for one in entries] == [share * args.head_dim for share in shares]
+        elif weight.endswith("w2.weight"):
+            exact = [length * share / args.n_heads for share in shares]
+            assert all(abs(len(one) - wanted) <= 32 for one, wanted in zip(entries, exact, strict=True))
+            assert all(len(one) <= 1.05 * wanted + 1 for one, wanted in zip(entries, exact, strict=True))
+    for rank in range(len(shares)):
+        for segment in heads(args, shares, rank):
+            assert {query // (args.n_heads // args.n_kv_heads) for query in segment.queries} == {segment.kv_head}
+
+
+@pytest.mark.parametrize(("name", "size"), [("70B", 8), ("7B", 4), ("3.1 8B", 2), ("demo", 3)])
+def test_shares_that_are_equal_are_those_of_a_size(name, size):
+    args = args_of(name)
+    shares = (args.n_heads // size,) * size
+    for rank in range(size):
+        assert heads(args, shares, rank) == heads(args, size, rank)
+        for weight in weight_shapes(args):
+            if tp_dim(weight) is not None and (".0." in weight or "layers" not in weight):
+                assert shard(args, weight, shares, rank) == shard(args, weight, size, rank)
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [
+        ((24, 24, 15), r"^tp_shares=\[24, 24, 15\] adds up to 63, but must add up to n_heads=64$"),
+        ((64, 0), "must have at least one query head for every rank"),
+        ((65, -1), "at least one query head"),
+        ((), "at least one query head"),
+    ],
+)
+def test_shares_that_leave_a_rank_or_a_head_over_are_refused(shares, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_tp_size(args_of("70B"), shares)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("70B", 3), ("demo", 2), ("demo", 5), ("3.2 1B", 6), *SHARES])
+def test_a_compact_shard_has_the_same_entries_at_the_positions_that_are_kept(name, ranks):
+    args = args_of(name)
+    count = ranks if isinstance(ranks, int) else len(ranks)
+    for layer in (f"{ATTENTION}.wq", f"{ATTENTION}.wk", f"{FFN}.w2"):
+        for rank in range(count):
+            padded = shard(args, f"{layer}.weight", ranks, rank)
+            compact = padded.compact
+            assert compact.kept == (range(padded.length),)
+            kept = [position for one in padded.kept for position in one]
+            found = {
+                kept.index(position + offset): entry
+                for position, entries in padded.parts
+                for offset, entry in enumerate(entries)
+            }
+            assert found == {
+                position + offset: entry for position, entries in compact.parts for offset, entry in enumerate(entries)
+            }

@@ -329,3 +329,31 @@ def test_every_key_of_the_handler_is_in_the_documentation():
     page = (ROOT / "docs/configuration.md").read_text()
     table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert not [key for key in HandlerSection.model_fields if f"`{key}`" not in table]
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [
+        ([3, 1], None),
+        (None, None),
+        (
+            [2, 1, 1],
+            "handler.tp_shares=[2, 1, 1] has 3 shares, but torchrun starts 2 ranks; give each rank its query heads",
+        ),
+        ([2, 1], "handler.tp_shares=[2, 1] adds up to 3, but must add up to n_heads=4"),
+    ],
+)
+def test_unequal_shares_are_one_for_each_rank_and_cover_the_heads(values, shares, reason):
+    values["torchrun"]["nproc-per-node"] = 2
+    values["handler"].update(max_seq_len=100, max_batch_size=32, tp_shares=shares)
+    config = ModelConfig.of(values)
+    if reason is None:
+        assert config.engine_config(TINY).tp_shares == (None if shares is None else tuple(shares))
+    else:
+        assert problems_of(config.engine_config, TINY) == [reason]
+
+
+def test_a_share_of_no_heads_is_refused(values):
+    values["handler"]["tp_shares"] = [4, 0]
+    (problem,) = problems_of(ModelConfig.of, values)
+    assert problem.startswith("handler.tp_shares.1=0: ")
