@@ -7,14 +7,14 @@ from functools import cache
 import pytest
 import torch
 
-from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
-from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.engine.sampling_params import SamplingParams
 from tests.distributed.parallel_worker import PLAN, PROMPTS
 from tests.distributed.torchrun import check, torchrun
+from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_model import MODELS as META_MODELS
 from tests.tiny_model import UNEVEN, VARIANTS, engine_of, random_model, transformers_twin
 
@@ -53,9 +53,8 @@ def on_one_rank(name):
 def write_checkpoint(folder, model, num_shards):
     """A checkpoint as converted from as many of Meta's shards."""
     originals = folder.with_name(folder.name + ".meta")
-    reader = MemoryReader.of(model.args, unique_weights(model))
-    originals.mkdir()
-    write_fairscale_shards(reader.tensors, model.args, originals, num_shards)
+    params = params_of(model.args)
+    write_meta(originals, unique_weights(model), num_shards, embedding_dim=0, params=params)
     save(FairscaleReader(originals, num_shards), folder)
 
 

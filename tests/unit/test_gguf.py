@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llama_tp.checkpoint.convert import MODEL_ARGS, convert
-from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.config import ModelArgs
+from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_gguf import (
     DIM,
     HEADS,
@@ -34,8 +34,8 @@ def test_a_gguf_file_is_converted_to_what_the_same_weights_in_metas_shards_are(t
     write_gguf(tmp_path / "a.gguf")
     reader = GGUFReader(tmp_path / "a.gguf")
     meta = tmp_path / "meta"
-    meta.mkdir()
-    write_fairscale_shards(reader.tensors, reader.args, meta, 2)
+    tensors = {name: source.read(0, 0, source.shape[0]) for name, source in reader.tensors.items()}
+    write_meta(meta, tensors, 2, embedding_dim=0, params=params_of(reader.args))
     write_tokenizer(reader.metadata, meta)
     for source, name in ((tmp_path / "a.gguf", "gguf"), (meta, "fairscale")):
         convert(str(source), str(meta), None, str(tmp_path / name), model_args_path=str(tmp_path / name / MODEL_ARGS))

@@ -7,7 +7,6 @@ whole, and never unpickled without restriction.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -29,7 +28,6 @@ from llama_tp.parallel.sharding import tp_dim
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ELEMENTS = 2048
-_NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
 
 
 class FairscaleReader:
@@ -100,30 +98,6 @@ class ShardedTensor:
             low, high = max(start, rank * width), min(end, (rank + 1) * width)
             pieces.append(self.shards[rank].narrow(dim, low - rank * width, high - low))
         return pieces
-
-
-def write_fairscale_shards(
-    tensors: Mapping[str, TensorSource],
-    args: ModelArgs,
-    folder: str | Path,
-    model_parallel_size: int,
-    *,
-    embedding_dim: int = 0,
-) -> None:
-    """The inverse of FairscaleReader. Holds one shard in memory.
-
-    `embedding_dim` is the dim that the embedding is split on: 1 as in Llama 2, 0 as in Llama 3.
-    params.json is written from `args`, so a `vocab_size` of -1 stays -1, as in Meta's Llama 2.
-    """
-    _check_divisible(args, model_parallel_size)
-    for rank in range(model_parallel_size):
-        shard = {
-            name: slice_of_rank(name, source, rank, model_parallel_size, embedding_dim)
-            for name, source in tensors.items()
-        }
-        torch.save(shard, Path(folder) / f"consolidated.{rank:02d}.pth")
-    params = {key: value for key, value in args.to_dict().items() if value is not None and key not in _NOT_IN_PARAMS}
-    (Path(folder) / "params.json").write_text(json.dumps(params) + "\n")
 
 
 def slice_of_rank(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
