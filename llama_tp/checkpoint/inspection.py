@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_tp.checkpoint.formats.cast import name_of
 from llama_tp.checkpoint.formats.checklist import expected_md5s
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import CheckpointReader
@@ -25,7 +26,7 @@ class Inspection:
     format: str
     args: ModelArgs
     dtype: str
-    """Of the tensors as they are read."""
+    """Of the embedding as it is read."""
     parameters: int
     tensors: int
     files: int
@@ -54,7 +55,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         path=str(path),
         format=_format(reader),
         args=reader.args,
-        dtype=str(reader.dtype).removeprefix("torch."),
+        dtype=name_of(reader.dtype),
         parameters=sum(math.prod(source.shape) for source in reader.tensors.values()),
         tensors=len(reader.tensors),
         files=len(reader.files),
@@ -122,6 +123,10 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield f"the embedding has {args.vocab_size - tokenizer.vocab_size} rows more than the vocabulary has tokens"
         if beyond := tokenizer.beyond_embedding:
             yield f"added tokens without an embedding, which stay text: {', '.join(sorted(beyond)[:4])}"
+    others = {source.dtype for source in reader.tensors.values()} - {reader.dtype}
+    if others:
+        names = ", ".join(sorted(map(name_of, others)))
+        yield f"some tensors are {names}: pass --dtype to `llama-tp convert`, which writes all in one dtype"
     source = reader.about.get("source")
     if source == "fairscale" and not isinstance(reader, StoredReader):
         unlisted = [file.name for file in reader.files if file not in reader.expected_md5s]

@@ -47,6 +47,7 @@ def convert(
     max_batch_size: int = 32,
     model_args_path: str | None = None,
     tp_max: int = 8,
+    dtype: str | None = None,
     overwrite: bool = False,
     download_dir: str = "model",
 ) -> None:
@@ -64,6 +65,7 @@ def convert(
         max_batch_size: default maximum batch size when serving, written to model_args.json
         model_args_path: where to write a second copy of model_args.json, besides the one in the destination
         tp_max: largest tensor-parallel size at which each rank reads only its own bytes; larger groups work, too
+        dtype: bfloat16, float16 or float32, to which all weights are rounded; by default that of the source
         overwrite: replace the destination
         download_dir: folder to download into, if the source is on the hub
     """
@@ -80,6 +82,7 @@ def convert(
             max_batch_size=max_batch_size,
             model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
             tp_max=tp_max,
+            dtype=dtype,
             overwrite=overwrite,
         )
 

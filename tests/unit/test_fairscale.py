@@ -187,7 +187,10 @@ BROKEN = {
     "a non-tensor entry": (_change(1, lambda shard: shard.update(step=3)), ("consolidated.01.pth", "'step'", "int")),
     "a nested dict": (_change(0, lambda shard: {"model": shard}), ("consolidated.00.pth", "'model'", "dict")),
     "an integer tensor": (_change(1, lambda shard: shard.update({WQ: shard[WQ].int()})), (WQ, "torch.int32")),
-    "another dtype": (_change(1, lambda shard: shard.update({WQ: shard[WQ].float()})), (WQ, "float32", "bfloat16")),
+    "another dtype": (
+        _change(1, lambda shard: shard.update({WQ: shard[WQ].float()})),
+        ("01.pth", WQ, "is torch.float32", "bfloat16 as in shard 0"),
+    ),
     "a missing key": (_change(1, lambda shard: shard.__delitem__(WQ)), ("consolidated.01.pth", "missing", WQ)),
     "an unexpected key": (_change(1, lambda shard: shard.update(foo=shard[WQ])), ("unexpected", "foo")),
     "one shard without norm": (_change(1, lambda shard: shard.__delitem__("norm.weight")), ("01.pth", "norm.weight")),

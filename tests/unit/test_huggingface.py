@@ -446,10 +446,6 @@ REFUSED = {
         _change_weights(lambda weights: weights.update({Q.replace("weight", "bias"): torch.ones(64)})),
         ("unexpected: model.layers.1.self_attn.q_proj.bias",),
     ),
-    "mixed types": (
-        _change_weights(lambda weights: weights.update({Q: weights[Q].bfloat16()})),
-        (f"{Q} is torch.bfloat16, expected torch.float32", "mixed dtypes are not supported"),
-    ),
     "integers": (
         _change_weights(lambda weights: weights.update({Q: weights[Q].to(torch.int8)})),
         (f"{Q} is I8, expected BF16, F16, F32",),

@@ -172,7 +172,7 @@ def test_one_module_knows_each_foreign_format():
         if module.startswith(formats) or module in known:
             continue
         found = {name for name in imports_of(module, also_inside_functions=True) if name.startswith(formats)}
-        assert found <= {formats + name for name in ("reader", "open", "write", "checklist")}, module
+        assert found <= {formats + name for name in ("reader", "open", "write", "cast", "checklist")}, module
 
 
 @pytest.mark.parametrize(

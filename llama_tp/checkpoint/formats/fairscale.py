@@ -62,7 +62,7 @@ class FairscaleReader:
             raise ValueError(f"{self.folder}: {error}") from None
         self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": OUTPUT not in first})
         self.dtype = first[EMBEDDING].dtype
-        self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim, self.dtype)
+        self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +190,9 @@ def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], r
     )
 
 
-def _join(
-    args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int, dtype: torch.dtype
-) -> dict[str, ShardedTensor]:
+def _join(args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int) -> dict[str, ShardedTensor]:
     shapes = weight_shapes(args)
+    first = next(iter(shards.values()))
     joined: dict[str, ShardedTensor] = {}
     for path, shard in shards.items():
         _check_names(path, shard, shapes)
@@ -204,8 +203,8 @@ def _join(
             found = shard[name]
             if tuple(found.shape) != expected:
                 raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, expected {expected} from params.json")
-            if found.dtype != dtype:
-                raise ValueError(f"{path}: {name} is {found.dtype}, expected {dtype} like {EMBEDDING} of shard 0")
+            if found.dtype != first[name].dtype:
+                raise ValueError(f"{path}: {name} is {found.dtype}, expected {first[name].dtype} as in shard 0")
         source = ShardedTensor([shard[name] for shard in shards.values()], split)
         if split is None:
             _check_replicas(name, source, list(shards))

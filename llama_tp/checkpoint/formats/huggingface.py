@@ -108,16 +108,10 @@ def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
 def _check_tensors(folder: Path, args: ModelArgs, stored: Mapping[str, StoredTensor]) -> None:
     shapes = {hugging_face_name(name): shape for name, shape in weight_shapes(args).items()}
     _check_names(folder, stored, shapes)
-    dtype = stored[_EMBEDDING].dtype
     for name, shape in shapes.items():
         found = stored[name]
         if found.shape != shape:
             raise ValueError(f"{found.path}: {name} has shape {found.shape}, expected {shape} from {CONFIG}")
-        if found.dtype != dtype:
-            raise ValueError(
-                f"{found.path}: {name} is {found.dtype}, expected {dtype} like {_EMBEDDING}: mixed dtypes are not "
-                "supported; save the model in one dtype"
-            )
 
 
 def _check_names(folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, object]) -> None:
