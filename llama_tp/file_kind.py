@@ -28,6 +28,14 @@ def is_gguf(path: Path) -> bool:
     return path.is_file() and read_head(path).startswith(_GGUF)
 
 
+def check_link(folder: Path, path: Path) -> None:
+    """ValueError for a link out of the folder, except into the blobs of the hub cache that the folder is in."""
+    inside = folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(root) for root in (inside, *blobs)):
+        raise ValueError(f"{path} is a link that leaves the folder, to {path.resolve()}; copy the file")
+
+
 def why_no_content(head: bytes) -> str | None:
     """Describes a placeholder for a file: "is ..., do ...". None if `head` may begin a real file."""
     text = head.removeprefix(_BYTE_ORDER_MARK).lstrip()

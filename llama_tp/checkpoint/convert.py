@@ -51,8 +51,8 @@ def convert(
     ValueError (or OSError) on all, and nothing is left behind.
 
     Args:
-        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model
-            (config.json and safetensors), or a GGUF file
+        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, or consolidated.safetensors;
+            folder of a Hugging Face model (config.json and safetensors); or a GGUF file
         tokenizer_path: the model's tokenizer.model or tokenizer.json; copied into the checkpoint with its companions.
             None: the one in original_ckpt_dir
         model_parallel_size: shards of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: any number

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_tp.checkpoint.formats.cast import name_of
 from llama_tp.checkpoint.formats.checklist import expected_md5s
-from llama_tp.checkpoint.formats.open import open_checkpoint
+from llama_tp.checkpoint.formats.open import is_consolidated, open_checkpoint
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.store.stored import StoredReader, is_stored
 from llama_tp.config import ModelArgs
@@ -45,8 +45,8 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Meta's shards, a Hugging Face model, a GGUF file or a converted checkpoint. ValueError, in one line, for what is
-    none or has damaged headers."""
+    """Meta's shards, a Hugging Face model, consolidated.safetensors, a GGUF file or a converted checkpoint. ValueError,
+    in one line, for what is none or has damaged headers."""
     reader: CheckpointReader = StoredReader(path) if is_stored(path) else open_checkpoint(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     tokenizer, chat, problems = _text(folder, reader.args.vocab_size)
@@ -79,6 +79,8 @@ def _source(about: Mapping[str, Any]) -> str:
         return f"Meta's shards ({count})"
     if about.get("source") == "huggingface":
         return f"Hugging Face's safetensors ({about.get('architecture')})"
+    if about.get("source") == "consolidated":
+        return "Mistral AI's consolidated.safetensors"
     return "a GGUF file" if about.get("source") == "gguf" else str(about.get("source"))
 
 
@@ -134,5 +136,7 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield "no checklist.chk: damaged shards cannot be told from sound ones"
         elif unlisted:
             yield f"checklist.chk does not list {unlisted[0]}"
+    if source == "huggingface" and is_consolidated(folder):
+        yield "consolidated.safetensors, which is here as well, is not read"
     if source == "gguf" and not isinstance(reader, StoredReader):
         yield "quantized tensors, if there are any, become bfloat16"

@@ -18,7 +18,8 @@ def download(
         model_name: repository, such as meta-llama/Llama-2-7b
         revision: branch, tag or commit
         output: folder to download into
-        format: meta for Meta's originals, hf for safetensors; auto takes the originals if there are any, else hf
+        format: meta for Meta's originals, hf for safetensors, mistral for Mistral AI's consolidated.safetensors; auto
+            takes the first of these that there is
         file: name of a GGUF file to download instead, with all parts if it is split
     """
     from llama_tp.checkpoint.hub.download import download as download_from_hub
@@ -54,9 +55,9 @@ def convert(
     """Convert original weights to a checkpoint that can be served. Under torchrun each rank writes its share.
 
     Args:
-        source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
-            and safetensors), a GGUF file, or a repository of the Hugging Face hub, to download first: owner/name or
-            owner/name@revision
+        source: folder with params.json and consolidated.00.pth and so on, or consolidated.safetensors; folder of a
+            Hugging Face model (config.json and safetensors); a GGUF file; or a repository of the Hugging Face hub, to
+            download first: owner/name or owner/name@revision
         destination: folder to write
         tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default that of the
             source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from llama_tp.text.siblings import SIBLINGS
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (*TOKENIZER_NAMES, *SIBLINGS)
 """The names under which `copy_tokenizer` keeps a tokenizer and its siblings."""
+
+
+_MISTRALS = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
+"""Mistral AI's sentencepiece models, by their version."""
+_TEKKEN = "tekken.json"
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
@@ -21,11 +27,22 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; pass tokenizer.model, tokenizer.json, or a folder with one")
     if not path.is_dir():
+        if path.name == _TEKKEN:
+            raise FileNotFoundError(_why_not_tekken(path))
         return path
     for name in sorted({preferred, *TOKENIZER_NAMES}, key=lambda name: (name != preferred, name)):
         if (path / name).is_file():
             return path / name
+    versions = {match: file for file in path.iterdir() if (match := _MISTRALS.fullmatch(file.name)) and file.is_file()}
+    if versions:
+        return versions[max(versions, key=lambda match: (int(match[1]), match[2] or ""))]
+    if (path / _TEKKEN).is_file():
+        raise FileNotFoundError(_why_not_tekken(path / _TEKKEN))
     raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
+
+
+def _why_not_tekken(path: Path) -> str:
+    return f"{path} is not supported; pass the model's tokenizer.json, or convert its Hugging Face form, which has one"
 
 
 def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
+from llama_tp.checkpoint.formats.params import PARAMS, read_params
 from llama_tp.checkpoint.formats.reader import TensorSource
 from llama_tp.checkpoint.torch_file import why_not_loaded
 from llama_tp.config import ModelArgs
@@ -41,11 +42,11 @@ class FairscaleReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
-        is_there = (self.folder / "params.json").exists() or any(self.folder.glob("consolidated.*.pth"))
+        is_there = (self.folder / PARAMS).exists() or any(self.folder.glob("consolidated.*.pth"))
         if not is_there and (found := describe_model_folder(self.folder)):
             raise ValueError(f"{self.folder} has no params.json: it {found}")
-        check_original(self.folder / "params.json")
-        args = ModelArgs.load(self.folder / "params.json")
+        check_original(self.folder / PARAMS)
+        args = read_params(self.folder / PARAMS)
         md5s = expected_md5s(self.folder)
         self.files = paths = _shard_paths(self.folder, model_parallel_size, listed_shards(md5s))
         _check_divisible(args, len(paths))
