@@ -7,6 +7,7 @@ module recognizes everything else, and says what to do about it.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 HEAD_BYTES = 4096
@@ -60,13 +61,17 @@ def describe_weights(path: Path) -> str | None:
     if head.startswith(_GGUF):
         return "is a GGUF file under another name; use Meta's original weights"
     if head.startswith(_LEGACY_TORCH):
-        return (
-            "is in the format of torch before 1.6, which cannot be memory-mapped; rewrite it with "
-            "torch.save(torch.load(path, weights_only=True), path)"
-        )
+        return f"is in the format of torch before 1.6, which cannot be memory-mapped; rewrite it: {_rewriting(path)}"
     if head.startswith(b"\x80"):
         return "is a bare pickle, which is not loaded; use Meta's original weights"
     return "was not written by torch.save; download it again"
+
+
+def _rewriting(path: Path) -> str:
+    """A shell command that gives a file the format of today's torch. It holds the tensors in memory."""
+    code = "import os, sys, torch; p = sys.argv[1]; n = p + '.new'; "
+    code += "torch.save(torch.load(p, map_location='cpu', weights_only=True), n); os.replace(n, p)"
+    return f'python -c "{code}" {shlex.quote(str(path))}'
 
 
 def describe_model_folder(folder: Path) -> str | None:

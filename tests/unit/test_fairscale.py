@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -243,6 +245,24 @@ def test_a_wrong_number_of_shards_says_which_to_pass(tmp_path, told, found):
         ValueError, match=rf"model_parallel_size={told} but .* holds {found} shard.*--model_parallel_size {found}"
     ):
         FairscaleReader(tmp_path, told)
+
+
+def test_a_legacy_file_is_refused_with_a_command_that_rewrites_it(tmp_path):
+    """As real PyTorch writes it without zip."""
+    tensors = meta_tensors()
+    folder = write_meta(tmp_path / "with a space", tensors, 2)
+    for path in sorted(folder.glob("*.pth")):
+        shard = torch.load(path, weights_only=True)
+        torch.save(shard, path, _use_new_zipfile_serialization=False)
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        with pytest.raises(ValueError, match=rf"{name} is in the format of torch before 1\.6") as error:
+            FairscaleReader(folder)
+        assert "\n" not in str(error.value)
+        command = str(error.value).split("; rewrite it: ")[1].replace("python ", f"{sys.executable} ", 1)
+        subprocess.run(["bash", "-c", command], check=True)
+    reader = FairscaleReader(folder)
+    assert all(torch.equal(full(reader.tensors[name]), tensor) for name, tensor in tensors.items())
+    assert not list(folder.glob("*.new"))
 
 
 def test_nothing_in_a_pth_is_executed(tmp_path):
