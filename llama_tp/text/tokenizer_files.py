@@ -16,6 +16,7 @@ TOKENIZER_FILES = (*TOKENIZER_NAMES, *SIBLINGS)
 _MISTRALS = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
 """Mistral AI's sentencepiece models, by their version."""
 _TEKKEN = "tekken.json"
+"""Mistral AI's other vocabulary. `load_tokenizer` refuses it with the remedy."""
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
@@ -27,8 +28,6 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; pass tokenizer.model, tokenizer.json, or a folder with one")
     if not path.is_dir():
-        if path.name == _TEKKEN:
-            raise FileNotFoundError(_why_not_tekken(path))
         return path
     for name in sorted({preferred, *TOKENIZER_NAMES}, key=lambda name: (name != preferred, name)):
         if (path / name).is_file():
@@ -37,12 +36,8 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
     if versions:
         return versions[max(versions, key=lambda match: (int(match[1]), match[2] or ""))]
     if (path / _TEKKEN).is_file():
-        raise FileNotFoundError(_why_not_tekken(path / _TEKKEN))
+        return path / _TEKKEN
     raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
-
-
-def _why_not_tekken(path: Path) -> str:
-    return f"{path} is not supported; pass the model's tokenizer.json, or convert its Hugging Face form, which has one"
 
 
 def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:

@@ -244,7 +244,8 @@ def test_a_versioned_tokenizer_is_found_and_kept_under_the_usual_name(tmp_path, 
 def test_tekken_is_refused_with_the_remedy(tmp_path, as_file):
     source = write_mistral(tmp_path / "source", tiny_model("mistral"))
     (source / "tekken.json").write_text('{"config": {}, "vocab": []}')
-    with pytest.raises(OSError, match=r"tekken\.json is not supported; pass the model's tokenizer\.json, or") as error:
+    words = r"tekken\.json, which is not supported; pass the model's tokenizer\.json, or convert its Hugging Face form$"
+    with pytest.raises(ValueError, match=words) as error:
         convert(str(source), str(source / "tekken.json") if as_file else None, None, str(tmp_path / "out"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -125,7 +125,7 @@ REFUSED = {
     "other values than keys": ({"llama__attention__value_length": 8}, "llama.attention.value_length=8, expected"),
     "no heads": ({"heads": 0}, "llama.attention.head_count=0 must be a positive integer"),
     "heads that do not divide": ({"heads": 3}, "llama.embedding_length=64 must be a multiple of"),
-    "too many layers": ({"layers": 1 << 30}, "too few for block_count=1073741824"),
+    "too many layers": ({"layers": 1 << 30}, "llama.block_count=1073741824 must be at most 10000"),
     "unknown frequencies": ({"extra": {"x": ("rope_freqs", (8,), F32)}}, "tensor rope_freqs.weight is not that of"),
     "quantised frequencies": (
         {"extra": {"x": ("rope_freqs", (32,), gguf.GGMLQuantizationType.Q8_0)}},

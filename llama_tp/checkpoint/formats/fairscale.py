@@ -20,9 +20,9 @@ from torch import Tensor
 from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
 from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.checkpoint.torch_file import why_not_loaded
+from llama_tp.checkpoint.torch_file import check_torch_file, why_not_loaded
 from llama_tp.config import ModelArgs
-from llama_tp.file_kind import describe_model_folder, describe_weights
+from llama_tp.file_kind import check_link, describe_model_folder, describe_weights, shown
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.sharding import tp_dim
 
@@ -45,6 +45,7 @@ class FairscaleReader:
         is_there = (self.folder / PARAMS).exists() or any(self.folder.glob("consolidated.*.pth"))
         if not is_there and (found := describe_model_folder(self.folder)):
             raise ValueError(f"{self.folder} has no params.json: it {found}")
+        check_link(self.folder, self.folder / PARAMS)
         check_original(self.folder / PARAMS)
         args = read_params(self.folder / PARAMS)
         md5s = expected_md5s(self.folder)
@@ -146,8 +147,15 @@ def _check_divisible(args: ModelArgs, model_parallel_size: int) -> None:
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one .pth, mapped from the file. Nothing in it is executed."""
+    check_link(path.parent, path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file; download it again")
     if problem := describe_weights(path):
         raise ValueError(f"{path} {problem}")
+    try:
+        check_torch_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; download it again") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle; the error is clearer
@@ -159,11 +167,13 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(entries).__name__}, expected a dict of tensors")
     for name, value in entries.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
+            raise ValueError(f"{path}: entry {shown(repr(name))} is a {type(value).__name__}, expected a tensor")
         if value.layout != torch.strided or value.dtype not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
+                f"{path}: {shown(name)} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
             )
+        if value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(f"{path}: {shown(name)} claims {value.nbytes} bytes, more than the file holds for it")
     # Rotary frequencies are computed from params.json.
     shard = {str(name): value for name, value in entries.items() if not str(name).endswith("rope.freqs")}
     if EMBEDDING in shard and OUTPUT in shard and _is_same(shard[EMBEDDING], shard[OUTPUT]):
@@ -217,7 +227,7 @@ def _join(args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embeddin
 def _check_names(path: Path, shard: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:
     for what, names in (("missing", shapes.keys() - shard.keys()), ("unexpected", shard.keys() - shapes.keys())):
         if names:
-            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+            listed = ", ".join(map(shown, sorted(names)[:4])) + (", ..." if len(names) > 4 else "")
             raise ValueError(
                 f"{path}: {len(names)} tensor(s) {what}: {listed}; expected those of params.json, n_layers included"
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_tp.checkpoint.formats.huggingface_config import read_object
 from llama_tp.config import ConfigError, ModelArgs
+from llama_tp.file_kind import shown
 
 PARAMS = "params.json"
 
@@ -35,11 +36,8 @@ _THEIR_NAMES = {"ffn_hidden_dim": "hidden_dim", "attention_head_dim": "head_dim"
 
 def read_params(path: Path) -> ModelArgs:
     """The architecture; its `vocab_size` may be -1. ValueError, in one line, names the file, the key and the value."""
-    if not path.is_file():
-        return ModelArgs.load(path)  # which says what is there instead
-    params = read_object(path)
-    if _MISTRALS_OWN not in params:
-        return ModelArgs.load(path)
+    if not path.is_file() or _MISTRALS_OWN not in (params := read_object(path)):
+        return ModelArgs.load(path)  # which says what is there instead of a file
     try:
         return _mistral(params)
     except ConfigError as error:
@@ -76,9 +74,11 @@ def _refuse_unsupported(params: Mapping[str, Any]) -> None:
         if key in _READ or key in _WITHOUT_EFFECT or value is None or value is False:
             continue
         if key not in _ONLY:
-            raise ValueError(f"{key}={_shown(value)} is not supported: only dense text models of Mistral AI are read")
+            raise ValueError(
+                f"{shown(key)}={shown(repr(value))} is not supported: only dense text models of Mistral AI are read"
+            )
         if value != _ONLY[key]:
-            raise ValueError(f"{key}={_shown(value)} is not supported, only {_ONLY[key]!r}")
+            raise ValueError(f"{shown(key)}={shown(repr(value))} is not supported, only {_ONLY[key]!r}")
 
 
 def _window(params: Mapping[str, Any]) -> int | None:
@@ -89,11 +89,5 @@ def _window(params: Mapping[str, Any]) -> int | None:
     windows = found if isinstance(found, list) else [found]
     sizes = [size for size in windows if size is not None]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise ValueError(f"sliding_window={_shown(found)} must be a positive integer, null, or a list of them")
+        raise ValueError(f"sliding_window={shown(repr(found))} must be a positive integer, null, or a list of them")
     return min(sizes, default=None)
-
-
-def _shown(value: object) -> str:
-    """A value, short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

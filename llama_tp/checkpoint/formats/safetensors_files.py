@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface_config import read_object
-from llama_tp.file_kind import check_link, read_head, why_no_content
+from llama_tp.file_kind import check_link, read_head, shown, why_no_content
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """By the format's names; others are refused."""
@@ -66,11 +66,12 @@ def open_tensors(folder: Path, names: FileNames = HUGGING_FACE) -> dict[str, Sto
             raise ValueError(f"{folder / shard} is missing, but {index.name} names it; download it again")
         found = _open_file(folder, shard)
         if absent := {name for name, file in weight_map.items() if file == shard} - found.keys():
+            name = shown(min(absent))
             raise ValueError(
-                f"{folder / shard}: {min(absent)} is missing, but {index.name} says it is there; download both again"
+                f"{folder / shard}: {name} is missing, but {index.name} says it is there; download both again"
             )
         if twice := found.keys() & tensors.keys():
-            raise ValueError(f"{folder / shard}: {min(twice)} is in {tensors[min(twice)].path.name} as well")
+            raise ValueError(f"{folder / shard}: {shown(min(twice))} is in {tensors[min(twice)].path.name} as well")
         tensors |= found
     return tensors
 
@@ -91,7 +92,7 @@ def _check_names(folder: Path, stored: Mapping[str, StoredTensor], shapes: Mappi
         if names:
             first = sorted(names)[:4]
             where = stored[first[0]].path if first[0] in stored else folder
-            listed = ", ".join(first) + (", ..." if len(names) > 4 else "")
+            listed = ", ".join(map(shown, first)) + (", ..." if len(names) > 4 else "")
             raise ValueError(f"{where}: {len(names)} tensor(s) {what}: {listed}; expected those of {source}")
 
 
@@ -102,7 +103,10 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: weight_map must map tensors to files; download it again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {name} is said to be in {file!r}, expected a .safetensors file of this folder")
+            raise ValueError(
+                f"{path}: {shown(name)} is said to be in {shown(repr(file))}, expected a .safetensors file of this "
+                "folder"
+            )
     return weight_map
 
 
@@ -125,7 +129,9 @@ def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, file: Any) -> StoredTensor:
     header = file.get_slice(name)
     if (dtype := header.get_dtype()) not in DTYPES:
-        raise ValueError(f"{path}: {name} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported")
+        raise ValueError(
+            f"{path}: {shown(name)} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported"
+        )
     return StoredTensor(path, name, tuple(header.get_shape()), DTYPES[dtype], file)
 
 
