@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_tp.file_kind import describe_model_folder, why_no_content
+from llama_tp.file_kind import describe_model_folder, read_small, shown, why_no_content
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 VERIFY_CHECKPOINT = ("always", "once", "size")
 ROPE_SCALINGS = ("llama3", "linear")
+
+_MAX_INT = 2**31 - 1
+_MAX_FACTOR = 1e6
+_MAX_OF = dict.fromkeys(("norm_eps", "rope_theta", "ffn_dim_multiplier"), 1e30)
+_MAX_OF |= dict.fromkeys(("ffn_hidden_dim", "attention_head_dim", "context_limit"), float(_MAX_INT))
+_MAX_LAYERS = 10_000
+"""Names of all weights are made before any is read; published models have up to 126 layers."""
 
 # params.json keys that say nothing about the weights of a text model.
 _HARMLESS_PARAMS = frozenset(
@@ -74,9 +81,9 @@ class RopeScaling:
         if self.kind not in ROPE_SCALINGS:
             problems.append(f"rope_scaling.kind={_shown(self.kind)} must be one of {', '.join(ROPE_SCALINGS)}")
         problems += [
-            f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number greater than 0"
+            f"rope_scaling.{name}={_shown(getattr(self, name))} must be a number above 0, at most {_MAX_FACTOR:g}"
             for name in ("factor", "low_freq_factor", "high_freq_factor")
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= _MAX_FACTOR
         ]
         if not _is_int(self.original_max_seq_len) or self.original_max_seq_len < 1:
             problems.append(
@@ -132,26 +139,21 @@ class ModelArgs:
     """Default limit of sequences in flight."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}={_shown(getattr(self, name))} must be a positive integer"
-            for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "max_batch_size")
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1
-        ]
-        if not _is_int(self.vocab_size) or (self.vocab_size < 1 and self.vocab_size != -1):
+        problems = []
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "max_batch_size"):
+            value, limit = getattr(self, name), _MAX_LAYERS if name == "n_layers" else _MAX_INT
+            if not _is_int(value) or value < 1:
+                problems.append(f"{name}={_shown(value)} must be a positive integer")
+            elif value > limit:
+                problems.append(f"{name}={_shown(value)} must be at most {limit}")
+        if not _is_int(self.vocab_size) or not (1 <= self.vocab_size <= _MAX_INT or self.vocab_size == -1):
             problems.append(
                 f"vocab_size={_shown(self.vocab_size)} must be a positive integer, or -1 to use the embedding's"
             )
-        for name in (
-            "norm_eps",
-            "rope_theta",
-            "ffn_dim_multiplier",
-            "ffn_hidden_dim",
-            "attention_head_dim",
-            "context_limit",
-        ):
+        for name in _MAX_OF:
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                problems.append(f"{name}={_shown(value)} must be greater than 0, and finite")
+            if value is not None and not 0 < value <= _MAX_OF[name]:
+                problems.append(f"{name}={_shown(value)} must be greater than 0, at most {_MAX_OF[name]:g}")
         if not problems:
             if self.attention_head_dim is None and self.dim % self.n_heads:
                 problems.append(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
@@ -209,7 +211,9 @@ class ModelArgs:
         """Read model_args.json, or Meta's params.json. ConfigError says what is wrong with the file."""
         path = Path(path)
         try:
-            data = path.read_bytes()
+            data = read_small(path)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from None
         except FileNotFoundError:
             raise ConfigError([f"{path} does not exist"]) from None
         except IsADirectoryError:
@@ -410,7 +414,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling:
 
 def _keys(names: list[str]) -> str:
     """Some keys, on one line."""
-    listed = ", ".join(repr(name) for name in names[:4])
+    listed = ", ".join(shown(repr(name)) for name in names[:4])
     return f"key{'s' if len(names) > 1 else ''} {listed}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -418,11 +422,11 @@ _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}
 
 
 def _shown(value: object) -> str:
-    """A value in JSON's notation."""
+    """A value in JSON's notation, short enough for one line."""
     try:
-        return json.dumps(value)
+        return shown(json.dumps(value))
     except (TypeError, ValueError):
-        return repr(value)
+        return shown(repr(value))
 
 
 def _is_int(value: object) -> bool:

@@ -76,6 +76,12 @@ def write_meta(
     return folder
 
 
+def params_of(args: ModelArgs) -> dict[str, object]:
+    """params.json of an architecture, with keys of ours for what Meta's own models do not have."""
+    ours = ("tied_embeddings", "max_seq_len", "max_batch_size")
+    return {key: value for key, value in args.to_dict().items() if value is not None and key not in ours}
+
+
 def write_checklist(folder: Path, *, prefix: str = "", name: str = "checklist.chk") -> None:
     """What Meta ships beside the shards: the output of md5sum, here of md5sum itself."""
     names = sorted(path.name for path in folder.iterdir())

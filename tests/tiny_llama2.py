@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
-from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.config import ModelArgs
 from llama_tp.text import Message, Tokenizer, chat_format, load_tokenizer
+from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_text import make_sentencepiece_model
 
 PASSAGE = (
@@ -71,9 +70,7 @@ def make_tiny_llama2(folder: Path, *, model_parallel_size: int = 2) -> Path:
     lessons = _lessons(tokenizer)
     weights = _meta_weights(_train(args, lessons), args)
     params = ModelArgs.from_params({**args.to_dict(), "vocab_size": -1})
-    reader = MemoryReader.of(args, weights)
-    write_fairscale_shards(reader.tensors, params, folder, model_parallel_size, embedding_dim=1)
-    return folder
+    return write_meta(folder, weights, model_parallel_size, params=params_of(params))
 
 
 def _make_tokenizer(folder: Path) -> Path:

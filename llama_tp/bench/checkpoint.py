@@ -14,10 +14,11 @@ from time import perf_counter, sleep
 
 import torch
 
-from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.formats.write import make_writer
 from llama_tp.checkpoint.load import load_model
+from llama_tp.checkpoint.progress import no_progress
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles
@@ -79,7 +80,7 @@ def _write_originals(args: ModelArgs, folder: Path) -> None:
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
         for name, shape in weight_shapes(args).items()
     }
-    write_fairscale_shards(MemoryReader.of(args, weights).tensors, args, folder, 1)
+    make_writer("meta", MemoryReader.of(args, weights), None, 1).write(folder, no_progress)
 
 
 def _measure(work: Path, args: ModelArgs, runs: int) -> list[Measure]:

@@ -11,8 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 import torch.distributed as dist
 
+from llama_tp.checkpoint.formats.cast import in_one_dtype, name_of, parse_dtype
 from llama_tp.checkpoint.formats.checklist import BackgroundCheck, check_original
 from llama_tp.checkpoint.formats.open import open_checkpoint, write_own_tokenizer
 from llama_tp.checkpoint.formats.reader import CheckpointReader, num_bytes
@@ -33,13 +35,14 @@ _PEER_TIMEOUT = timedelta(hours=12)
 
 def convert(
     original_ckpt_dir: str,
-    tokenizer_path: str | None,
-    model_parallel_size: int | None,
+    tokenizer_path: str | None = None,
+    model_parallel_size: int | None = None,
     save_checkpoint_dir: str = "converted_checkpoints",
     max_seq_len: int = 2048,
     max_batch_size: int = 32,
     model_args_path: str = "./model_args.json",
     tp_max: int = DEFAULT_TP_MAX,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert original weights, and write model_args.json into the checkpoint and to `model_args_path`.
@@ -48,8 +51,8 @@ def convert(
     ValueError (or OSError) on all, and nothing is left behind.
 
     Args:
-        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model
-            (config.json and safetensors), or a GGUF file
+        original_ckpt_dir: folder with params.json and consolidated.00.pth and so on, or consolidated.safetensors;
+            folder of a Hugging Face model (config.json and safetensors); or a GGUF file
         tokenizer_path: the model's tokenizer.model or tokenizer.json; copied into the checkpoint with its companions.
             None: the one in original_ckpt_dir
         model_parallel_size: shards of the originals: Llama 2 7B 1, 13B 2, 70B 8; None: any number
@@ -58,15 +61,18 @@ def convert(
         max_batch_size: default number of concurrent sequences, likewise
         model_args_path: file for a second copy of model_args.json
         tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
+        dtype: bfloat16, float16 or float32, to which all weights are rounded; None: that of the originals
         overwrite: replace what is in save_checkpoint_dir
     """
     if isinstance(tp_max, bool) or not isinstance(tp_max, int) or tp_max < 1:
         raise ValueError(f"tp_max={tp_max!r} must be an integer of at least 1")
+    target = parse_dtype(dtype)
     with process_group(), TemporaryDirectory() as own_tokenizer:
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
-            reader = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size))
-            tokenizer = agree(lambda: _check_tokenizer(reader, str(original_ckpt_dir), tokenizer_path, own_tokenizer))
+            original = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size, target))
+            reader = agree(lambda: in_one_dtype(original, target))
+            tokenizer = agree(lambda: _check_tokenizer(original, str(original_ckpt_dir), tokenizer_path, own_tokenizer))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
@@ -83,10 +89,11 @@ def convert(
             _wait_for_all()
 
 
-def _open(original_ckpt_dir: str, model_parallel_size: int | None) -> CheckpointReader:
+def _open(original_ckpt_dir: str, model_parallel_size: int | None, dtype: torch.dtype | None) -> CheckpointReader:
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int | None):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
-    return open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size)
+    dequantized = None if dtype is None else torch.float32  # rounded once, to `dtype`
+    return open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size, dequantized=dequantized)
 
 
 def _check_tokenizer(reader: CheckpointReader, original_ckpt_dir: str, tokenizer_path: str | None, own: str) -> str:
@@ -116,7 +123,7 @@ def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, toke
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with byte_progress("Converting", num_bytes(reader) // ranks, enabled=is_leader()) as advance:
         files = dcp.save(reader, staged.path, tp_max=tp_max, advance=advance)
-    about = {**reader.about, "dtype": str(reader.dtype).removeprefix("torch.")}
+    about = {**reader.about, "dtype": name_of(reader.dtype)}
 
     def describe() -> None:
         if is_leader():

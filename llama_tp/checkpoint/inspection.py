@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_tp.checkpoint.formats.cast import name_of
 from llama_tp.checkpoint.formats.checklist import expected_md5s
-from llama_tp.checkpoint.formats.open import open_checkpoint
+from llama_tp.checkpoint.formats.open import is_consolidated, open_checkpoint
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.store.stored import StoredReader, is_stored
 from llama_tp.config import ModelArgs
@@ -25,7 +26,7 @@ class Inspection:
     format: str
     args: ModelArgs
     dtype: str
-    """Of the tensors as they are read."""
+    """Of the embedding as it is read."""
     parameters: int
     tensors: int
     files: int
@@ -49,8 +50,8 @@ def open_any(path: str | Path) -> CheckpointReader:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Meta's shards, a Hugging Face model, a GGUF file or a converted checkpoint. ValueError, in one line, for what is
-    none or has damaged headers."""
+    """Meta's shards, a Hugging Face model, consolidated.safetensors, a GGUF file or a converted checkpoint. ValueError,
+    in one line, for what is none or has damaged headers."""
     reader = open_any(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     tokenizer, chat, problems = _text(folder, reader.args.vocab_size)
@@ -59,7 +60,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         path=str(path),
         format=_format(reader),
         args=reader.args,
-        dtype=str(reader.dtype).removeprefix("torch."),
+        dtype=name_of(reader.dtype),
         parameters=sum(math.prod(source.shape) for source in reader.tensors.values()),
         tensors=len(reader.tensors),
         files=len(reader.files),
@@ -83,6 +84,8 @@ def _source(about: Mapping[str, Any]) -> str:
         return f"Meta's shards ({count})"
     if about.get("source") == "huggingface":
         return f"Hugging Face's safetensors ({about.get('architecture')})"
+    if about.get("source") == "consolidated":
+        return "Mistral AI's consolidated.safetensors"
     return "a GGUF file" if about.get("source") == "gguf" else str(about.get("source"))
 
 
@@ -127,6 +130,10 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield f"the embedding has {args.vocab_size - tokenizer.vocab_size} rows more than the vocabulary has tokens"
         if beyond := tokenizer.beyond_embedding:
             yield f"added tokens without an embedding, which stay text: {', '.join(sorted(beyond)[:4])}"
+    others = {source.dtype for source in reader.tensors.values()} - {reader.dtype}
+    if others:
+        names = ", ".join(sorted(map(name_of, others)))
+        yield f"some tensors are {names}: pass --dtype to `llama-tp convert`, which writes all in one dtype"
     source = reader.about.get("source")
     if source == "fairscale" and not isinstance(reader, StoredReader):
         unlisted = [file.name for file in reader.files if file not in reader.expected_md5s]
@@ -134,5 +141,7 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield "no checklist.chk: damaged shards cannot be told from sound ones"
         elif unlisted:
             yield f"checklist.chk does not list {unlisted[0]}"
+    if source == "huggingface" and is_consolidated(folder):
+        yield "consolidated.safetensors, which is here as well, is not read"
     if source == "gguf" and not isinstance(reader, StoredReader):
         yield "quantized tensors, if there are any, become bfloat16"

@@ -18,7 +18,8 @@ def download(
         model_name: repository, such as meta-llama/Llama-2-7b
         revision: branch, tag or commit
         output: folder to download into
-        format: meta for Meta's originals, hf for safetensors; auto takes the originals if there are any, else hf
+        format: meta for Meta's originals, hf for safetensors, mistral for Mistral AI's consolidated.safetensors; auto
+            takes the first of these that there is
         file: name of a GGUF file to download instead, with all parts if it is split
     """
     from llama_tp.checkpoint.hub.download import download as download_from_hub
@@ -47,15 +48,16 @@ def convert(
     max_batch_size: int = 32,
     model_args_path: str | None = None,
     tp_max: int = 8,
+    dtype: str | None = None,
     overwrite: bool = False,
     download_dir: str = "model",
 ) -> None:
     """Convert original weights to a checkpoint that can be served. Under torchrun each rank writes its share.
 
     Args:
-        source: folder with params.json and consolidated.00.pth and so on, folder of a Hugging Face model (config.json
-            and safetensors), a GGUF file, or a repository of the Hugging Face hub, to download first: owner/name or
-            owner/name@revision
+        source: folder with params.json and consolidated.00.pth and so on, or consolidated.safetensors; folder of a
+            Hugging Face model (config.json and safetensors); a GGUF file; or a repository of the Hugging Face hub, to
+            download first: owner/name or owner/name@revision
         destination: folder to write
         tokenizer: the model's tokenizer.model or tokenizer.json, or a folder with one; by default that of the
             source
@@ -64,6 +66,7 @@ def convert(
         max_batch_size: default maximum batch size when serving, written to model_args.json
         model_args_path: where to write a second copy of model_args.json, besides the one in the destination
         tp_max: largest tensor-parallel size at which each rank reads only its own bytes; larger groups work, too
+        dtype: bfloat16, float16 or float32, to which all weights are rounded; by default that of the source
         overwrite: replace the destination
         download_dir: folder to download into, if the source is on the hub
     """
@@ -80,6 +83,7 @@ def convert(
             max_batch_size=max_batch_size,
             model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
             tp_max=tp_max,
+            dtype=dtype,
             overwrite=overwrite,
         )
 

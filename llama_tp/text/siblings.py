@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_tp.file_kind import check_link, read_small, shown
+
 SIBLINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -114,7 +116,7 @@ class Siblings:
         known = set(self.tokenizer_config.get("added_tokens_decoder") or {})
         for piece, token_id in _read_json(path).items():
             if not isinstance(token_id, int):
-                raise ValueError(f"{path}: the id of {piece!r} must be a number, not {token_id!r}; download it again")
+                raise ValueError(f"{path}: the id of {shown(repr(piece))} must be a number; download it again")
             if str(token_id) not in known:
                 yield AddedToken.of(
                     token_id, {"content": piece, "normalized": False}, special=piece in self.special_pieces
@@ -123,7 +125,10 @@ class Siblings:
     def _template(self, file: Path) -> tuple[str | None, str | None]:
         """The default chat template, and the name of its file."""
         if file.is_file():
-            return file.read_text("utf-8"), file.name
+            try:
+                return _read(file).decode("utf-8"), file.name
+            except UnicodeDecodeError:
+                raise ValueError(f"{file} is not text in UTF-8; download it again") from None
         template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several, by name
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -136,7 +141,7 @@ class Siblings:
         value = self._generation_config.get(f"{name}_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(token_id, int) for token_id in ids):
-            problem = f"{name}_token_id={json.dumps(value)} must be an id or a list of ids"
+            problem = f"{name}_token_id={shown(json.dumps(value))} must be an id or a list of ids"
             raise ValueError(f"{self._generation_path}: {problem}; download it again")
         return ids
 
@@ -153,7 +158,12 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path, path.read_bytes()) if path.is_file() else {}
+    return parse_json(path, _read(path)) if path.is_file() else {}
+
+
+def _read(path: Path) -> bytes:
+    check_link(path.parent, path)
+    return read_small(path)
 
 
 def _content(token: object) -> str | None:

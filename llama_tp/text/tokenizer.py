@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from llama_tp.file_kind import HEAD_BYTES, why_no_content
+from llama_tp.file_kind import HEAD_BYTES, check_link, read_small, why_no_content
 from llama_tp.text.sentencepiece_file import SentencePieceFile
 from llama_tp.text.siblings import Siblings
 from llama_tp.text.tiktoken_file import TiktokenFile
 from llama_tp.text.tokenizer_files import find_tokenizer
 from llama_tp.text.tokenizer_json import TokenizerJson
+
+_MAX_BYTES = 512 << 20
+"""Of a tokenizer's file. Those of 256,000 tokens have 35 MB."""
 
 
 class Tokenizer(Protocol):
@@ -72,7 +75,9 @@ def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> To
     FileNotFoundError or ValueError names the path and the remedy.
     """
     file = find_tokenizer(path)
-    data = file.read_bytes()
+    if Path(path).is_dir():
+        check_link(file.parent, file)
+    data = read_small(file, _MAX_BYTES)
     head = data[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
     if problem := why_no_content(head):
         raise ValueError(f"{file} {problem}")

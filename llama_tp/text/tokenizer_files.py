@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from llama_tp.text.siblings import SIBLINGS
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (*TOKENIZER_NAMES, *SIBLINGS)
 """The names under which `copy_tokenizer` keeps a tokenizer and its siblings."""
+
+
+_MISTRALS = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
+"""Mistral AI's sentencepiece models, by their version."""
+_TEKKEN = "tekken.json"
+"""Mistral AI's other vocabulary. `load_tokenizer` refuses it with the remedy."""
 
 
 def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Path:
@@ -25,6 +32,11 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
     for name in sorted({preferred, *TOKENIZER_NAMES}, key=lambda name: (name != preferred, name)):
         if (path / name).is_file():
             return path / name
+    versions = {match: file for file in path.iterdir() if (match := _MISTRALS.fullmatch(file.name)) and file.is_file()}
+    if versions:
+        return versions[max(versions, key=lambda match: (int(match[1]), match[2] or ""))]
+    if (path / _TEKKEN).is_file():
+        return path / _TEKKEN
     raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llama_tp.file_kind import shown
 from llama_tp.text.siblings import AddedToken, Siblings, parse_json
 from llama_tp.text.vocabulary import Vocabulary, require_rows, require_well_formed, within_embedding
 
@@ -34,7 +35,8 @@ class TokenizerJson(Vocabulary):
         definition = parse_json(path, data)
         if not isinstance(definition.get("model"), dict):
             if "vocab" in definition and "config" in definition:
-                raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; pass the tokenizer.json")
+                remedy = "pass the model's tokenizer.json, or convert its Hugging Face form"
+                raise ValueError(f"{path} is Mistral's tekken.json, which is not supported; {remedy}")
             raise ValueError(f"{path} is JSON but not a tokenizer.json: it has no 'model'; pass the tokenizer's file")
         try:
             added, beyond = within_embedding(_added_tokens(path, definition, siblings), embedding_rows)
@@ -43,7 +45,7 @@ class TokenizerJson(Vocabulary):
         except _Unsupported as error:
             raise ValueError(str(error)) from None
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer.json ({error}); download it again") from None
+            raise ValueError(f"{path} is not a readable tokenizer.json ({shown(error)}); download it again") from None
         library.no_truncation()
         library.no_padding()
         _require_ids(path, library, added, names)

@@ -13,16 +13,21 @@ import pytest
 import torch
 
 from llama_tp.checkpoint.convert import convert
+from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles, load
+from llama_tp.checkpoint.store.stored import StoredReader
 from llama_tp.checkpoint.store.verify import verify
 from tests.distributed.torchrun import check, torchrun
 from tests.hub_stand_in import serving, variables
 from tests.paths import ROOT, names_in
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
-from tests.tiny_text import make_sentencepiece_model
+from tests.tiny_gguf import write_gguf
+from tests.tiny_huggingface import save, tiny_model
+from tests.tiny_mistral import write_mistral
+from tests.tiny_text import make_sentencepiece_model, make_tokenizer_json
 
 pytestmark = pytest.mark.distributed
 WORKER = "tests.distributed.convert_worker"
@@ -90,6 +95,44 @@ def test_the_command_of_the_readme_works_with_any_number_of_ranks(originals, tmp
     target = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
     load(target, folder)
     assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+def write_hugging_face(folder):
+    make_tokenizer_json(save(tiny_model("qwen2"), folder))
+
+
+def write_mistral_ais(folder):
+    write_mistral(folder, tiny_model("mistral"))
+    make_sentencepiece_model(folder).rename(folder / "tokenizer.model.v3")
+
+
+def write_metas(folder):
+    write_meta(folder, meta_tensors(), 4)
+    make_sentencepiece_model(folder)
+
+
+SOURCES = {
+    "meta": write_metas,
+    "hugging_face": write_hugging_face,
+    "mistral": write_mistral_ais,
+    "a.gguf": write_gguf,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_script_converts_every_format_without_the_optional_flags(tmp_path, source):
+    SOURCES[source](tmp_path / source)
+    paths = [f"--save_checkpoint_dir={tmp_path / 'converted'}", f"--model_args_path={tmp_path / 'model_args.json'}"]
+    done = run_script(2, f"--original_ckpt_dir={tmp_path / source}", *paths)
+    check(done)
+    assert names_in(tmp_path) == sorted([source, "converted", "model_args.json"])
+    assert (tmp_path / "model_args.json").read_text() == (tmp_path / "converted" / "model_args.json").read_text()
+    verify(tmp_path / "converted")
+    found, expected = StoredReader(tmp_path / "converted"), open_checkpoint(tmp_path / source)
+    assert len(found.files) == 2
+    assert found.args == expected.args
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name].read(0, 0, tensor.shape[0]), tensor.read(0, 0, tensor.shape[0])), name
 
 
 def test_one_rank_downloads_a_model_of_the_hub_for_all(originals, tmp_path):

@@ -7,19 +7,26 @@ from functools import cache
 import pytest
 import torch
 
-from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
-from llama_tp.checkpoint.formats.reader import MemoryReader
+from llama_tp.checkpoint.load import load_model
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
+from llama_tp.config import EngineConfig
+from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampling_params import SamplingParams
-from tests.distributed.parallel_worker import PLAN, PROMPTS
+from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.launch import Group
+from tests.distributed.parallel_worker import PLAN, PROMPTS, TOKENS
 from tests.distributed.shares_worker import CASES, folder_of
 from tests.distributed.torchrun import check, torchrun
+from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_model import MODELS as META_MODELS
 from tests.tiny_model import UNEVEN, VARIANTS, engine_of, random_model, transformers_twin
 
 MODELS = {**META_MODELS, **VARIANTS, **UNEVEN}
+
+ALONE = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None)
 
 pytestmark = pytest.mark.distributed
 
@@ -31,13 +38,13 @@ def ranks(request, tmp_path_factory):
     for name, args in MODELS.items():
         if request.param > args.n_heads:
             continue
-        if name in VARIANTS:
-            write_variant(folder / name, random_model(args))
-        else:
+        if name in META_MODELS:
             # Fairscale splits evenly only; the sharding plan does not need that.
             divided = (args.vocab_size, args.n_heads, args.n_kv_heads, args.hidden_dim)
             num_shards = 1 if any(size % request.param for size in divided) else request.param
             write_checkpoint(folder / name, random_model(args), num_shards)
+        else:
+            write_variant(folder / name, random_model(args))
     check(torchrun(request.param, "tests.distributed.parallel_worker", str(folder)))
     return request.param, torch.load(folder / "results.pt")
 
@@ -51,12 +58,17 @@ def on_one_rank(name):
     return logits, [completion.token_ids for completion in completions]
 
 
+@cache
+def by_transformers(name):
+    """Logits of the last token of PLAN, of the model that transformers computes."""
+    return transformers_twin(random_model(MODELS[name]))(torch.tensor([TOKENS])).logits[0, -1]
+
+
 def write_checkpoint(folder, model, num_shards):
-    """A checkpoint as converted from as many of Meta's shards."""
+    """A checkpoint as converted from as many of Meta's shards, cut as Fairscale cuts them."""
     originals = folder.with_name(folder.name + ".meta")
-    reader = MemoryReader.of(model.args, unique_weights(model))
-    originals.mkdir()
-    write_fairscale_shards(reader.tensors, model.args, originals, num_shards)
+    params = params_of(model.args)
+    write_meta(originals, unique_weights(model), num_shards, embedding_dim=0, params=params)
     save(FairscaleReader(originals, num_shards), folder)
 
 
@@ -101,6 +113,28 @@ def test_a_checkpoint_from_one_or_several_shards_loads_to_the_same_logits(ranks)
     for (name, comm), result in results.items():
         single, _ = on_one_rank(name)
         torch.testing.assert_close(result["loaded"], single, atol=1e-4, rtol=0, msg=f"{name} ({comm})")
+
+
+def test_what_transformers_saved_or_fairscale_cut_loads_to_the_logits_of_transformers(ranks):
+    _, results = ranks
+    for (name, comm), result in results.items():
+        torch.testing.assert_close(
+            result["loaded"][0], by_transformers(name), atol=1e-4, rtol=0, msg=f"{name} ({comm})"
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_rank_loads_all_of_them_to_the_logits_of_transformers(tmp_path, name):
+    args = MODELS[name]
+    if name in META_MODELS:
+        write_checkpoint(tmp_path / "converted", random_model(args), 1)
+    else:
+        write_variant(tmp_path / "converted", random_model(args))
+    model = load_model(str(tmp_path / "converted"), args, ALONE, torch.float32)
+    config = EngineConfig(max_seq_len=128, max_batch_size=4)
+    options = {"dtype": torch.float32, "device": ALONE.device, "num_kv_heads": args.n_kv_heads}
+    logits = ModelRunner(model, config, **options).execute(PLAN)
+    torch.testing.assert_close(logits[0], by_transformers(name), atol=1e-4, rtol=0)
 
 
 def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):

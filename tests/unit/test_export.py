@@ -147,9 +147,12 @@ def test_the_shards_are_those_that_meta_s_code_would_load(tmp_path, shards, befo
     folder = convert_beside(write_originals(tmp_path / "originals", num_shards=before))
     export(folder, tmp_path / "meta", format="meta", model_parallel_size=shards)
     for rank, expected in enumerate(split_as_meta(meta_tensors(), shards, embedding_dim=1)):
-        found = torch.load(tmp_path / "meta" / f"consolidated.{rank:02d}.pth", weights_only=True)
+        path = tmp_path / "meta" / f"consolidated.{rank:02d}.pth"
+        found = torch.load(path, weights_only=True)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+        # A view would have taken its whole storage along.
+        assert path.stat().st_size < sum(piece.nbytes for piece in expected.values()) + 400 * len(expected)
     vocabulary = tmp_path / "meta" / "tokenizer.model"
     assert vocabulary.read_bytes() == (tmp_path / "originals" / "tokenizer.model").read_bytes()
     done = subprocess.run(["md5sum", "--check", "--strict", "checklist.chk"], cwd=tmp_path / "meta", check=True)

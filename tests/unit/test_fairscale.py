@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from llama_tp.checkpoint.formats.fairscale import FairscaleReader, write_fairscale_shards
+from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
@@ -63,22 +65,6 @@ def test_embeddings_are_tied_exactly_where_there_is_no_output(tmp_path):
     reader = FairscaleReader(write_meta(tmp_path / "tied", tensors, 2, embedding_dim=0), 2)
     assert reader.args.tied_embeddings
     assert torch.equal(full(reader.tensors["tok_embeddings.weight"]), tensors["tok_embeddings.weight"])
-
-
-@pytest.mark.parametrize("embedding_dim", [0, 1])
-def test_what_is_written_is_what_fairscale_would_write(tmp_path, embedding_dim):
-    tensors = meta_tensors(torch.float16)
-    reader = MemoryReader.of(ARGS, tensors)
-    write_fairscale_shards(reader.tensors, ARGS, tmp_path, 4, embedding_dim=embedding_dim)
-    for rank, shard in enumerate(split_as_meta(tensors, 4, embedding_dim)):
-        path = tmp_path / f"consolidated.{rank:02d}.pth"
-        written = torch.load(path, weights_only=True)
-        assert written.keys() == shard.keys()
-        assert all(torch.equal(written[name], shard[name]) for name in shard)
-        # A view would have taken its whole storage along.
-        assert path.stat().st_size < sum(piece.nbytes for piece in shard.values()) + 400 * len(shard)
-    assert json.loads((tmp_path / "params.json").read_text()).items() >= PARAMS.items()
-    assert FairscaleReader(tmp_path, 4).args == ARGS
 
 
 def _change(rank, change):
@@ -203,7 +189,10 @@ BROKEN = {
     "a non-tensor entry": (_change(1, lambda shard: shard.update(step=3)), ("consolidated.01.pth", "'step'", "int")),
     "a nested dict": (_change(0, lambda shard: {"model": shard}), ("consolidated.00.pth", "'model'", "dict")),
     "an integer tensor": (_change(1, lambda shard: shard.update({WQ: shard[WQ].int()})), (WQ, "torch.int32")),
-    "another dtype": (_change(1, lambda shard: shard.update({WQ: shard[WQ].float()})), (WQ, "float32", "bfloat16")),
+    "another dtype": (
+        _change(1, lambda shard: shard.update({WQ: shard[WQ].float()})),
+        ("01.pth", WQ, "is torch.float32", "bfloat16 as in shard 0"),
+    ),
     "a missing key": (_change(1, lambda shard: shard.__delitem__(WQ)), ("consolidated.01.pth", "missing", WQ)),
     "an unexpected key": (_change(1, lambda shard: shard.update(foo=shard[WQ])), ("unexpected", "foo")),
     "one shard without norm": (_change(1, lambda shard: shard.__delitem__("norm.weight")), ("01.pth", "norm.weight")),
@@ -256,6 +245,24 @@ def test_a_wrong_number_of_shards_says_which_to_pass(tmp_path, told, found):
         ValueError, match=rf"model_parallel_size={told} but .* holds {found} shard.*--model_parallel_size {found}"
     ):
         FairscaleReader(tmp_path, told)
+
+
+def test_a_legacy_file_is_refused_with_a_command_that_rewrites_it(tmp_path):
+    """As real PyTorch writes it without zip."""
+    tensors = meta_tensors()
+    folder = write_meta(tmp_path / "with a space", tensors, 2)
+    for path in sorted(folder.glob("*.pth")):
+        shard = torch.load(path, weights_only=True)
+        torch.save(shard, path, _use_new_zipfile_serialization=False)
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        with pytest.raises(ValueError, match=rf"{name} is in the format of torch before 1\.6") as error:
+            FairscaleReader(folder)
+        assert "\n" not in str(error.value)
+        command = str(error.value).split("; rewrite it: ")[1].replace("python ", f"{sys.executable} ", 1)
+        subprocess.run(["bash", "-c", command], check=True)
+    reader = FairscaleReader(folder)
+    assert all(torch.equal(full(reader.tensors[name]), tensor) for name, tensor in tensors.items())
+    assert not list(folder.glob("*.new"))
 
 
 def test_nothing_in_a_pth_is_executed(tmp_path):

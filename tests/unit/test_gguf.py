@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llama_tp.checkpoint.convert import MODEL_ARGS, convert
-from llama_tp.checkpoint.formats.fairscale import write_fairscale_shards
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.config import ModelArgs
+from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_gguf import (
     DIM,
     HEADS,
@@ -34,8 +34,8 @@ def test_a_gguf_file_is_converted_to_what_the_same_weights_in_metas_shards_are(t
     write_gguf(tmp_path / "a.gguf")
     reader = GGUFReader(tmp_path / "a.gguf")
     meta = tmp_path / "meta"
-    meta.mkdir()
-    write_fairscale_shards(reader.tensors, reader.args, meta, 2)
+    tensors = {name: source.read(0, 0, source.shape[0]) for name, source in reader.tensors.items()}
+    write_meta(meta, tensors, 2, embedding_dim=0, params=params_of(reader.args))
     write_tokenizer(reader.metadata, meta)
     for source, name in ((tmp_path / "a.gguf", "gguf"), (meta, "fairscale")):
         convert(str(source), str(meta), None, str(tmp_path / name), model_args_path=str(tmp_path / name / MODEL_ARGS))
@@ -125,7 +125,7 @@ REFUSED = {
     "other values than keys": ({"llama__attention__value_length": 8}, "llama.attention.value_length=8, expected"),
     "no heads": ({"heads": 0}, "llama.attention.head_count=0 must be a positive integer"),
     "heads that do not divide": ({"heads": 3}, "llama.embedding_length=64 must be a multiple of"),
-    "too many layers": ({"layers": 1 << 30}, "too few for block_count=1073741824"),
+    "too many layers": ({"layers": 1 << 30}, "llama.block_count=1073741824 must be at most 10000"),
     "unknown frequencies": ({"extra": {"x": ("rope_freqs", (8,), F32)}}, "tensor rope_freqs.weight is not that of"),
     "quantised frequencies": (
         {"extra": {"x": ("rope_freqs", (32,), gguf.GGMLQuantizationType.Q8_0)}},

@@ -56,6 +56,8 @@ HUGGING_FACE = {
     "LICENSE.txt": b"licence",
     "USE_POLICY.md": b"policy",
 }
+TOKENIZER = set(HUGGING_FACE) - {"config.json", "LICENSE.txt", "USE_POLICY.md"}
+TOKENIZER = {name for name in TOKENIZER if "safetensors" not in name}
 DUPLICATES = {
     "pytorch_model.bin": b"pickle",
     "consolidated.safetensors": b"the same in one file",
@@ -64,6 +66,13 @@ DUPLICATES = {
     "onnx/config.json": b"{}",
     "README.md": b"readme",
 }
+MISTRAL_PARAMS = {"dim": 64, "n_layers": 2, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5}
+MISTRAL = {
+    "consolidated.safetensors": WEIGHTS[:50_000],
+    "params.json": json.dumps(MISTRAL_PARAMS).encode(),
+    "tokenizer.model.v3": b"tokens",
+}
+MIXTRAL = MISTRAL | {"params.json": json.dumps(MISTRAL_PARAMS | {"moe": {"num_experts": 8}}).encode()}
 GGUF = {
     "tiny-Q8_0.gguf": b"GGUF of one file",
     "tiny-Q4_0.gguf": b"GGUF of another",
@@ -77,6 +86,10 @@ REPOSITORIES = {
     "meta-llama/Llama-2-7b-hf": HUGGING_FACE | DUPLICATES,
     "tiny/single": HUGGING_FACE | {"model.safetensors": b"all in one"},
     "gated/listed": LLAMA2,
+    "mistralai/both": HUGGING_FACE | MISTRAL | {"README.md": b"readme"},
+    "mistralai/own": MISTRAL | {"README.md": b"readme", "tekken.json": b"{}"},
+    "mistralai/experts": MIXTRAL,
+    "mistralai/tekken": {name: data for name, data in MISTRAL.items() if "model" not in name} | {"tekken.json": b"{}"},
     "tiny/GGUF": GGUF | {"README.md": b"readme"},
     "old/pickles": {"config.json": HUGGING_FACE["config.json"], "pytorch_model.bin": b"pickle"},
     "google/gemma-9": HUGGING_FACE | {"config.json": b'{"architectures": ["GemmaForCausalLM"]}'},
@@ -276,6 +289,9 @@ REFUSED = {
     "not the originals": (("meta-llama/Llama-2-7b-hf", "--format=meta"), ("no original weights",)),
     "not the safetensors": (("meta-llama/Llama-2-7b", "--format=hf"), ("no Hugging Face model", "config.json")),
     "another architecture": (("google/gemma-9",), ("google/gemma-9", "GemmaForCausalLM", "Qwen3ForCausalLM")),
+    "experts": (("mistralai/experts",), ("cannot be converted, nothing more was fetched", "moe={'num_experts': 8}")),
+    "only tekken": (("mistralai/tekken",), ("no tokenizer.model or tokenizer.json", "tekken.json is not read")),
+    "not Mistral AI's": (("tiny/single", "--format=mistral"), ("no consolidated.safetensors with params.json",)),
     "no such file": (("tiny/GGUF", "--file=tiny-Q5_0.gguf"), ("no file tiny-Q5_0.gguf", "tiny-Q8_0.gguf")),
     "a part is missing": (("tiny/GGUF", "--file=half-00001-of-00002.gguf"), ("not all its parts",)),
 }
@@ -310,6 +326,20 @@ def test_the_safetensors_come_with_what_belongs_to_them_and_without_other_forms(
     assert files_below(tmp_path / done.stdout.strip()) == HUGGING_FACE
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mistralai/both", (), set(HUGGING_FACE)),
+        ("mistralai/both", ("--format=mistral",), {*MISTRAL, *TOKENIZER, "LICENSE.txt", "USE_POLICY.md"}),
+        ("mistralai/own", (), set(MISTRAL)),
+    ],
+)
+def test_of_two_forms_of_mistral_ais_models_one_is_fetched(hub, tmp_path, name, options, expected):
+    done = llama_tp(tmp_path, hub.server_port, "download", name, *options)
+    assert done.returncode == 0, done.stderr
+    assert set(files_below(tmp_path / done.stdout.strip())) == expected
+
+
 def test_weights_that_are_there_in_one_file_are_not_fetched_in_shards_as_well(hub, tmp_path):
     done = llama_tp(tmp_path, hub.server_port, "download", "tiny/single")
     assert done.returncode == 0, done.stderr
@@ -325,7 +355,7 @@ def test_an_architecture_is_refused_before_its_weights_are_fetched(hub, tmp_path
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"format": "gguf"}, r"format='gguf' must be one of auto, meta, hf"),
+        ({"format": "gguf"}, r"format='gguf' must be one of auto, meta, hf, mistral"),
         ({"format": "hf", "file": "tiny.gguf"}, r"format=hf does not go with file=tiny\.gguf"),
         ({"file": "pytorch_model.bin"}, r"file='pytorch_model\.bin' must be the name of a \.gguf file"),
     ],

@@ -434,7 +434,7 @@ REFUSED = {
     "more layers in config.json": (_config(num_hidden_layers=3), ("9 tensor(s) missing: model.layers.2.",)),
     "a billion layers in config.json": (
         _config(num_hidden_layers=10**9),
-        ("holds 21 tensors: too few for num_hidden_layers=1000000000",),
+        ("num_hidden_layers=1000000000 must be at most 10000",),
     ),
     "a wrong shape": (
         _change_weights(lambda weights: weights.update({Q: weights[Q][:-1].clone()})),
@@ -445,10 +445,6 @@ REFUSED = {
     "biases that config.json does not tell of": (
         _change_weights(lambda weights: weights.update({Q.replace("weight", "bias"): torch.ones(64)})),
         ("unexpected: model.layers.1.self_attn.q_proj.bias",),
-    ),
-    "mixed types": (
-        _change_weights(lambda weights: weights.update({Q: weights[Q].bfloat16()})),
-        (f"{Q} is torch.bfloat16, expected torch.float32", "mixed dtypes are not supported"),
     ),
     "integers": (
         _change_weights(lambda weights: weights.update({Q: weights[Q].to(torch.int8)})),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llama_tp.checkpoint.progress import Advance, byte_progress, no_progress
-from llama_tp.file_kind import why_no_content
+from llama_tp.file_kind import check_link, read_small, why_no_content
 
 _PATTERN = "*checklist.chk"
 """Llama 2's tokenizer.model has its own list, tokenizer_checklist.chk."""
@@ -29,6 +29,7 @@ def expected_md5s(folder: Path) -> dict[str, frozenset[str]]:
     """
     found: dict[str, frozenset[str]] = {}
     for checklist in sorted(folder.glob(_PATTERN)):
+        check_link(folder, checklist)
         for name, md5 in _read(checklist):
             found[name] = found.get(name, frozenset()) | {md5}
     return found
@@ -111,7 +112,7 @@ def listed_shards(names: Iterable[str]) -> list[str]:
 
 def _read(checklist: Path) -> list[tuple[str, str]]:
     """(file name, lower-case md5) of each line."""
-    data = checklist.read_bytes()
+    data = read_small(checklist)
     if problem := why_no_content(data):
         raise ValueError(f"{checklist} {problem}")
     entries = []

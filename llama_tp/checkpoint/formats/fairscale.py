@@ -7,7 +7,6 @@ whole, and never unpickled without restriction.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,17 +18,17 @@ import torch
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
+from llama_tp.checkpoint.formats.params import PARAMS, read_params
 from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.checkpoint.torch_file import why_not_loaded
+from llama_tp.checkpoint.torch_file import check_torch_file, why_not_loaded
 from llama_tp.config import ModelArgs
-from llama_tp.file_kind import describe_model_folder, describe_weights
+from llama_tp.file_kind import check_link, describe_model_folder, describe_weights, shown
 from llama_tp.model.weights import weight_shapes
 from llama_tp.parallel.sharding import tp_dim
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ELEMENTS = 2048
-_NOT_IN_PARAMS = ("tied_embeddings", "max_seq_len", "max_batch_size")
 
 
 class FairscaleReader:
@@ -43,11 +42,12 @@ class FairscaleReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
-        is_there = (self.folder / "params.json").exists() or any(self.folder.glob("consolidated.*.pth"))
+        is_there = (self.folder / PARAMS).exists() or any(self.folder.glob("consolidated.*.pth"))
         if not is_there and (found := describe_model_folder(self.folder)):
             raise ValueError(f"{self.folder} has no params.json: it {found}")
-        check_original(self.folder / "params.json")
-        args = ModelArgs.load(self.folder / "params.json")
+        check_link(self.folder, self.folder / PARAMS)
+        check_original(self.folder / PARAMS)
+        args = read_params(self.folder / PARAMS)
         md5s = expected_md5s(self.folder)
         self.files = paths = _shard_paths(self.folder, model_parallel_size, listed_shards(md5s))
         _check_divisible(args, len(paths))
@@ -64,7 +64,7 @@ class FairscaleReader:
             raise ValueError(f"{self.folder}: {error}") from None
         self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": OUTPUT not in first})
         self.dtype = first[EMBEDDING].dtype
-        self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim, self.dtype)
+        self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +100,6 @@ class ShardedTensor:
             low, high = max(start, rank * width), min(end, (rank + 1) * width)
             pieces.append(self.shards[rank].narrow(dim, low - rank * width, high - low))
         return pieces
-
-
-def write_fairscale_shards(
-    tensors: Mapping[str, TensorSource],
-    args: ModelArgs,
-    folder: str | Path,
-    model_parallel_size: int,
-    *,
-    embedding_dim: int = 0,
-) -> None:
-    """The inverse of FairscaleReader. Holds one shard in memory.
-
-    `embedding_dim` is the dim that the embedding is split on: 1 as in Llama 2, 0 as in Llama 3.
-    params.json is written from `args`, so a `vocab_size` of -1 stays -1, as in Meta's Llama 2.
-    """
-    _check_divisible(args, model_parallel_size)
-    for rank in range(model_parallel_size):
-        shard = {
-            name: slice_of_rank(name, source, rank, model_parallel_size, embedding_dim)
-            for name, source in tensors.items()
-        }
-        torch.save(shard, Path(folder) / f"consolidated.{rank:02d}.pth")
-    params = {key: value for key, value in args.to_dict().items() if value is not None and key not in _NOT_IN_PARAMS}
-    (Path(folder) / "params.json").write_text(json.dumps(params) + "\n")
 
 
 def slice_of_rank(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
@@ -171,8 +147,15 @@ def _check_divisible(args: ModelArgs, model_parallel_size: int) -> None:
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one .pth, mapped from the file. Nothing in it is executed."""
+    check_link(path.parent, path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file; download it again")
     if problem := describe_weights(path):
         raise ValueError(f"{path} {problem}")
+    try:
+        check_torch_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; download it again") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle; the error is clearer
@@ -184,11 +167,13 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(entries).__name__}, expected a dict of tensors")
     for name, value in entries.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
+            raise ValueError(f"{path}: entry {shown(repr(name))} is a {type(value).__name__}, expected a tensor")
         if value.layout != torch.strided or value.dtype not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
+                f"{path}: {shown(name)} is {value.dtype}, {value.layout}; expected dense bfloat16, float16 or float32"
             )
+        if value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(f"{path}: {shown(name)} claims {value.nbytes} bytes, more than the file holds for it")
     # Rotary frequencies are computed from params.json.
     shard = {str(name): value for name, value in entries.items() if not str(name).endswith("rope.freqs")}
     if EMBEDDING in shard and OUTPUT in shard and _is_same(shard[EMBEDDING], shard[OUTPUT]):
@@ -216,10 +201,9 @@ def _embedding_split(args: ModelArgs, path: Path, shard: Mapping[str, Tensor], r
     )
 
 
-def _join(
-    args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int, dtype: torch.dtype
-) -> dict[str, ShardedTensor]:
+def _join(args: ModelArgs, shards: Mapping[Path, Mapping[str, Tensor]], embedding_dim: int) -> dict[str, ShardedTensor]:
     shapes = weight_shapes(args)
+    first = next(iter(shards.values()))
     joined: dict[str, ShardedTensor] = {}
     for path, shard in shards.items():
         _check_names(path, shard, shapes)
@@ -230,8 +214,8 @@ def _join(
             found = shard[name]
             if tuple(found.shape) != expected:
                 raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, expected {expected} from params.json")
-            if found.dtype != dtype:
-                raise ValueError(f"{path}: {name} is {found.dtype}, expected {dtype} like {EMBEDDING} of shard 0")
+            if found.dtype != first[name].dtype:
+                raise ValueError(f"{path}: {name} is {found.dtype}, expected {first[name].dtype} as in shard 0")
         source = ShardedTensor([shard[name] for shard in shards.values()], split)
         if split is None:
             _check_replicas(name, source, list(shards))
@@ -243,7 +227,7 @@ def _join(
 def _check_names(path: Path, shard: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:
     for what, names in (("missing", shapes.keys() - shard.keys()), ("unexpected", shard.keys() - shapes.keys())):
         if names:
-            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+            listed = ", ".join(map(shown, sorted(names)[:4])) + (", ..." if len(names) > 4 else "")
             raise ValueError(
                 f"{path}: {len(names)} tensor(s) {what}: {listed}; expected those of params.json, n_layers included"
             )

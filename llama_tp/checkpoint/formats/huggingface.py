@@ -15,8 +15,9 @@ import torch
 from llama_tp.checkpoint.formats.huggingface_config import read_config
 from llama_tp.checkpoint.formats.reader import TensorSource
 from llama_tp.checkpoint.formats.rotary import in_metas_order
-from llama_tp.checkpoint.formats.safetensors_files import StoredTensor, check_link, open_tensors
+from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE, StoredTensor, check_tensors, open_tensors
 from llama_tp.config import ModelArgs
+from llama_tp.file_kind import check_link
 from llama_tp.model.weights import weight_shapes
 
 CONFIG = "config.json"
@@ -41,6 +42,11 @@ _COMPARED_ROWS = 4096
 def is_hugging_face(folder: Path) -> bool:
     """Whether a folder holds a Hugging Face model, not Meta's shards with a config.json."""
     return (folder / CONFIG).is_file() and not any(folder.glob("consolidated.*.pth"))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights under the names of this format."""
+    return any((folder / name).is_file() for name in (HUGGING_FACE.single, HUGGING_FACE.index))
 
 
 def hugging_face_name(name: str) -> str:
@@ -68,12 +74,9 @@ class HuggingFaceReader:
             for name, tensor in open_tensors(self.folder).items()
             if not name.endswith(".rotary_emb.inv_freq")
         }
-        if self.args.n_layers > len(stored):  # that many layers' names might not fit into memory
-            raise ValueError(
-                f"{self.folder} holds {len(stored)} tensors: too few for num_hidden_layers={self.args.n_layers}"
-            )
         _check_output(self.folder, self.args, stored)
-        _check_tensors(self.folder, self.args, stored)
+        shapes = {hugging_face_name(name): shape for name, shape in weight_shapes(self.args).items()}
+        check_tensors(self.folder, stored, shapes, CONFIG)
         self.dtype = stored[_EMBEDDING].dtype
         self.files = sorted({tensor.path for tensor in stored.values()})
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
@@ -103,27 +106,3 @@ def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
         return False
     blocks = ((start, min(_COMPARED_ROWS, one.shape[0] - start)) for start in range(0, one.shape[0], _COMPARED_ROWS))
     return all(torch.equal(one.read(0, *block), two.read(0, *block)) for block in blocks)
-
-
-def _check_tensors(folder: Path, args: ModelArgs, stored: Mapping[str, StoredTensor]) -> None:
-    shapes = {hugging_face_name(name): shape for name, shape in weight_shapes(args).items()}
-    _check_names(folder, stored, shapes)
-    dtype = stored[_EMBEDDING].dtype
-    for name, shape in shapes.items():
-        found = stored[name]
-        if found.shape != shape:
-            raise ValueError(f"{found.path}: {name} has shape {found.shape}, expected {shape} from {CONFIG}")
-        if found.dtype != dtype:
-            raise ValueError(
-                f"{found.path}: {name} is {found.dtype}, expected {dtype} like {_EMBEDDING}: mixed dtypes are not "
-                "supported; save the model in one dtype"
-            )
-
-
-def _check_names(folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, object]) -> None:
-    for what, names in (("missing", shapes.keys() - stored.keys()), ("unexpected", stored.keys() - shapes.keys())):
-        if names:
-            first = sorted(names)[:4]
-            where = stored[first[0]].path if first[0] in stored else folder
-            listed = ", ".join(first) + (", ..." if len(names) > 4 else "")
-            raise ValueError(f"{where}: {len(names)} tensor(s) {what}: {listed}; expected those of {CONFIG}")

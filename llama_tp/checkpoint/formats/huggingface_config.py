@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.config import ConfigError, ModelArgs, RopeScaling
-from llama_tp.file_kind import why_no_content
+from llama_tp.file_kind import read_small, shown, why_no_content
 from llama_tp.text.siblings import parse_json
 
 ARCHITECTURES: Mapping[str, Mapping[str, str | bool]] = {
@@ -25,7 +25,6 @@ ARCHITECTURES: Mapping[str, Mapping[str, str | bool]] = {
 
 _MAX_SEQ_LEN = 2048
 """Default, as for other formats; config.json gives the longest context possible, not the one to serve."""
-_MAX_JSON_BYTES = 64 << 20
 _QWEN3_HEAD_DIM = 128
 _QWEN_MAX_WINDOW_LAYERS = 28
 _THEIR_NAMES = {
@@ -54,9 +53,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of reasonable size. ValueError says what is there instead."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; download it again")
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes, expected at most {_MAX_JSON_BYTES} of JSON; download it again")
-    data = path.read_bytes()
+    data = read_small(path)
     if problem := why_no_content(data):
         raise ValueError(f"{path} {problem}")
     return parse_json(path, data)
@@ -66,7 +63,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     found = config.get("architectures")
     name = found[0] if isinstance(found, list) and len(found) == 1 else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"architectures={found!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architectures={shown(repr(found))} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return name
 
 
@@ -101,11 +98,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ValueError(
-            f"quantization_config with quant_method={method!r}: quantized weights are not supported; use the "
-            "model's original ones, in bfloat16, float16 or float32"
+            f"quantization_config with quant_method={shown(repr(method))}: quantized weights are not supported; use "
+            "the model's original ones, in bfloat16, float16 or float32"
         )
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={activation!r} is not supported, only 'silu'")
+        raise ValueError(f"hidden_act={shown(repr(activation))} is not supported, only 'silu'")
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | None]:
@@ -114,10 +111,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | N
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(f"{key}={rope!r} is not supported, only one rotation for all layers")
+        raise ValueError(f"{key}={shown(repr(rope))} is not supported, only one rotation for all layers")
     theta = _number({"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta")
     if (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={part!r} is not supported, only 1: whole heads are rotated")
+        raise ValueError(f"partial_rotary_factor={shown(repr(part))} is not supported, only 1: whole heads are rotated")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None, None
@@ -127,7 +124,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None, int | N
         return theta, _llama3(rope, config), None
     if kind == "dynamic":  # has an effect only beyond the training context
         return theta, None, _need_int(config, "max_position_embeddings")
-    raise ValueError(f"{key} with rope_type={kind!r} is not supported; supported: default, linear, llama3, dynamic")
+    raise ValueError(
+        f"{key} with rope_type={shown(repr(kind))} is not supported; supported: default, linear, llama3, dynamic"
+    )
 
 
 def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
@@ -153,7 +152,9 @@ def _window(architecture: str, config: Mapping[str, Any]) -> int | None:
     if (layer_types := config.get("layer_types")) is not None:
         kinds = set(map(str, layer_types if isinstance(layer_types, list) else [layer_types]))
         if odd := kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types with {min(odd)!r} is not supported, only full_attention, sliding_attention")
+            raise ValueError(
+                f"layer_types with {shown(repr(min(odd)))} is not supported, only full_attention, sliding_attention"
+            )
         is_windowed = "sliding_attention" in kinds
     return window if is_windowed and _bool(config, "use_sliding_window") else None
 
@@ -169,7 +170,7 @@ def _int(config: Mapping[str, Any], key: str, default: int | None) -> int | None
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key}={value!r} must be an integer of at least 0")
+        raise ValueError(f"{key}={shown(repr(value))} must be an integer of at least 0")
     return value
 
 
@@ -177,14 +178,17 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     if (value := config.get(key)) is None:
         raise ValueError(f"key {key!r} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}={value!r} must be a number")
-    return float(value)
+        raise ValueError(f"{key}={shown(repr(value))} must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key}={shown(value)} is out of range") from None
 
 
 def _bool(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key)
     if not isinstance(value, bool | None):
-        raise ValueError(f"{key}={value!r} must be true or false")
+        raise ValueError(f"{key}={shown(repr(value))} must be true or false")
     return bool(value)
 
 

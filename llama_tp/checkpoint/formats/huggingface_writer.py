@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_tp.checkpoint.formats.huggingface import CONFIG, hugging_face_name
 from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource, num_bytes
 from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
-from llama_tp.checkpoint.formats.safetensors_files import INDEX, SINGLE
+from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE
 from llama_tp.checkpoint.formats.safetensors_writer import Layout, split_into_files, write_safetensors
 from llama_tp.checkpoint.progress import Advance
 from llama_tp.checkpoint.store.manifest import FileEntry
@@ -40,13 +40,13 @@ class HuggingFaceWriter:
         files: dict[str, FileEntry] = {}
         weight_map: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
-            file = SINGLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            file = HUGGING_FACE.single if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             named = {hugging_face_name(name): layout for name, layout in part.items()}
             files[file] = write_safetensors(folder / file, named, self._blocks(part, advance))
             weight_map |= dict.fromkeys(named, file)
         if len(parts) > 1:
             index = {"metadata": {"total_size": num_bytes(self._reader)}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (folder / HUGGING_FACE.index).write_text(json.dumps(index, indent=2) + "\n")
         return files
 
     def _blocks(self, names: Iterable[str], advance: Advance) -> Iterator[Tensor]:

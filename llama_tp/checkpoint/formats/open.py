@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from llama_tp.checkpoint.formats.consolidated import CONSOLIDATED, ConsolidatedReader, is_consolidated
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
-from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, is_hugging_face
+from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, has_weights, is_hugging_face
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.file_kind import is_gguf
 
 
-def open_checkpoint(source: str | Path, *, model_parallel_size: int | None = None) -> CheckpointReader:
-    """Open a folder with Meta's shards or a Hugging Face model, or a GGUF file. ValueError says what is wrong with it,
-    or what it is instead.
+def open_checkpoint(
+    source: str | Path, *, model_parallel_size: int | None = None, dequantized: torch.dtype | None = None
+) -> CheckpointReader:
+    """Open a folder with Meta's shards, a Hugging Face model or consolidated.safetensors, or a GGUF file. ValueError
+    says what is wrong with it, or what it is instead.
+
+    Of a folder with several forms of a model, Meta's shards are read if there are any, else Hugging Face's files.
 
     `model_parallel_size`: the required number of shards; None: any. Only Meta's format has them.
+    `dequantized`: the dtype in which quantized weights are read; None: the format's default.
     """
     path = Path(source)
     if is_gguf(path):
         _refuse_shards(model_parallel_size, f"{path} is one GGUF file")
-        return GGUFReader(path)
+        return GGUFReader(path, dequantized)
+    if is_consolidated(path) and not any(path.glob("consolidated.*.pth")) and not has_weights(path):
+        _refuse_shards(model_parallel_size, f"{path} holds {CONSOLIDATED.single}")
+        return ConsolidatedReader(path)
     if is_hugging_face(path):
         _refuse_shards(model_parallel_size, f"{path} holds a Hugging Face model")
         return HuggingFaceReader(path)

@@ -38,7 +38,7 @@ class CheckpointReader(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of every tensor."""
+        """The dtype of the embedding. The other tensors may have others: see `cast.in_one_dtype`."""
         ...
 
     @property

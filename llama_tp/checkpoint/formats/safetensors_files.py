@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder: model.safetensors, or shards and their index.
+"""The safetensors files of a folder: one, or several and their index.
 
 The safetensors package checks headers against the file's size (https://github.com/huggingface/safetensors); values are
 read a slice at a time, from a memory mapping. Nothing in them can be executed.
@@ -6,6 +6,7 @@ read a slice at a time, from a memory mapping. Nothing in them can be executed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface_config import read_object
-from llama_tp.file_kind import read_head, why_no_content
+from llama_tp.file_kind import check_link, read_head, shown, why_no_content
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """By the format's names; others are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileNames:
+    """What a format calls its files."""
+
+    single: str
+    """All weights in one file."""
+    index: str
+    """Says which tensor is in which of several files."""
+
+
+HUGGING_FACE = FileNames("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +51,49 @@ class StoredTensor:
         return values
 
 
-def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+def open_tensors(folder: Path, names: FileNames = HUGGING_FACE) -> dict[str, StoredTensor]:
     """All tensors of a folder, by their names in the files. ValueError names a missing or damaged file."""
-    if (folder / SINGLE).is_file():
-        return _open_file(folder, SINGLE)
-    if not (folder / INDEX).is_file():
+    if (folder / names.single).is_file():
+        return _open_file(folder, names.single)
+    index = folder / names.index
+    if not index.is_file():
         raise ValueError(_why_no_weights(folder))
-    check_link(folder, folder / INDEX)
-    weight_map = _read_index(folder / INDEX)
+    check_link(folder, index)
+    weight_map = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing, but {INDEX} names it; download it again")
+            raise ValueError(f"{folder / shard} is missing, but {index.name} names it; download it again")
         found = _open_file(folder, shard)
         if absent := {name for name, file in weight_map.items() if file == shard} - found.keys():
+            name = shown(min(absent))
             raise ValueError(
-                f"{folder / shard}: {min(absent)} is missing, but {INDEX} says it is there; download both again"
+                f"{folder / shard}: {name} is missing, but {index.name} says it is there; download both again"
             )
         if twice := found.keys() & tensors.keys():
-            raise ValueError(f"{folder / shard}: {min(twice)} is in {tensors[min(twice)].path.name} as well")
+            raise ValueError(f"{folder / shard}: {shown(min(twice))} is in {tensors[min(twice)].path.name} as well")
         tensors |= found
     return tensors
 
 
-def check_link(folder: Path, path: Path) -> None:
-    """ValueError for a link out of the folder, except into the blobs of the hub cache that the folder is in."""
-    inside = folder.resolve()
-    blobs = [parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots"]
-    if not any(path.resolve().is_relative_to(root) for root in (inside, *blobs)):
-        raise ValueError(f"{path} is a link that leaves the folder, to {path.resolve()}; copy the file")
+def check_tensors(
+    folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """ValueError unless the files hold exactly these tensors. `source`: the file that the shapes are from."""
+    _check_names(folder, stored, shapes, source)
+    for name, shape in shapes.items():
+        found = stored[name]
+        if found.shape != shape:
+            raise ValueError(f"{found.path}: {name} has shape {found.shape}, expected {shape} from {source}")
+
+
+def _check_names(folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, object], source: str) -> None:
+    for what, names in (("missing", shapes.keys() - stored.keys()), ("unexpected", stored.keys() - shapes.keys())):
+        if names:
+            first = sorted(names)[:4]
+            where = stored[first[0]].path if first[0] in stored else folder
+            listed = ", ".join(map(shown, first)) + (", ..." if len(names) > 4 else "")
+            raise ValueError(f"{where}: {len(names)} tensor(s) {what}: {listed}; expected those of {source}")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -77,7 +103,10 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: weight_map must map tensors to files; download it again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {name} is said to be in {file!r}, expected a .safetensors file of this folder")
+            raise ValueError(
+                f"{path}: {shown(name)} is said to be in {shown(repr(file))}, expected a .safetensors file of this "
+                "folder"
+            )
     return weight_map
 
 
@@ -100,7 +129,9 @@ def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, file: Any) -> StoredTensor:
     header = file.get_slice(name)
     if (dtype := header.get_dtype()) not in DTYPES:
-        raise ValueError(f"{path}: {name} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported")
+        raise ValueError(
+            f"{path}: {shown(name)} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported"
+        )
     return StoredTensor(path, name, tuple(header.get_shape()), DTYPES[dtype], file)
 
 
@@ -113,7 +144,10 @@ def _why_no_weights(folder: Path) -> str:
             "them with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
         )
     if (folder / "original" / "params.json").is_file():
-        return f"{folder} has no {SINGLE}; Meta's original weights are in {folder / 'original'}: convert that folder"
+        originals = folder / "original"
+        return f"{folder} has no {HUGGING_FACE.single}; Meta's original weights are in {originals}: convert that folder"
     if any(name.startswith("model-") and name.endswith(".safetensors") for name in names):
-        return f"{folder / INDEX} is missing; without it the shards cannot be read; download it again"
-    return f"{folder} has a config.json, but neither {SINGLE} nor {INDEX}; download the weights"
+        return f"{folder / HUGGING_FACE.index} is missing; without it the shards cannot be read; download it again"
+    return (
+        f"{folder} has a config.json, but neither {HUGGING_FACE.single} nor {HUGGING_FACE.index}; download the weights"
+    )

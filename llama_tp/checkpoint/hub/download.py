@@ -1,10 +1,10 @@
-"""Download one form of a model from the Hugging Face hub: Meta's originals, safetensors, or a GGUF file."""
+"""Download one form of a model from the Hugging Face hub: the publisher's own, safetensors, or a GGUF file."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.formats.huggingface_config import read_config
+from llama_tp.checkpoint.formats.params import read_params
 from llama_tp.checkpoint.hub.errors import first_line, is_unreachable, user_error
 from llama_tp.checkpoint.hub.record import (
     DamagedFile,
@@ -27,15 +28,19 @@ from llama_tp.checkpoint.hub.selection import (
     CONFIG,
     HF,
     META,
+    MISTRAL,
+    PARAMS,
     Selection,
     gguf_files,
     gguf_form,
+    has_tokenizer,
+    select_consolidated,
     select_gguf,
     select_originals,
     select_safetensors,
 )
 
-FORMATS = ("auto", META, HF)
+FORMATS = ("auto", META, HF, MISTRAL)
 _HUB_ID = re.compile(r"(?P<model_name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILE_ENDINGS = (".gguf", ".pth", ".safetensors", ".bin", ".json", ".model")
 
@@ -60,7 +65,8 @@ def download(
     """Download one form of a model, such as meta-llama/Llama-2-7b, and return the folder or file to convert.
 
     `format`: "meta", the originals; "hf", config.json, safetensors and the tokenizer's files, if the architecture is
-    supported; "auto", the originals if the repository has them, else "hf". `file`: instead, one GGUF file, with all
+    supported; "mistral", Mistral AI's consolidated.safetensors and params.json; "auto", the first of these that the
+    repository has. `file`: instead, one GGUF file, with all
     its parts if it is split; the first of them is returned.
 
     `output` has the layout of the hub's cache. An interrupted transfer resumes, at the latest on the next call; whole
@@ -73,7 +79,7 @@ def download(
     try:
         commit, listing = _list_files(repository)
     except Exception as error:
-        forms = [gguf_form(file)] if file else [META, HF] if format == "auto" else [format]
+        forms = [gguf_form(file)] if file else [META, HF, MISTRAL] if format == "auto" else [format]
         if earlier := _complete_before(repository, forms, error):
             return earlier
         raise repository.user_error(error) from None
@@ -143,13 +149,23 @@ def _select(repository: _Repository, listing: Listing, format: str, file: str | 
         if (selection := select_gguf(listing, file)) is None:
             raise ValueError(f"{name} has no file {file}, or not all its parts; {_list_gguf(listing)}")
         return selection
-    if format != HF and (selection := select_originals(listing)):
+    if format in ("auto", META) and (selection := select_originals(listing)):
         return selection
-    if format != META and (selection := select_safetensors(listing)):
-        _check_architecture(repository)
+    if format in ("auto", HF) and (selection := select_safetensors(listing)):
+        _check_architecture(repository, CONFIG, read_config)
+        return selection
+    if format in ("auto", MISTRAL) and (selection := select_consolidated(listing)):
+        if not has_tokenizer(selection):
+            raise ValueError(
+                f"{name} has no tokenizer.model or tokenizer.json beside consolidated.safetensors (tekken.json is not "
+                "read): use a repository of the model in Hugging Face's format"
+            )
+        _check_architecture(repository, PARAMS, read_params)
         return selection
     if format == HF:
         raise ValueError(f"{name} has no Hugging Face model: {CONFIG} and model.safetensors, or shards and their index")
+    if format == MISTRAL:
+        raise ValueError(f"{name} has no consolidated.safetensors with {PARAMS}")
     hint = f"; {_list_gguf(listing)}: fetch one with --file" if gguf_files(listing) else ""
     raise ValueError(
         f"{name} has no original weights (consolidated.*.pth): use a repository that has them, "
@@ -162,14 +178,14 @@ def _list_gguf(listing: Listing) -> str:
     return f"its GGUF files: {', '.join(files)}" if files else "it has no GGUF files"
 
 
-def _check_architecture(repository: _Repository) -> None:
-    """Fetch config.json alone, and refuse what would be refused after gigabytes."""
+def _check_architecture(repository: _Repository, name: str, read: Callable[[Path], object]) -> None:
+    """Fetch the file that describes the model alone, and refuse what would be refused after gigabytes."""
     try:
-        path = repository.snapshot([CONFIG]) / CONFIG
+        path = repository.snapshot([name]) / name
     except Exception as error:
         raise repository.user_error(error) from None
     try:
-        read_config(path)
+        read(path)
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{repository.model_name} cannot be converted, nothing more was fetched: {reason}") from None

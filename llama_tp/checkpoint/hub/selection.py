@@ -12,12 +12,14 @@ from urllib.parse import quote
 from llama_tp.text.siblings import SIBLINGS
 from llama_tp.text.tokenizer_files import TOKENIZER_NAMES
 
-META, HF = "meta", "hf"
+META, HF, MISTRAL = "meta", "hf", "mistral"
 """Forms, as on the command line."""
-CONFIG = "config.json"
+CONFIG, PARAMS = "config.json", "params.json"
 _TERMS = ("LICENSE*", "USE_POLICY*")
-_ORIGINALS = ("consolidated.*.pth", "params.json", "tokenizer.model", "*checklist.chk", *_TERMS)
+_ORIGINALS = ("consolidated.*.pth", PARAMS, "tokenizer.model", "*checklist.chk", *_TERMS)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONSOLIDATED, _CONSOLIDATED_INDEX = "consolidated.safetensors", "consolidated.safetensors.index.json"
+_MISTRAL_TOKENIZERS = (*TOKENIZER_NAMES, "tokenizer.model.v*")
 _BESIDE_SAFETENSORS = (CONFIG, *TOKENIZER_NAMES, *SIBLINGS, *_TERMS)
 _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
@@ -27,7 +29,7 @@ class Selection:
     """What to download of a repository."""
 
     form: str
-    """META, HF or a `gguf_form`; names the record of the download."""
+    """META, HF, MISTRAL or a `gguf_form`; names the record of the download."""
     names: tuple[str, ...]
     """Files, by their paths in the repository."""
     target: str
@@ -49,6 +51,21 @@ def select_safetensors(names: Iterable[str]) -> Selection | None:
     if CONFIG not in names or not has_weights:
         return None
     return Selection(HF, _matching(names, (*_BESIDE_SAFETENSORS, *weights), folders=("",)), "")
+
+
+def select_consolidated(names: Iterable[str]) -> Selection | None:
+    """Mistral AI's own form: consolidated.safetensors or its parts, params.json, and the tokenizer's files."""
+    names = list(names)
+    weights = (_CONSOLIDATED,) if _CONSOLIDATED in names else (_CONSOLIDATED_INDEX, "consolidated-*.safetensors")
+    if PARAMS not in names or weights[0] not in names:
+        return None
+    beside = (PARAMS, *_MISTRAL_TOKENIZERS, *SIBLINGS, *_TERMS)
+    return Selection(MISTRAL, _matching(names, (*beside, *weights), folders=("",)), "")
+
+
+def has_tokenizer(selection: Selection) -> bool:
+    """Whether a selection of Mistral AI's form has a tokenizer that can be read; tekken.json cannot."""
+    return bool(_matching(selection.names, _MISTRAL_TOKENIZERS, folders=("",)))
 
 
 def select_gguf(names: Iterable[str], file: str) -> Selection | None:
