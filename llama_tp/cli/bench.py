@@ -135,6 +135,33 @@ def comm(batch: int = 16, rounds: int = 2000) -> None:
     bench_comm(batch=batch, rounds=rounds)
 
 
+def quality(
+    checkpoint: str,
+    against: str | None = None,
+    new: int = 64,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Measure perplexity on a fixed text, and agreement with a second checkpoint. Ends with a line of JSON.
+
+    The text comes with llama-tp: some 2,700 tokens of prose, dialogs and code, in windows of 512. Needs memory for both
+    models.
+
+    Args:
+        checkpoint: a converted checkpoint, with its tokenizer
+        against: the same model in another form, such as the one it was quantized from: adds the mean KL divergence from
+            it, the share of positions with the same most probable token, and how long greedy outputs are the same
+        new: tokens generated for each of 8 prompts; only with `against`
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        threads: CPU threads; by default all available cores
+    """
+    from llama_tp.bench.quality import bench_quality
+
+    bench_quality(checkpoint, against=against, new=new, dtype=dtype, device=device, threads=threads)
+
+
 def serve(
     checkpoint: str,
     tokenizer: str | None = None,

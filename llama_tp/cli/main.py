@@ -32,6 +32,7 @@ COMMANDS: dict[str, Any] = {
         "comm": bench.comm,
         "engine": bench.engine,
         "load": bench.load,
+        "quality": bench.quality,
         "serve": bench.serve,
     },
 }

@@ -116,7 +116,7 @@ def quantize(weight: Tensor, form: Form) -> QuantizedWeight:
         raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(FORMS)}")
     out = _empty(weight, form)
     for start, length in _row_chunks(weight):
-        part = weight.narrow(0, start, length).float()
+        part = weight.detach().narrow(0, start, length).float()
         _check_values(part, start, form)
         _quantize_into(out.rows(start, length), part)
     return out

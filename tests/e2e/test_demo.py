@@ -4,13 +4,17 @@ and our tokens: dequantizing, Meta's shards, conversion, sharding, the model, gr
 from __future__ import annotations
 
 import json
+import math
+from importlib.resources import files
 
 import pytest
 import torch
 
 import llama_tp
+from llama_tp.bench.quality import TEXT, WINDOW
 from llama_tp.checkpoint import demo
 from llama_tp.checkpoint.store.manifest import HASH_CACHE, MANIFEST
+from llama_tp.cli.bench import quality
 from llama_tp.cli.checkpoints import convert
 from tests.distributed.torchrun import check, torchrun
 from tests.e2e.demo_answers import ANSWER
@@ -43,18 +47,39 @@ def test_the_capital_of_france_is_paris(greedy, demo_folder):
         assert tokenizer.decode(pairs[-1][1]).startswith(ANSWER)
 
 
-def test_greedy_tokens_are_those_of_transformers(greedy, tmp_path):
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """transformers' model of the publisher's file."""
     transformers = pytest.importorskip("transformers")
-    gguf = demo.extract_gguf(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("gguf")
+    gguf = demo.extract_gguf(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     for weight in model.parameters():
         weight.data = weight.data.to(torch.bfloat16).float()  # as in the shards
+    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+
+
+def test_greedy_tokens_are_those_of_transformers(greedy, theirs):
+    model, _ = theirs
     for prompt, generated in greedy[1]:
         ids = torch.tensor([prompt])
         expected = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, eos_token_id=None
         )
         assert generated == expected[0, len(prompt) :].tolist()
+
+
+def test_perplexity_is_that_of_transformers(demo_folder, theirs, capsys):
+    """Of the text of `bench quality`, in windows of 512 of their tokenizer's tokens."""
+    model, tokenizer = theirs
+    quality(str(demo_folder / "converted_checkpoints"), dtype="float32")
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ids = tokenizer((files("llama_tp.bench") / TEXT).read_text(), return_tensors="pt").input_ids
+    windows = [window for window in ids.split(WINDOW, dim=1) if window.size(1) > 1]
+    with torch.inference_mode():
+        losses = [model(window, labels=window).loss.item() * (window.size(1) - 1) for window in windows]
+    assert figures["tokens"] == sum(window.size(1) - 1 for window in windows)
+    assert figures["perplexity"] == pytest.approx(math.exp(sum(losses) / figures["tokens"]), rel=1e-4)
 
 
 def test_the_publishers_file_is_converted_by_itself_to_the_same_checkpoint(demo_folder, tmp_path):

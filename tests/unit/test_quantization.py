@@ -160,6 +160,11 @@ def test_the_result_depends_neither_on_chunks_nor_on_threads(form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_parameter_is_quantized_without_a_graph(weight, form):
+    assert same(quantize(torch.nn.Parameter(weight.clone()), form), quantize(weight, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_parts_of_a_quantized_matrix_are_parts_of_the_matrix(form):
     torch.manual_seed(0)
     quantized = quantize(torch.randn(12, 256), form)

@@ -185,6 +185,8 @@ def test_tensors_that_do_not_fit_together_are_refused(name):
         open_layer(config, {**tensors, "scales": tensors["scales"][:1]})
     with pytest.raises(ValueError, match=r"q_proj.qzeros has shape \(2, 3\), expected \(2, 4\) from qweight"):
         open_layer(config, {**tensors, "qzeros": tensors["qzeros"][:, :3]})
+    with pytest.raises(ValueError, match=r"q_proj.qweight has shape \(1024,\), expected a matrix; download"):
+        open_layer(config, {**tensors, "qweight": tensors["qweight"].flatten()})
     with pytest.raises(ValueError, match=r"q_proj.qweight is torch.int64, expected torch.int32; download"):
         open_layer(config, {**tensors, "qweight": tensors["qweight"].long()})
     with pytest.raises(ValueError, match=r"q_proj.qzeros is missing; download the model again"):

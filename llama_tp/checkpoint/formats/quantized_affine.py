@@ -35,6 +35,8 @@ class AffineQuantized(ABC):
         for name in ("qweight", "qzeros", "scales"):
             if name not in tensors:
                 raise ValueError(f"{module}.{name} is missing; download the model again")
+            if len(shape := tensors[name].shape) != 2:
+                raise ValueError(f"{module}.{name} has shape {shape}, expected a matrix; download the model again")
         self.qweight, self.qzeros, self.scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
         self.shape = self._shape()
         self.group_size = self.shape[1] if group_size is None else group_size
