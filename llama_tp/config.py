@@ -20,6 +20,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 VERIFY_CHECKPOINT = ("always", "once", "size")
 ROPE_SCALINGS = ("llama3", "linear")
+_LIMITS = ("max_seq_len", "max_batch_size")
 
 _MAX_INT = 2**31 - 1
 _MAX_FACTOR = 1e6
@@ -130,6 +131,8 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     """Whether the output projection is the embedding matrix."""
+    quantization_group: int = 1
+    """Columns that share a scale, which ranks do not divide. 1: no weight is quantized in groups."""
     context_limit: int | None = None
     """Upper limit of max_seq_len: the model's sliding window, or the context beyond which its rotary frequencies depend
     on the length. Neither is implemented."""
@@ -140,7 +143,7 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "max_batch_size"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "quantization_group", *_LIMITS):
             value, limit = getattr(self, name), _MAX_LAYERS if name == "n_layers" else _MAX_INT
             if not _is_int(value) or value < 1:
                 problems.append(f"{name}={_shown(value)} must be a positive integer")

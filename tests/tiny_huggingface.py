@@ -41,6 +41,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama, tied": _of(LlamaConfig, tie_word_embeddings=True),
     "llama, biases": _of(LlamaConfig, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama, wide heads": _of(LlamaConfig, num_key_value_heads=2, head_dim=24),
+    "llama, groups": _of(LlamaConfig, num_key_value_heads=2, head_dim=32, intermediate_size=160),
     "llama 3.1": _of(LlamaConfig, num_key_value_heads=1, rope_parameters=_LLAMA3),
     "llama, linear": _of(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
     "llama, dynamic": _of(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

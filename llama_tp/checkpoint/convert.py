@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from llama_tp.checkpoint.formats.cast import in_one_dtype, name_of, parse_dtype
 from llama_tp.checkpoint.formats.checklist import BackgroundCheck, check_original
 from llama_tp.checkpoint.formats.open import open_checkpoint, write_own_tokenizer
-from llama_tp.checkpoint.formats.reader import CheckpointReader, num_bytes
+from llama_tp.checkpoint.formats.quantized import num_bytes
+from llama_tp.checkpoint.formats.quantizing import quantizing
+from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX
@@ -25,6 +28,7 @@ from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder, check_space, replace_file
 from llama_tp.checkpoint.store.stored import MODEL_ARGS
 from llama_tp.config import ModelArgs
+from llama_tp.model.weights import QUANTIZATIONS
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
 from llama_tp.text.tokenizer_files import copy_tokenizer
@@ -43,6 +47,8 @@ def convert(
     model_args_path: str = "./model_args.json",
     tp_max: int = DEFAULT_TP_MAX,
     dtype: str | None = None,
+    quantize: str | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert original weights, and write model_args.json into the checkpoint and to `model_args_path`.
@@ -61,22 +67,30 @@ def convert(
         max_batch_size: default number of concurrent sequences, likewise
         model_args_path: file for a second copy of model_args.json
         tp_max: tensor-parallel size up to which each rank reads only its own bytes; larger groups work, too
-        dtype: bfloat16, float16 or float32, to which all weights are rounded; None: that of the originals
+        dtype: bfloat16, float16 or float32, to which weights that are not quantized are rounded; None: that of the
+            originals
+        quantize: int8 or int4, to quantize the linear layers; none, to store no layer quantized; None: as in the
+            originals
+        workers: threads of each rank that read, quantize, hash and write; None: as many as cores, up to 4
         overwrite: replace what is in save_checkpoint_dir
     """
     if isinstance(tp_max, bool) or not isinstance(tp_max, int) or tp_max < 1:
         raise ValueError(f"tp_max={tp_max!r} must be an integer of at least 1")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers={workers!r} must be an integer of at least 1")
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        raise ValueError(f"quantize={quantize!r} must be one of {', '.join(QUANTIZATIONS)}, none; or left out")
     target = parse_dtype(dtype)
     with process_group(), TemporaryDirectory() as own_tokenizer:
         staged = StagedFolder(str(save_checkpoint_dir), overwrite=overwrite)
         try:
-            original = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size, target))
-            reader = agree(lambda: in_one_dtype(original, target))
+            original = agree(lambda: _open(str(original_ckpt_dir), model_parallel_size, target, quantize))
+            reader = agree(lambda: in_one_dtype(_quantized(original, quantize), target))
             tokenizer = agree(lambda: _check_tokenizer(original, str(original_ckpt_dir), tokenizer_path, own_tokenizer))
             args = agree(lambda: replace(reader.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size))
             agree(lambda: _begin(staged, reader, str(model_args_path)))
             with agree(lambda: BackgroundCheck(_share_of_rank(reader.expected_md5s))) as check:
-                _write(reader, args, staged, tokenizer, tp_max)
+                _write(reader, args, staged, tokenizer, tp_max, workers)
                 agree(lambda: check.finish(show_progress=is_leader()))
             agree(lambda: _finish(staged, args, str(model_args_path)))
             if is_leader():
@@ -89,11 +103,22 @@ def convert(
             _wait_for_all()
 
 
-def _open(original_ckpt_dir: str, model_parallel_size: int | None, dtype: torch.dtype | None) -> CheckpointReader:
+def _open(
+    original_ckpt_dir: str, model_parallel_size: int | None, dtype: torch.dtype | None, quantize: str | None
+) -> CheckpointReader:
     if isinstance(model_parallel_size, bool) or not isinstance(model_parallel_size, int | None):
         raise ValueError(f"model_parallel_size={model_parallel_size!r} must be an integer")
     dequantized = None if dtype is None else torch.float32  # rounded once, to `dtype`
-    return open_checkpoint(original_ckpt_dir, model_parallel_size=model_parallel_size, dequantized=dequantized)
+    return open_checkpoint(
+        original_ckpt_dir,
+        model_parallel_size=model_parallel_size,
+        keep_quantized=quantize != "none",
+        dequantized=dequantized,
+    )
+
+
+def _quantized(reader: CheckpointReader, quantize: str | None) -> CheckpointReader:
+    return reader if quantize in (None, "none") else quantizing(reader, str(quantize))
 
 
 def _check_tokenizer(reader: CheckpointReader, original_ckpt_dir: str, tokenizer_path: str | None, own: str) -> str:
@@ -119,11 +144,20 @@ def _begin(staged: StagedFolder, reader: CheckpointReader, model_args_path: str)
     check_space(staged, num_bytes(reader))
 
 
-def _write(reader: CheckpointReader, args: ModelArgs, staged: StagedFolder, tokenizer_path: str, tp_max: int) -> None:
+def _write(
+    reader: CheckpointReader,
+    args: ModelArgs,
+    staged: StagedFolder,
+    tokenizer_path: str,
+    tp_max: int,
+    workers: int | None,
+) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with byte_progress("Converting", num_bytes(reader) // ranks, enabled=is_leader()) as advance:
-        files = dcp.save(reader, staged.path, tp_max=tp_max, advance=advance)
+        files = dcp.save(reader, staged.path, tp_max=tp_max, workers=workers, advance=advance)
     about = {**reader.about, "dtype": name_of(reader.dtype)}
+    if reader.quantized:
+        about["quantized_layers"] = dict(Counter(source.form for source in reader.quantized.values()))
 
     def describe() -> None:
         if is_leader():

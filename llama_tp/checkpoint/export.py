@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_tp.checkpoint.formats.reader import num_bytes
+from llama_tp.checkpoint.formats.quantized import num_bytes
+from llama_tp.checkpoint.formats.quantizing import dense
 from llama_tp.checkpoint.formats.write import make_writer
 from llama_tp.checkpoint.progress import byte_progress
 from llama_tp.checkpoint.store.manifest import write_manifest
@@ -26,7 +27,8 @@ def export(
     model_parallel_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a converted checkpoint, with its tokenizer, in a foreign format: the same weights, bit by bit.
+    """Write a converted checkpoint, with its tokenizer, in a foreign format: the same weights, bit by bit. Quantized
+    layers are written in the dtype of the others.
 
     ValueError or OSError, in one line, says what is wrong or cannot be expressed; nothing is left behind then.
 
@@ -43,7 +45,7 @@ def export(
         raise ValueError(f"{staged.destination} and the checkpoint {source} are in each other; choose another folder")
     try:
         staged.begin()
-        check_space(staged, num_bytes(reader))
+        check_space(staged, num_bytes(dense(reader)))
         _write(reader, staged.path, format, model_parallel_size)
         staged.commit()
     finally:
@@ -56,8 +58,9 @@ def _write(reader: StoredReader, folder: Path, kind: str, model_parallel_size: i
     if kind == "meta" and model_parallel_size is None:
         model_parallel_size = reader.about.get("model_parallel_size")
     with reader.reading() as verification:
-        writer = make_writer(kind, reader, _keep_tokenizer(reader, folder), model_parallel_size)
-        with byte_progress("Exporting", num_bytes(reader)) as advance:
+        plain = dense(reader)
+        writer = make_writer(kind, plain, _keep_tokenizer(reader, folder), model_parallel_size)
+        with byte_progress("Exporting", num_bytes(plain)) as advance:
             files = writer.write(folder, advance)
         verification.finish()
     write_manifest(folder, known=files, about={"source": "export", "format": kind})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 from llama_tp.checkpoint.formats.cast import name_of
 from llama_tp.checkpoint.formats.checklist import expected_md5s
+from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.open import is_consolidated, open_checkpoint
+from llama_tp.checkpoint.formats.quantized import formats_of_reader
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.store.stored import StoredReader, is_stored
 from llama_tp.config import ModelArgs
+from llama_tp.model.weights import WeightFormats, weight_shapes
 from llama_tp.text.chat import chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,6 +31,10 @@ class Inspection:
     args: ModelArgs
     dtype: str
     """Of the embedding as it is read."""
+    quantized: dict[str, int]
+    """Linear layers of each form."""
+    formats: WeightFormats
+    """Of these layers."""
     parameters: int
     tensors: int
     files: int
@@ -61,8 +69,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         format=_format(reader),
         args=reader.args,
         dtype=name_of(reader.dtype),
-        parameters=sum(math.prod(source.shape) for source in reader.tensors.values()),
-        tensors=len(reader.tensors),
+        quantized=dict(Counter(source.form for source in reader.quantized.values())),
+        formats=formats_of_reader(reader),
+        parameters=sum(math.prod(shape) for shape in weight_shapes(reader.args).values()),
+        tensors=len(reader.tensors) + len(reader.quantized),
         files=len(reader.files),
         num_bytes=sum(file.stat().st_size for file in reader.files),
         tokenizer=tokenizer.kind if tokenizer else None,
@@ -143,5 +153,5 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield f"checklist.chk does not list {unlisted[0]}"
     if source == "huggingface" and is_consolidated(folder):
         yield "consolidated.safetensors, which is here as well, is not read"
-    if source == "gguf" and not isinstance(reader, StoredReader):
-        yield "quantized tensors, if there are any, become bfloat16"
+    if isinstance(reader, GGUFReader) and reader.num_widened:
+        yield f"quantized tensors that become {name_of(reader.dtype)}: {reader.num_widened}"

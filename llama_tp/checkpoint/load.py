@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama_tp.checkpoint.store.load_verification import LoadVerification
-from llama_tp.checkpoint.store.reading import Slices, StoredFiles, open_on_all_ranks, stored_dtype
-from llama_tp.checkpoint.store.table import check_shapes
+from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
 from llama_tp.config import ModelArgs
 from llama_tp.model.linear import is_packed
 from llama_tp.model.transformer import Transformer, TransformerBlock
-from llama_tp.model.weights import weight_shapes
+from llama_tp.model.weights import FUSED
 from llama_tp.parallel.agreement import agree
-from llama_tp.parallel.apply import drop_padding, localize, parallelize
+from llama_tp.parallel.apply import hold_shards, localize, parallelize
 from llama_tp.parallel.launch import Group
 from llama_tp.parallel.sharding import Ranks, check_tp_size, shard, tp_dim
 
@@ -44,13 +43,13 @@ def load_model(
         model = Transformer(args).to(dtype).requires_grad_(False).eval()
     if group.mesh is not None:
         parallelize(model, group.mesh, ranks)
-        drop_padding(model, ranks, group.comm.rank)
     with open_on_all_ranks(folder) as files:
-        agree(lambda: check_shapes(files.tensors, weight_shapes(args), folder))
+        agree(lambda: check_model(files, args))
+        hold_shards(model, ranks, group.comm.rank, files.formats)
         with agree(lambda: LoadVerification(folder, verify_files)) as verification:
             with verification.explaining():
                 loader = agree(lambda: _Loader(model, files, group, dtype, ranks))
-                agree(lambda: localize(model, group.comm, ranks=ranks, prepare=loader))
+                agree(lambda: localize(model, group.comm, files.formats, ranks, loader))
             verification.finish()
     return model
 
@@ -65,7 +64,8 @@ class _Loader:
         self._group = group
         self._ranks = ranks
         # Packing copies a matrix. One that is not packed stays where it is read to.
-        self._spare = deque([_nothing(), _nothing()]) if is_packed(group.device, dtype) else None
+        self._packs = is_packed(group.device, dtype)
+        self._spare = deque([self._fresh(0), self._fresh(0)])
         parts = [("tok_embeddings", model.tok_embeddings), *_numbered("layers", model.layers), ("norm", model.norm)]
         self._parts = iter(parts if model.args.tied_embeddings else [*parts, ("output", model.output)])
         self._start_next()
@@ -80,29 +80,46 @@ class _Loader:
     def _start_next(self) -> None:
         if (one := next(self._parts, None)) is not None:
             name, self._part = one
-            self._materialize(self._part)
-            self._reading = self._files.start(_slices(self._part, name, self._args, self._ranks, self._group.comm.rank))
+            self._materialize(self._part, name)
+            self._reading = self._files.start(self._slices(self._part, name))
 
-    def _materialize(self, part: nn.Module) -> None:
+    def _materialize(self, part: nn.Module, prefix: str) -> None:
         """Give a part local tensors on the device, with matrices that become one linear layer next to each other."""
-        parameters = [(name, _local(one)) for name, one in part.named_parameters()]
-        layout, size = {}, 0
-        for name, local in sorted(parameters, key=_fused_first):
-            layout[name] = size
-            size += -(-local.nbytes // _ALIGNMENT) * _ALIGNMENT
-        memory = self._memory(size) if isinstance(part, TransformerBlock) else self._fresh(size)
-        for name, local in parameters:
-            owner, _, attribute = name.rpartition(".")
-            # What is not a matrix is kept, and is small.
-            place = memory[layout[name] :] if local.dim() == 2 else self._fresh(local.nbytes)
-            tensor = place[: local.nbytes].view(local.dtype).view(local.shape)
-            part.get_submodule(owner).register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        parameters = sorted(part.named_parameters(), key=_neighbours)
+        packed = [(name, one) for name, one in parameters if self._is_packed(part, prefix, name, one)]
+        kept = [one for one in parameters if one not in packed]
+        for those, allocate in ((packed, self._memory), (kept, self._fresh)):
+            sizes = [_aligned(_local(parameter).nbytes) for _, parameter in those]
+            places = allocate(sum(sizes))[: sum(sizes)].split(sizes)
+            for (name, parameter), place in zip(those, places, strict=True):
+                local = _local(parameter)
+                tensor = place[: local.nbytes].view(local.dtype).view(local.shape)
+                owner, _, kind = name.rpartition(".")
+                part.get_submodule(owner).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
+
+    def _slices(self, part: nn.Module, prefix: str) -> dict[str, Slices]:
+        """Where the weights of a part go. What is padding becomes zero."""
+        slices = {}
+        for relative, parameter in part.named_parameters():
+            name, local = f"{prefix}.{relative}", parameter.detach()
+            shape = self._files.tensors[name].shape
+            if (dim := tp_dim(name)) is None:
+                slices[name] = Slices.whole(local)
+                continue
+            parts = shard(self._args, name, self._ranks, self._group.comm.rank, shape[dim]).compact.parts
+            if sum(len(entries) for _, entries in parts) < local.size(dim):
+                local.zero_()
+            targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]
+            slices[name] = Slices(dim, targets, shape)
+        return slices
+
+    def _is_packed(self, part: nn.Module, prefix: str, name: str, parameter: Tensor) -> bool:
+        is_dense = f"{prefix}.{name}".rpartition(".")[0] not in self._files.formats
+        return self._packs and isinstance(part, TransformerBlock) and is_dense and parameter.dim() == 2
 
     def _memory(self, size: int) -> Tensor:
-        """Memory for a part. If matrices are packed, that of the last but one is free again: fresh memory costs more
-        than reading into it."""
-        if self._spare is None:
-            return self._fresh(size)
+        """Memory for matrices that are packed next. That for the last part but one is free again: fresh memory costs
+        more than reading into it."""
         memory = self._spare.popleft()
         if memory.nbytes < size:
             memory = self._fresh(size)
@@ -115,53 +132,36 @@ class _Loader:
 
 _ALIGNMENT = 64
 """Bytes: of vector loads, and of any dtype."""
-_FUSED = ("wq", "wk", "wv", "w1", "w3")
+_FUSED = [layer.rpartition(".")[2] for group in FUSED for layer in group]
 
 
-def _fused_first(parameter: tuple[str, Tensor]) -> int:
-    module = parameter[0].split(".")[-2:][0]
-    return _FUSED.index(module) if module in _FUSED else len(_FUSED)
+def _neighbours(parameter: tuple[str, Tensor]) -> tuple[str, int]:
+    """A sort key: parameters that are concatenated follow each other."""
+    layer, kind = f".{parameter[0]}".split(".")[-2:]
+    return kind, _FUSED.index(layer) if layer in _FUSED else len(_FUSED)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def _nothing() -> Tensor:
-    return torch.empty(0, dtype=torch.uint8)
-
-
 def _numbered(name: str, modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", module) for index, module in enumerate(modules)]
-
-
-def _slices(part: nn.Module, prefix: str, args: ModelArgs, ranks: Ranks, rank: int) -> dict[str, Slices]:
-    """Where the weights of a part go. What is padding becomes zero."""
-    shapes = weight_shapes(args)
-    slices = {}
-    for relative, parameter in part.named_parameters():
-        name, local = f"{prefix}.{relative}", parameter.detach()
-        if (dim := tp_dim(name)) is None:
-            slices[name] = Slices.whole(local)
-            continue
-        own = shard(args, name, ranks, rank)
-        parts = own.compact.parts if local.size(dim) == own.length else own.parts
-        if sum(len(entries) for _, entries in parts) < local.size(dim):
-            local.zero_()
-        targets = [(entries, local.narrow(dim, position, len(entries))) for position, entries in parts]
-        slices[name] = Slices(dim, targets, shapes[name])
-    return slices
 
 
 _MAX_BFLOAT16_BATCH = 2
 """Largest batch for which a CPU with AVX2 is faster in bfloat16 than in float32 (docs/performance.md)."""
 
 
-def resolve_dtype(name: str, folder: str, device: torch.device, max_batch_size: int) -> torch.dtype:
-    """The dtype to compute in. auto: the checkpoint's, or float32 where that is faster at this batch size."""
+def resolve_dtype(name: str, stored: torch.dtype, device: torch.device, max_batch_size: int) -> torch.dtype:
+    """The dtype to compute in. auto: that of the checkpoint, `stored`, or float32 where that is faster at this batch
+    size."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-    stored = stored_dtype(folder)
     is_fast = stored == torch.float32 or _computes_natively(stored, device)
     return stored if is_fast or _reads_faster(stored, device, max_batch_size) else torch.float32
 

@@ -49,6 +49,8 @@ def convert(
     model_args_path: str | None = None,
     tp_max: int = 8,
     dtype: str | None = None,
+    quantize: str | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
     download_dir: str = "model",
 ) -> None:
@@ -66,7 +68,12 @@ def convert(
         max_batch_size: default maximum batch size when serving, written to model_args.json
         model_args_path: where to write a second copy of model_args.json, besides the one in the destination
         tp_max: largest tensor-parallel size at which each rank reads only its own bytes; larger groups work, too
-        dtype: bfloat16, float16 or float32, to which all weights are rounded; by default that of the source
+        dtype: bfloat16, float16 or float32, to which weights that are not quantized are rounded; by default that of
+            the source
+        quantize: int8 or int4, to quantize the linear layers; none, to make all layers dense; by default, layers are
+            quantized if they are so in the source, in a form that needs no conversion (GGUF's Q8_0, Q4_0 and Q4_1;
+            GPTQ and AWQ in 4 bits)
+        workers: threads of each rank that read, quantize, hash and write; by default as many as cores, up to 4
         overwrite: replace the destination
         download_dir: folder to download into, if the source is on the hub
     """
@@ -84,6 +91,8 @@ def convert(
             model_args_path=model_args_path or os.path.join(destination, conversion.MODEL_ARGS),
             tp_max=tp_max,
             dtype=dtype,
+            quantize=quantize,
+            workers=workers,
             overwrite=overwrite,
         )
 

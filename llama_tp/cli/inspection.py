@@ -27,11 +27,12 @@ def inspect(source: str, json: bool = False) -> None:
     found = inspect_checkpoint(source)
     memory = _memory(found)
     if json:
-        print(dumps({**asdict(found), "memory_per_rank": memory}, ensure_ascii=False))
+        content = {name: value for name, value in asdict(found).items() if name != "formats"}
+        print(dumps({**content, "memory_per_rank": memory}, ensure_ascii=False))
         return
     for label, value in _lines(found):
         print(f"{label:<14}{value}".rstrip())
-    print(f"\nMemory of the busiest rank, in {found.dtype}:")
+    print(f"\nMemory of the busiest rank, on a GPU and in {found.dtype}:")
     print(f"{'ranks':>6} {'weights':>12} {'KV cache of a token':>21} {f'... of {found.args.max_seq_len} tokens':>24}")
     for row in memory:
         weights, token = row["weights"], row["kv_cache_per_token"]
@@ -52,6 +53,7 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
         ("rotation", f"theta {args.rope_theta:g}"),
         ("features", "; ".join(found.features) or "those of every Llama"),
         ("parameters", f"{found.parameters / 1e9:.2f} billion in {found.tensors} tensors, {found.dtype}"),
+        ("quantized", ", ".join(f"{count} linear layers in {form}" for form, count in found.quantized.items()) or "no"),
         ("on disk", f"{size} in {found.files} file{'s' if found.files != 1 else ''}"),
         ("tokenizer", tokenizer),
         ("chat format", found.chat_format or "none"),
@@ -66,5 +68,5 @@ def _memory(found: Inspection) -> list[dict[str, Any]]:
     from llama_tp.planning.needs import GroupNeeds
 
     sizes = [size for size in _SIZES if size <= found.args.n_heads]
-    groups = [(size, GroupNeeds.of(found.args, size, found.dtype, "cuda")) for size in sizes]
+    groups = [(size, GroupNeeds.of(found.args, size, found.dtype, "cuda", found.formats)) for size in sizes]
     return [{"ranks": size, "weights": group.weights, "kv_cache_per_token": group.kv_token} for size, group in groups]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_tp.config import ModelArgs
+    from llama_tp.model.weights import WeightFormats
     from llama_tp.parallel.sharding import Ranks
     from llama_tp.planning.advice import Advice
     from llama_tp.planning.devices import Device
@@ -27,6 +28,7 @@ def plan(
     max_seq_len: int | None = None,
     context: int | None = None,
     dtype: str = "auto",
+    quantize: str | None = None,
     memory: str | None = None,
     bandwidth: float | None = None,
     max_ranks: int = 16,
@@ -48,6 +50,7 @@ def plan(
         max_seq_len: prompt plus answer of a request, in tokens; by default the model's
         context: tokens that a request has in the cache on average, for speeds; by default half of max_seq_len
         dtype: bfloat16, float16 or float32; auto is the checkpoint's, and bfloat16 without one
+        quantize: int8 or int4, as by `llama-tp convert --quantize`; by default as in the checkpoint
         memory: memory of each device, such as 24GiB, instead of the device's own
         bandwidth: GB/s that each device reads, instead of the device's own
         max_ranks: largest size to consider
@@ -60,7 +63,7 @@ def plan(
 
     _check_switches(json=json, overwrite=overwrite)
     _check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len, context=context, max_ranks=max_ranks)
-    args, found_dtype = _architecture(model)
+    args, found_dtype, formats = _quantized(*_architecture(model), quantize)
     groups: Sequence[Ranks] = _sizes(args, tp, max_ranks) if tp_shares is None else [_shares(args, tp, tp_shares)]
     estimates = list(
         _estimates(
@@ -69,6 +72,7 @@ def plan(
             _dtype(found_dtype if dtype == "auto" else dtype),
             (max_batch_size, max_seq_len, context),
             groups,
+            formats,
         )
     )
     name = _title(model)
@@ -104,25 +108,39 @@ def _dtype(name: str) -> str:
     return name
 
 
-def _architecture(model: str) -> tuple[ModelArgs, str]:
-    """The model's architecture, and the dtype of its weights if there are any, else bfloat16."""
+def _architecture(model: str) -> tuple[ModelArgs, str, WeightFormats]:
+    """The model's architecture, the dtype of its weights if there are any, else bfloat16, and its quantized layers."""
     from llama_tp.config import ModelArgs
     from llama_tp.model.published import PUBLISHED, published
 
     if model in PUBLISHED:
-        return PUBLISHED[model], "bfloat16"
+        return PUBLISHED[model], "bfloat16", {}
     path = Path(model)
     if path.suffix == ".json":
-        return ModelArgs.load_converted(path), "bfloat16"
+        return ModelArgs.load_converted(path), "bfloat16", {}
     if not path.exists():
         try:
             published(model)
         except ValueError as error:
             raise ValueError(f"{error}; nor is there a file or folder of this name") from None
+    from llama_tp.checkpoint.formats.quantized import formats_of_reader
     from llama_tp.checkpoint.inspection import open_any
 
     reader = open_any(path)
-    return reader.args, str(reader.dtype).removeprefix("torch.")
+    return reader.args, str(reader.dtype).removeprefix("torch."), formats_of_reader(reader)
+
+
+def _quantized(
+    args: ModelArgs, dtype: str, formats: WeightFormats, quantize: str | None
+) -> tuple[ModelArgs, str, WeightFormats]:
+    """The same after `llama-tp convert --quantize`."""
+    from llama_tp.model.weights import quantized_args, quantized_formats
+
+    if quantize is None:
+        return args, dtype, formats
+    if formats:
+        raise ValueError(f"quantize={quantize!r}, but the model is quantized already; leave it out")
+    return quantized_args(args), dtype, quantized_formats(args, quantize)
 
 
 def _device(name: str, memory: str | None, bandwidth: float | None) -> Device:
@@ -175,6 +193,7 @@ def _estimates(
     dtype: str,
     limits: tuple[int | None, int | None, int | None],
     groups: Sequence[Ranks],
+    formats: WeightFormats,
 ) -> Iterator[Estimate]:
     """One for each group. `limits`: max_batch_size, max_seq_len and context; None for defaults."""
     from llama_tp.config import EngineConfig
@@ -193,7 +212,7 @@ def _estimates(
         max_batched_tokens=max(EngineConfig().max_batched_tokens, max_batch_size),
     )
     for ranks in groups:
-        yield Estimate(args, device, ranks, dtype, config, context)
+        yield Estimate(args, device, ranks, dtype, config, context, formats)
 
 
 def _title(model: str) -> str:

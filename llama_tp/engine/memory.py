@@ -5,10 +5,12 @@ measures free memory and the memory of a step.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, ModelArgs, parse_memory
-from llama_tp.model.weights import DENSE, WeightFormat, layer_shapes
+from llama_tp.model.weights import DENSE, DENSE_FORMATS, Shapes, WeightFormat, WeightFormats, layer_shapes, num_bytes
 from llama_tp.parallel.sharding import Ranks, local_kv_heads, local_shape
 
 DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -46,11 +48,11 @@ class MemoryModel:
         rank: int,
         dtype: str,
         device_type: str,
-        weight_format: WeightFormat = DENSE,
+        formats: WeightFormats = DENSE_FORMATS,
     ) -> MemoryModel:
         """For one of the ranks, computing in `dtype`."""
         itemsize = ITEMSIZE[dtype]
-        weights = _weight_bytes(args, ranks, rank, itemsize, weight_format, device_type)
+        weights = _weight_bytes(args, ranks, rank, itemsize, formats, device_type)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
         return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
 
@@ -123,22 +125,30 @@ class MemoryModel:
 
 
 def _weight_bytes(
-    args: ModelArgs, ranks: Ranks, rank: int, itemsize: int, weight_format: WeightFormat, device_type: str
+    args: ModelArgs, ranks: Ranks, rank: int, itemsize: int, formats: WeightFormats, device_type: str
 ) -> int:
     """Bytes of a rank's weights once prepared for the device."""
-
-    def num_bytes(name: str, shape: tuple[int, ...]) -> int:
-        shape = local_shape(args, name, shape, ranks, rank)
-        if len(shape) == 1 or name == "tok_embeddings.weight":
-            return math.prod(shape) * itemsize
-        return weight_format.num_bytes(shape[0], shape[1], itemsize)
-
     layer, other = layer_shapes(args)
     if args.tied_embeddings and device_type == "cpu":
         # A CPU multiplies with a packed copy of the matrix, and looks up tokens in the plain one.
         other["output.weight"] = other["tok_embeddings.weight"]
-    of_layers = args.n_layers * sum(num_bytes(*one) for one in layer.items())
-    return of_layers + sum(num_bytes(*one) for one in other.items())
+
+    def size_of(shapes: Shapes, formats_of_modules: Mapping[str, WeightFormat]) -> int:
+        sizes = 0
+        for name, shape in shapes.items():
+            local = local_shape(args, name, shape, ranks, rank)
+            linear = formats_of_modules.get(name.removesuffix(".weight"))
+            sizes += math.prod(local) * itemsize if linear is None else num_bytes(linear.parameters(*local), itemsize)
+        return sizes
+
+    # Few kinds of layers, often one: those whose linear layers have the same formats.
+    modules = [name.removesuffix(".weight") for name, shape in layer.items() if len(shape) == 2]
+    kinds = Counter(
+        tuple(formats.get(module.replace(".0.", f".{index}."), DENSE) for module in modules)
+        for index in range(args.n_layers)
+    )
+    of_layers = sum(count * size_of(layer, dict(zip(modules, kind, strict=True))) for kind, count in kinds.items())
+    return of_layers + size_of(other, {"output": formats.get("output", DENSE)})
 
 
 def _gib(num_bytes: int) -> str:

@@ -9,6 +9,7 @@ from time import monotonic
 import torch
 
 from llama_tp.checkpoint.load import load_model, resolve_dtype
+from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
@@ -35,10 +36,11 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         threads = choose_num_threads(config.threads)
         torch.set_num_threads(threads)
         warn_of_spinning(threads)
-    dtype = agree(lambda: resolve_dtype(config.dtype, folder, device, config.max_batch_size))
+    stored = agree(lambda: StoredFiles(folder))
+    dtype = agree(lambda: resolve_dtype(config.dtype, stored.dtype, device, config.max_batch_size))
     dtype_name = str(dtype).removeprefix("torch.")
     ranks = _ranks(args, config, group)
-    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type)
+    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, stored.formats)
     agree(lambda: memory.check(free_memory(device)))
     model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks)
 

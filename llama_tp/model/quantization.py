@@ -18,15 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-GROUP = 32
-"""Columns that share a scale."""
+from llama_tp.model.weights import GROUP, Form
 
-Form = Literal["int8", "int8_groups", "int4"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _CHUNK = 1 << 17

@@ -1,13 +1,16 @@
 """The weights of a model: their names and shapes, and how linear layers hold them.
 
-A weight format is the extension point for quantization: it gives a layer's size in memory, and makes the layer from one
-rank's tensors. Torch is imported only for the latter, so that memory can be planned without it.
+A weight format is the extension point for quantization: it names a layer's parameters, and makes the layer from one
+rank's part of them. Torch is imported only for the latter, so that memory can be planned without it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from llama_tp.config import ModelArgs
 
@@ -67,29 +70,158 @@ def _optional_vectors(args: ModelArgs) -> dict[str, int]:
     return sizes
 
 
+Parameters = dict[str, tuple[tuple[int, ...], str | None]]
+"""Shape and dtype of a layer's parameters. None: the dtype that the layer computes in."""
+
+
+Form = Literal["int8", "int8_groups", "int4"]
+"""How a matrix is quantized."""
+
+
 class WeightFormat(Protocol):
     """How linear layers hold their weights."""
 
-    def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
-        """A layer's size in memory. `itemsize`: bytes per element of its compute dtype."""
+    @property
+    def name(self) -> str: ...
+
+    def parameters(self, out_features: int, in_features: int) -> Parameters:
+        """What stands for the weight, in a checkpoint and in memory."""
         ...
 
     def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
         """The layer whose output is the concatenation of the shards' outputs. Each shard maps the names of a layer's
-        parameters to this rank's part of them."""
+        parameters, of which `bias` may be missing, to this rank's part of them."""
         ...
 
 
-class Dense:
-    """Plain matrices: `weight`, and `bias` where a layer has one."""
+WeightFormats = Mapping[str, WeightFormat]
+"""The formats of linear layers, by Meta's names of the modules. Those that are missing are dense."""
 
-    def num_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
-        return out_features * in_features * itemsize
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Plain matrices."""
+
+    name: str = "dense"
+
+    def parameters(self, out_features: int, in_features: int) -> Parameters:
+        return {"weight": ((out_features, in_features), None)}
 
     def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
         from llama_tp.model.linear import DenseLinear
 
         return DenseLinear(**{name: _join([shard[name] for shard in shards]) for name in shards[0]})
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Integers, and scales that turn them back into weights: see `llama_tp.model.quantization`."""
+
+    name: Form
+    offsets: str = "float16"
+    """The dtype of the offsets of int4."""
+
+    def parameters(self, out_features: int, in_features: int) -> Parameters:
+        groups = (out_features, in_features // GROUP)
+        if self.name == "int8":
+            return {"weight": ((out_features, in_features), "int8"), "row_scales": ((out_features, 1), "float32")}
+        if self.name == "int8_groups":
+            return {"weight": ((out_features, in_features), "int8"), "scales": (groups, "float16")}
+        packed = (out_features, in_features // 2)
+        return {"weight": (packed, "uint8"), "scales": (groups, "float16"), "offsets": (groups, self.offsets)}
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
+        from llama_tp.model.quantization import QuantizedWeight
+        from llama_tp.model.quantized_linear import QuantizedLinear
+
+        joined = {name: _join([shard[name] for shard in shards]) for name in shards[0]}
+        scales = joined["row_scales" if self.name == "int8" else "scales"]
+        quantized = QuantizedWeight(joined["weight"], scales, joined.get("offsets"))
+        return QuantizedLinear(quantized, joined.get("bias"))
+
+
+DENSE = Dense()
+DENSE_FORMATS: WeightFormats = MappingProxyType({})
+"""Of a model without quantized layers."""
+GROUP = 32
+"""Columns of a quantized matrix that share a scale: ranks do not divide them."""
+FUSED = (
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("feed_forward.w1", "feed_forward.w3"),
+)
+"""Layers that are computed as one, and so have the same format."""
+
+
+def num_bytes(parameters: Parameters, itemsize: int) -> int:
+    """Size of a layer in memory. `itemsize`: bytes per element of its compute dtype."""
+    sizes = {"int8": 1, "uint8": 1, "float16": 2, "float32": 4, None: itemsize}
+    return sum(math.prod(shape) * sizes[dtype] for shape, dtype in parameters.values())
+
+
+def parameter_shapes(args: ModelArgs, formats: WeightFormats) -> Shapes:
+    """Shapes of all parameters of the model, unsharded, with linear layers in `formats`."""
+    shapes: Shapes = {}
+    for name, shape in weight_shapes(args).items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in formats:
+            parameters = formats[module].parameters(*shape)
+            shapes |= {f"{module}.{parameter}": one for parameter, (one, _) in parameters.items()}
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def formats_of(dtypes: Mapping[str, str]) -> WeightFormats:
+    """The formats of the quantized layers among parameters whose dtypes these are."""
+    formats: dict[str, WeightFormat] = {}
+    for name in dtypes:
+        module, _, kind = name.rpartition(".")
+        if kind == "row_scales":
+            formats[module] = Quantized("int8")
+        elif kind == "scales":
+            offsets = dtypes.get(f"{module}.offsets")
+            formats[module] = Quantized("int8_groups") if offsets is None else Quantized("int4", offsets)
+    return formats
+
+
+def quantized_args(args: ModelArgs) -> ModelArgs:
+    """The architecture of the quantized model: the output is quantized, and thus not the embedding any more."""
+    return replace(args, tied_embeddings=False, quantization_group=GROUP)
+
+
+def quantized_formats(args: ModelArgs, quantize: str) -> dict[str, Quantized]:
+    """The formats of a model quantized to int8 or int4: of all linear layers, but the output is never in 4 bits.
+
+    ValueError if the model's sizes do not allow it.
+    """
+    form = QUANTIZATIONS.get(quantize)
+    if form is None:
+        raise ValueError(f"quantize={quantize!r} must be one of {', '.join(QUANTIZATIONS)}")
+    if reason := why_not_quantized(args):
+        raise ValueError(f"this model cannot be quantized: {reason}")
+    layers = {
+        name.removesuffix(".weight"): Quantized(form)
+        for name, shape in weight_shapes(args).items()
+        if name.startswith("layers.") and name.endswith(".weight") and len(shape) == 2
+    }
+    return layers | {"output": Quantized("int8" if form == "int8" else "int8_groups")}
+
+
+QUANTIZATIONS: dict[str, Form] = {"int8": "int8", "int4": "int4"}
+"""What dense weights can be converted to."""
+
+
+def why_not_quantized(args: ModelArgs) -> str | None:
+    """Why ranks could not divide a model's quantized weights between groups; None if they can."""
+    for name, size in (("dim", args.dim), ("head_dim", args.head_dim), ("the feed-forward's size", args.hidden_dim)):
+        if size % GROUP:
+            return f"{name}={size} is not a multiple of {GROUP}, the columns that share a scale"
+    if args.hidden_dim < GROUP * args.n_heads:
+        return (
+            f"the feed-forward's size={args.hidden_dim} has fewer groups of {GROUP} columns than n_heads={args.n_heads}: some "
+            "numbers of ranks could not share them"
+        )
+    return None
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
@@ -104,6 +236,3 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     if first.untyped_storage().nbytes() < first.storage_offset() * first.itemsize + size:
         return torch.cat(list(parts))  # neighbours by chance
     return first.as_strided((sum(part.size(0) for part in parts), *first.shape[1:]), first.stride())
-
-
-DENSE = Dense()

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from llama_tp.config import ModelArgs
 from llama_tp.model.norm import HeadNorm, Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
-from llama_tp.model.weights import DENSE, WeightFormat
+from llama_tp.model.weights import DENSE, DENSE_FORMATS, WeightFormat, WeightFormats, weight_shapes
 from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.local_modules import (
     FusedAttention,
@@ -80,19 +80,35 @@ def _evenly_split(weight: Tensor, args: ModelArgs, name: str, ranks: Ranks) -> T
     return padded
 
 
-def drop_padding(model: Transformer, ranks: Ranks, rank: int) -> None:
-    """On the meta device: replace the padded shards of a parallelized model by plain tensors of the rank's own size, so
-    that a rank with a small share does not allocate as much as one with the largest."""
+def hold_shards(model: Transformer, ranks: Ranks, rank: int, formats: WeightFormats) -> None:
+    """On the meta device: replace the sharded parameters of a parallelized model by plain tensors of the rank's own
+    sizes, and the weights of layers in other `formats` by their parameters.
+
+    So a rank with a small share does not allocate as much as one with the largest.
+    """
+    shapes = weight_shapes(model.args)
     for name, parameter in list(model.named_parameters()):
-        dim = tp_dim(name)
-        if dim is None or not name.startswith("layers."):
-            continue
-        local, own = _local(parameter), shard(model.args, name, ranks, rank)
-        if own.length < local.size(dim):
-            shape = [own.length if axis == dim else size for axis, size in enumerate(local.shape)]
-            module, _, attribute = name.rpartition(".")
-            compact = nn.Parameter(local.new_empty(shape), requires_grad=False)
-            model.get_submodule(module).register_parameter(attribute, compact)
+        module, _, kind = name.rpartition(".")
+        dtype = parameter.dtype
+        if kind == "weight" and module in formats:
+            del model.get_submodule(module).weight
+            for own, (shape, own_dtype) in formats[module].parameters(*shapes[name]).items():
+                own_type = dtype if own_dtype is None else getattr(torch, own_dtype)
+                _hold_shard(model, f"{module}.{own}", shape, own_type, ranks, rank)
+        elif tp_dim(name) is not None:
+            _hold_shard(model, name, shapes[name], dtype, ranks, rank)
+
+
+def _hold_shard(
+    model: Transformer, name: str, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks, rank: int
+) -> None:
+    """`shape`: of the whole parameter."""
+    if (dim := tp_dim(name)) is not None:
+        length = shard(model.args, name, ranks, rank, shape[dim]).length
+        shape = tuple(length if axis == dim else size for axis, size in enumerate(shape))
+    module, _, kind = name.rpartition(".")
+    local = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    model.get_submodule(module).register_parameter(kind, local)
 
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -107,18 +123,18 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 def localize(
     model: Transformer,
     comm: Comm,
-    weight_format: WeightFormat = DENSE,
+    formats: WeightFormats = DENSE_FORMATS,
     ranks: Ranks | None = None,
     prepare: Callable[[nn.Module], object] = lambda part: None,
 ) -> Transformer:
     """Replace, in place, every sharded module with one on plain local tensors. The logits then reach the leader only.
 
-    wq|wk|wv and w1|w3 are fused along their local output dim; `weight_format` makes the linear layers. `ranks`: the
-    shares; None: equal ones. The originals are freed layer by layer. `prepare` is called with each part of the model
+    wq|wk|wv and w1|w3 are fused along their local output dim; `formats` make the linear layers. `ranks`: the shares;
+    None: equal ones. The originals are freed layer by layer. `prepare` is called with each part of the model
     (embedding, layers, norm, output) before its weights are used, in this order, so that a load need not hold more than
     one part twice.
     """
-    local = _Localizer(model.args, comm, weight_format, comm.size if ranks is None else ranks)
+    local = _Localizer(model.args, comm, formats, comm.size if ranks is None else ranks)
     rows = vocab_shard(model.args, comm.size)
     prepare(model.tok_embeddings)
     embedding = _padded(_local(model.tok_embeddings.weight), rows)
@@ -133,11 +149,11 @@ def localize(
     prepare(model.norm)
     model.norm = _norm(model.norm)  # type: ignore[assignment]
     if model.args.tied_embeddings:
-        output = embedding
+        output = {"weight": embedding}
     else:
         prepare(model.output)
-        output = _padded(_local(model.output.weight), rows)
-    linear = weight_format.linear([{"weight": output}])
+        output = {name: _padded(_local(one), rows) for name, one in model.output.named_parameters()}
+    linear = formats.get("output", DENSE).linear([output])
     model.output = VocabLinear(linear, comm, model.args.vocab_size)  # type: ignore[assignment]
     return model
 
@@ -157,11 +173,13 @@ class _Localizer:
 
     args: ModelArgs
     comm: Comm
-    weight_format: WeightFormat
+    formats: WeightFormats
     ranks: Ranks
 
     def attention(self, attention: Attention, name: str) -> FusedAttention:
-        wqkv = self.weight_format.linear([self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")])
+        wqkv = self._format(f"{name}.wq").linear(
+            [self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")]
+        )
         num_kv_heads = local_kv_heads(self.args, self.ranks, self.comm.rank)
         num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
         return FusedAttention(
@@ -174,7 +192,9 @@ class _Localizer:
 
     def feed_forward(self, feed_forward: FeedForward, name: str) -> FusedFeedForward:
         return FusedFeedForward(
-            w13=self.weight_format.linear([self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")]),
+            w13=self._format(f"{name}.w1").linear(
+                [self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")]
+            ),
             w2=self._row_linear(feed_forward, name, "w2"),
         )
 
@@ -182,7 +202,10 @@ class _Localizer:
         """Its bias, which every rank has in full, is added after the sum over the ranks."""
         local = self._pop_parameters(owner, name, layer)
         bias = local.pop("bias", None)
-        return RowLinear(self.weight_format.linear([local]), self.comm, bias)
+        return RowLinear(self._format(f"{name}.{layer}").linear([local]), self.comm, bias)
+
+    def _format(self, module: str) -> WeightFormat:
+        return self.formats.get(module, DENSE)
 
     def _pop_parameters(self, owner: nn.Module, name: str, layer: str) -> dict[str, Tensor]:
         """A layer's local parameters, without padding; they are removed from the layer."""
@@ -194,10 +217,12 @@ class _Localizer:
         return local
 
     def _unpadded(self, local: Tensor, name: str) -> Tensor:
-        """The rank's part of a weight, without padding; `local` may have none."""
+        """The rank's part of a parameter, without padding; `local` may have none, and of a quantized layer has none."""
         dim = tp_dim(name)
-        own = None if dim is None else shard(self.args, name, self.ranks, self.comm.rank)
-        if dim is None or own is None or local.size(dim) == own.length:
+        if dim is None or name.rpartition(".")[0] in self.formats:
+            return local
+        own = shard(self.args, name, self.ranks, self.comm.rank)
+        if local.size(dim) == own.length:
             return local
         parts = [local.narrow(dim, one.start, len(one)) for one in own.kept]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)

@@ -2,7 +2,8 @@
 
 Column-parallel weights are split on their output dim and need no communication; row-parallel ones are split on
 their input dim and end in one all-reduce (Megatron-LM, arXiv:1909.08053). A bias is split like the output: with a
-column-parallel weight, not with a row-parallel one. Norms are replicated.
+column-parallel weight, not with a row-parallel one; so are the scales of a quantized weight's rows. Norms are
+replicated.
 
 No size has to be divisible: query heads are split where it costs least, each with its kv head, the feed-forward is
 split in steps, and the vocabulary is padded. For unequal devices, ranks may have unequal shares: of
@@ -38,7 +39,7 @@ LLAMA_TP_PLAN = {
 NOMINAL_CONTEXT = 16384
 """Tokens in the KV cache for which the split of heads minimizes decode time: 16 sequences of 1,024."""
 MAX_STEP = 32
-"""Maximum difference of ranks' shares of the feed-forward, in columns: a group of quantized weights is never split."""
+"""Maximum difference of ranks' shares of the feed-forward, in columns."""
 _STEP_TOLERANCE = 1.05
 """The busiest rank's share may exceed an even one by this factor before the step is made smaller."""
 
@@ -87,7 +88,7 @@ def tp_dim(name: str) -> int | None:
     if sharding is None:
         return None
     if sharding == ROW:
-        return None if name.endswith(".bias") else 1
+        return None if name.endswith((".bias", ".row_scales")) else 1
     return 0
 
 
@@ -178,6 +179,13 @@ class Shard:
         """Entries that the rank computes with."""
         return sum(map(len, self.kept))
 
+    def divided(self, by: int) -> Shard:
+        """The shard of a tensor with one entry for so many of this one's."""
+        if by == 1:
+            return self
+        parts = tuple((position // by, _divided(entries, by)) for position, entries in self.parts)
+        return Shard(parts, tuple(_divided(one, by) for one in self.kept))
+
     @property
     def compact(self) -> Shard:
         """The same shard without the entries that the rank does not compute with."""
@@ -187,15 +195,33 @@ class Shard:
         return Shard(parts, (range(self.length),))
 
 
-def shard(args: ModelArgs, name: str, ranks: Ranks, rank: int) -> Shard:
-    """A rank's shard of a weight or bias that the plan splits. A vocabulary's may be empty."""
+def shard(args: ModelArgs, name: str, ranks: Ranks, rank: int, length: int | None = None) -> Shard:
+    """A rank's shard of a weight or bias that the plan splits. A vocabulary's may be empty.
+
+    length: entries of the tensor along its `tp_dim`, if fewer than those of the weight: packed columns of a quantized
+    one, or its groups of columns.
+    """
+    whole = _shard(args, name, ranks, rank)
+    return whole if length is None else whole.divided(_full_length(args, name) // length)
+
+
+def _full_length(args: ModelArgs, name: str) -> int:
+    """Entries of a dense weight along its `tp_dim`."""
+    if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
+        return args.vocab_size
+    if ".feed_forward." in name:
+        return args.hidden_dim
+    return args.head_dim * (args.n_kv_heads if _module(name).endswith((".wk", ".wv")) else args.n_heads)
+
+
+def _shard(args: ModelArgs, name: str, ranks: Ranks, rank: int) -> Shard:
     module = _module(name)
     if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
         length = vocab_shard(args, ranks)
         start = min(rank * length, args.vocab_size)
         return _plain(range(start, min(start + length, args.vocab_size)))
     if ".feed_forward." in module:
-        step = feed_forward_step(args.hidden_dim, ranks)
+        step = feed_forward_step(args.hidden_dim, ranks, args.quantization_group)
         return _plain(_scaled(_share(args.hidden_dim // step, rank, ranks), step))
     local, width = heads(args, ranks, rank), args.head_dim
     if module.endswith((".wk", ".wv")):
@@ -208,8 +234,13 @@ def shard(args: ModelArgs, name: str, ranks: Ranks, rank: int) -> Shard:
     return Shard(parts, tuple(range(start, start + width * _group(local)) for start, _ in parts))
 
 
+def _divided(entries: range, by: int) -> range:
+    assert entries.start % by == entries.stop % by == 0, "ranks divide a group of quantized weights"
+    return range(entries.start // by, entries.stop // by)
+
+
 def padded_length(args: ModelArgs, name: str, ranks: Ranks) -> int:
-    """Entries of a padded shard, the same on all ranks."""
+    """Entries of a weight's padded shard, the same on all ranks."""
     return max(shard(args, name, ranks, rank).kept[-1].stop for rank in range(num_ranks(ranks)))
 
 
@@ -218,8 +249,8 @@ def _plain(entries: range) -> Shard:
 
 
 @cache
-def feed_forward_step(hidden_dim: int, ranks: Ranks) -> int:
-    """The columns in which the feed-forward is split: a power of two."""
+def feed_forward_step(hidden_dim: int, ranks: Ranks, group: int = 1) -> int:
+    """The columns in which the feed-forward is split: a power of two. group: columns that are never divided."""
     shares = (1,) * ranks if isinstance(ranks, int) else ranks
     exact = [hidden_dim * share / sum(shares) for share in shares]
 
@@ -228,7 +259,7 @@ def feed_forward_step(hidden_dim: int, ranks: Ranks) -> int:
         return all(length <= _STEP_TOLERANCE * wanted for length, wanted in zip(lengths, exact, strict=True))
 
     step = math.gcd(hidden_dim, MAX_STEP)
-    while step > 1 and not costs_little(step):
+    while step > group and not costs_little(step):
         step //= 2
     return step
 
@@ -239,14 +270,15 @@ def vocab_shard(args: ModelArgs, ranks: Ranks) -> int:
 
 
 def local_shape(args: ModelArgs, name: str, shape: tuple[int, ...], ranks: Ranks, rank: int) -> tuple[int, ...]:
-    """Shape of a weight as a rank computes with it: vocabularies are padded to the same size on all ranks."""
+    """Shape of a parameter of this `shape` as a rank computes with it: vocabularies are padded to the same size on all
+    ranks."""
     split = tp_dim(name)
     if split is None:
         return shape
     if _sharding(name) in (VOCAB_IN, VOCAB_OUT):
         length = vocab_shard(args, ranks)
     else:
-        length = shard(args, name, ranks, rank).length
+        length = shard(args, name, ranks, rank, shape[split]).length
     return tuple(length if dim == split else full for dim, full in enumerate(shape))
 
 

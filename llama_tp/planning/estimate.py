@@ -10,12 +10,12 @@ with W bytes of weights, K bytes of KV cache per token, P parameters, B sequence
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE
-from llama_tp.model.weights import DENSE, WeightFormat
+from llama_tp.model.weights import WeightFormats
 from llama_tp.parallel.sharding import Ranks, num_ranks, shard
 from llama_tp.planning.devices import GIB, Device
 from llama_tp.planning.needs import GroupNeeds
@@ -71,7 +71,7 @@ class Estimate:
     """The limits: sequences at the same time, their length, tokens per step."""
     context: int
     """Tokens that a sequence has in the cache on average, for speeds."""
-    weight_format: WeightFormat = DENSE
+    formats: WeightFormats = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -81,12 +81,12 @@ class Estimate:
     @cached_property
     def needs(self) -> GroupNeeds:
         """Of the ranks."""
-        return GroupNeeds.of(self.args, self.ranks, self.dtype, self.device.type, self.weight_format)
+        return GroupNeeds.of(self.args, self.ranks, self.dtype, self.device.type, self.formats)
 
     @cached_property
     def whole(self) -> GroupNeeds:
         """Of one rank alone."""
-        return GroupNeeds.of(self.args, 1, self.dtype, self.device.type, self.weight_format)
+        return GroupNeeds.of(self.args, 1, self.dtype, self.device.type, self.formats)
 
     @property
     def unevenness(self) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.memory import ITEMSIZE, MemoryModel
-from llama_tp.model.weights import DENSE, WeightFormat
+from llama_tp.model.weights import DENSE_FORMATS, WeightFormats
 from llama_tp.parallel.sharding import Ranks, check_tp_size, num_parameters_of_rank, num_ranks, vocab_shard
 
 
@@ -33,7 +33,7 @@ class GroupNeeds:
 
     @classmethod
     def of(
-        cls, args: ModelArgs, ranks: Ranks, dtype: str, device_type: str, weight_format: WeightFormat = DENSE
+        cls, args: ModelArgs, ranks: Ranks, dtype: str, device_type: str, formats: WeightFormats = DENSE_FORMATS
     ) -> GroupNeeds:
         """For ranks on devices of a type (cpu or cuda). ValueError if the model cannot run on them."""
         check_tp_size(args, ranks)
@@ -41,7 +41,7 @@ class GroupNeeds:
         rows = vocab_shard(args, ranks) * args.dim
         needs = []
         for rank in range(num_ranks(ranks)):
-            memory = MemoryModel.of(args, config, ranks, rank, dtype, device_type, weight_format)
+            memory = MemoryModel.of(args, config, ranks, rank, dtype, device_type, formats)
             # With tied embeddings a GPU multiplies with the embedding itself, a CPU with a packed copy of it.
             unread = 0 if args.tied_embeddings and device_type != "cpu" else rows * ITEMSIZE[dtype]
             parameters = num_parameters_of_rank(args, ranks, rank)

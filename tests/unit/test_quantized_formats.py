@@ -24,7 +24,8 @@ from llama_tp.checkpoint.formats.quantized_gguf import FORM_OF, GgufQuantized
 from llama_tp.checkpoint.formats.quantized_gptq import GptqQuantized
 from llama_tp.checkpoint.formats.reader import MemoryTensor
 from llama_tp.checkpoint.formats.rotary import RotaryTensor
-from llama_tp.model.quantization import GROUP, dequantize
+from llama_tp.model.quantization import dequantize
+from llama_tp.model.weights import GROUP
 from tests.paths import ROOT
 
 PACKED = ROOT / "tests" / "data" / "gptq_awq.safetensors"

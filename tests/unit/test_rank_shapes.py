@@ -16,7 +16,7 @@ from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.model.linear import Linear
 from llama_tp.model.transformer import Transformer
-from llama_tp.parallel.apply import drop_padding, localize, parallelize
+from llama_tp.parallel.apply import hold_shards, localize, parallelize
 from llama_tp.parallel.sharding import heads, local_shapes, num_parameters_of_rank, num_ranks, tp_dim
 
 SHAPES = {
@@ -114,7 +114,7 @@ def test_a_rank_allocates_no_more_than_it_holds_before_it_loads(name, ranks):
         shapes = local_shapes(args, ranks, rank)
         with parallelized(args, ranks, rank) as model:
             padded = {key: weight.to_local().shape for key, weight in split_layers(model)}
-            drop_padding(model, ranks, rank)
+            hold_shards(model, ranks, rank, {})
             own = {key: local_of(weight).shape for key, weight in split_layers(model)}
             assert own == {key: shapes[key] for key in own}
             has_shrunk |= own != padded

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.formats.reader import CheckpointReader, DerivedReader, TensorSource
 from llama_tp.checkpoint.store.dcp import WeightsError
-from llama_tp.config import ModelArgs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """By their names on the command line."""
@@ -29,7 +25,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def in_one_dtype(reader: CheckpointReader, dtype: torch.dtype | None) -> CheckpointReader:
-    """The same model with all tensors in `dtype`. None: the dtype that all have, ValueError if they differ.
+    """The same model with all tensors but those of quantized layers in `dtype`. None: the dtype that all have,
+    ValueError if they differ.
 
     Values are rounded to nearest, ties to even. A value beyond the range of `dtype` is a ValueError when it is read.
     """
@@ -42,12 +39,10 @@ def in_one_dtype(reader: CheckpointReader, dtype: torch.dtype | None) -> Checkpo
             )
         return reader
     found = sorted({name_of(source.dtype) for source in reader.tensors.values()})
-    return CastReader(
-        args=reader.args,
+    return replace(
+        DerivedReader.of(reader),
         dtype=dtype,
         tensors={name: CastTensor(name, source, dtype) for name, source in reader.tensors.items()},
-        files=reader.files,
-        expected_md5s=reader.expected_md5s,
         about={**reader.about, "source_dtype": ", ".join(found)},
     )
 
@@ -55,18 +50,6 @@ def in_one_dtype(reader: CheckpointReader, dtype: torch.dtype | None) -> Checkpo
 def name_of(dtype: torch.dtype) -> str:
     """As on the command line."""
     return str(dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True, slots=True)
-class CastReader:
-    """A CheckpointReader that converts another's tensors while they are read."""
-
-    args: ModelArgs
-    dtype: torch.dtype
-    tensors: Mapping[str, TensorSource]
-    files: Sequence[Path]
-    expected_md5s: Mapping[Path, frozenset[str]]
-    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
-from llama_tp.checkpoint.formats.reader import TensorSource
+from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
 from llama_tp.checkpoint.formats.safetensors_files import FileNames, check_tensors, open_tensors
 from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link
@@ -51,4 +51,5 @@ class ConsolidatedReader:
         self.files = sorted({tensor.path for tensor in stored.values()})
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "consolidated"}
+        self.quantized: Mapping[str, QuantizedSource] = {}
         self.tensors: Mapping[str, TensorSource] = {name: stored[name] for name in shapes}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
-from llama_tp.checkpoint.formats.reader import TensorSource
+from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
 from llama_tp.checkpoint.torch_file import check_torch_file, why_not_loaded
 from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link, describe_model_folder, describe_weights, shown
@@ -64,6 +64,7 @@ class FairscaleReader:
             raise ValueError(f"{self.folder}: {error}") from None
         self.args = ModelArgs.from_params({**args.to_dict(), "tied_embeddings": OUTPUT not in first})
         self.dtype = first[EMBEDDING].dtype
+        self.quantized: Mapping[str, QuantizedSource] = {}
         self.tensors: Mapping[str, TensorSource] = _join(self.args, shards, embedding_dim)
 
 

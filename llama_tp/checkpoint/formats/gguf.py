@@ -1,4 +1,4 @@
-"""GGUF files: weights, dequantised one tensor at a time.
+"""GGUF files: quantized weights as they are, where the form is one of ours, or dequantised as they are read.
 
 For "llama", GGUF's converter turns q and k from Hugging Face's layout back to Meta's interleaved rotary pairs: only
 names change. The other architectures keep Hugging Face's, and are put into Meta's order as they are read.
@@ -7,7 +7,7 @@ names change. The other architectures keep Hugging Face's, and are put into Meta
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.gguf_files import open_files
 from llama_tp.checkpoint.formats.gguf_metadata import architecture_of, read_args
-from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.checkpoint.formats.rotary import in_metas_order
+from llama_tp.checkpoint.formats.quantized import RotaryQuantized, in_one_format
+from llama_tp.checkpoint.formats.quantized_gguf import FORM_OF, GgufQuantized
+from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
+from llama_tp.checkpoint.formats.rotary import in_metas_order, is_rotated
 from llama_tp.config import ModelArgs
 from llama_tp.file_kind import shown
-from llama_tp.model.weights import weight_shapes
+from llama_tp.model.weights import GROUP, weight_shapes, why_not_quantized
 
 _TOP = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
 _LAYER = {
@@ -37,16 +39,18 @@ _LAYER = {
     "ffn_norm": "ffn_norm",
 }
 _ROPE_FREQS = "rope_freqs.weight"
+_DENSE = ("F32", "F16", "BF16")
 
 
 class GGUFReader:
-    """A CheckpointReader of a GGUF file, or of all parts of a split one, given any of them; every tensor comes in
-    `dtype`. ValueError says what was found instead.
+    """A CheckpointReader of a GGUF file, or of all parts of a split one, given any of them. ValueError says what was
+    found instead.
 
-    dtype: by default float32 if the file's tensors are in float32, else bfloat16
+    dtype: of the tensors that are not kept quantized; by default float32 if the file's are in float32, else bfloat16
+    keep_quantized: keep linear layers of the types Q8_0, Q4_0 and Q4_1 as they are
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False) -> None:
         self.files, self.metadata, entries = open_files(Path(path))
         self.path = self.files[0]
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
@@ -59,11 +63,36 @@ class GGUFReader:
         shapes = {name: _shape(entry) for name, entry in found.items()}
         self.args = read_args(self.metadata, shapes, rope_freqs)
         _check_tensors(self.path, self.args, found)
-        stored = {name: QuantisedTensor(entry, shapes[name], self.dtype) for name, entry in found.items()}
+        rotates_halves = architecture != "llama"
+        self.quantized: Mapping[str, QuantizedSource] = {}
+        if keep_quantized and why_not_quantized(self.args) is None:
+            self.quantized = in_one_format(_quantized(found, self.args, rotates_halves=rotates_halves))
+        dense = [name for name in weight_shapes(self.args) if name.removesuffix(".weight") not in self.quantized]
+        stored = {name: QuantisedTensor(found[name], shapes[name], self.dtype) for name in dense}
         self.tensors: Mapping[str, TensorSource] = {
-            name: stored[name] if architecture == "llama" else in_metas_order(name, stored[name], self.args.head_dim)
-            for name in weight_shapes(self.args)
+            name: in_metas_order(name, one, self.args.head_dim) if rotates_halves else one
+            for name, one in stored.items()
         }
+        self.num_widened = sum(found[name].tensor_type.name not in _DENSE for name in dense)
+        if self.quantized:
+            is_tied = self.args.tied_embeddings and "output" not in self.quantized
+            self.args = replace(self.args, tied_embeddings=is_tied, quantization_group=GROUP)
+
+
+def _quantized(found: Mapping[str, Any], args: ModelArgs, *, rotates_halves: bool) -> dict[str, QuantizedSource]:
+    """The linear layers in forms of ours, by module. A tied output has the embedding's blocks."""
+    names = {name.removesuffix(".weight"): name for name in found if name.endswith(".weight")}
+    if args.tied_embeddings:
+        names["output"] = names["tok_embeddings"]
+    del names["tok_embeddings"]
+    quantized: dict[str, QuantizedSource] = {}
+    for module, name in names.items():
+        kind = found[name].tensor_type.name
+        if kind in FORM_OF:
+            source = GgufQuantized(name, kind, found[name].data)
+            is_permuted = rotates_halves and is_rotated(f"{module}.weight")
+            quantized[module] = RotaryQuantized(source, args.head_dim) if is_permuted else source
+    return quantized
 
 
 @dataclass(frozen=True, slots=True)

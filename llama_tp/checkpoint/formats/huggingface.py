@@ -7,18 +7,30 @@ and k, their biases and their norm weights are put into Meta's order while they 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_tp.checkpoint.formats.huggingface_config import read_config
-from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.checkpoint.formats.rotary import in_metas_order
-from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE, StoredTensor, check_tensors, open_tensors
+from llama_tp.checkpoint.formats.quantization_config import QuantizationConfig
+from llama_tp.checkpoint.formats.quantized import Dequantized, RotaryQuantized, in_one_format
+from llama_tp.checkpoint.formats.quantized_awq import AwqQuantized
+from llama_tp.checkpoint.formats.quantized_gptq import GptqQuantized
+from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
+from llama_tp.checkpoint.formats.rotary import in_metas_order, is_rotated
+from llama_tp.checkpoint.formats.safetensors_files import (
+    DTYPES,
+    HUGGING_FACE,
+    PACKED,
+    StoredTensor,
+    check_tensors,
+    open_tensors,
+)
 from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link
-from llama_tp.model.weights import weight_shapes
+from llama_tp.model.weights import GROUP, weight_shapes, why_not_quantized
 
 CONFIG = "config.json"
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -37,6 +49,7 @@ _LAYER = {
 }
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 4096
+_PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -67,24 +80,66 @@ class HuggingFaceReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         check_link(self.folder, self.folder / CONFIG)
-        architecture, self.args = read_config(self.folder / CONFIG)
+        architecture, self.args, quantization = read_config(self.folder / CONFIG)
+        dtypes = DTYPES if quantization is None else DTYPES | PACKED
         # Rotary frequencies, which old versions stored, are computed from config.json.
         stored = {
             name: tensor
-            for name, tensor in open_tensors(self.folder).items()
+            for name, tensor in open_tensors(self.folder, dtypes=dtypes).items()
             if not name.endswith(".rotary_emb.inv_freq")
         }
+        packed = {} if quantization is None else _pop_packed(self.folder, self.args, stored, quantization)
         _check_output(self.folder, self.args, stored)
-        shapes = {hugging_face_name(name): shape for name, shape in weight_shapes(self.args).items()}
+        dense = [name for name in weight_shapes(self.args) if name.removesuffix(".weight") not in packed]
+        shapes = {hugging_face_name(name): weight_shapes(self.args)[name] for name in dense}
         check_tensors(self.folder, stored, shapes, CONFIG)
         self.dtype = stored[_EMBEDDING].dtype
         self.files = sorted({tensor.path for tensor in stored.values()})
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "huggingface", "architecture": architecture}
+        if quantization is not None:
+            self.about = {**self.about, "quantized": quantization.method}
+        kept = in_one_format(packed) if why_not_quantized(self.args) is None else {}
+        self.quantized: Mapping[str, QuantizedSource] = kept
         self.tensors: Mapping[str, TensorSource] = {
-            name: in_metas_order(name, stored[hugging_face_name(name)], self.args.head_dim)
+            name: Dequantized(packed[module], self.dtype)
+            if module in packed
+            else in_metas_order(name, stored[hugging_face_name(name)], self.args.head_dim)
             for name in weight_shapes(self.args)
+            if (module := name.removesuffix(".weight")) not in kept
         }
+        if kept:
+            self.args = replace(self.args, quantization_group=GROUP)
+
+
+def _pop_packed(
+    folder: Path, args: ModelArgs, stored: dict[str, StoredTensor], quantization: QuantizationConfig
+) -> dict[str, QuantizedSource]:
+    """The layers whose weights are packed, by Meta's names; their tensors are removed from `stored`. ValueError if one
+    of them is not what config.json says."""
+    packed: dict[str, QuantizedSource] = {}
+    for name, shape in weight_shapes(args).items():
+        module = name.removesuffix(".weight")
+        theirs = hugging_face_name(name).removesuffix(".weight")
+        if f"{theirs}.qweight" not in stored:
+            continue
+        tensors = {kind: stored.pop(f"{theirs}.{kind}") for kind in _PACKED if f"{theirs}.{kind}" in stored}
+        try:
+            source = _open_packed(theirs, tensors, quantization)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        if source.shape != shape:
+            raise ValueError(
+                f"{folder}: {theirs}.qweight is of a {source.shape} matrix, expected {shape} from {CONFIG}"
+            )
+        packed[module] = RotaryQuantized(source, args.head_dim) if is_rotated(name) else source
+    return packed
+
+
+def _open_packed(module: str, tensors: dict[str, StoredTensor], quantization: QuantizationConfig) -> QuantizedSource:
+    if quantization.method == "awq":
+        return AwqQuantized(module, tensors, quantization.group_size)
+    return GptqQuantized(module, tensors, quantization.group_size, zeros_less_one=quantization.zeros_less_one)
 
 
 def _check_output(folder: Path, args: ModelArgs, stored: dict[str, StoredTensor]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_tp.checkpoint.formats.quantization_config import QuantizationConfig, read_quantization
 from llama_tp.config import ConfigError, ModelArgs, RopeScaling
 from llama_tp.file_kind import read_small, shown, why_no_content
 from llama_tp.text.siblings import parse_json
@@ -37,12 +38,13 @@ _THEIR_NAMES = {
 }
 
 
-def read_config(path: Path) -> tuple[str, ModelArgs]:
-    """The architecture and its arguments. ValueError, in one line, names the file, the key and the value."""
+def read_config(path: Path) -> tuple[str, ModelArgs, QuantizationConfig | None]:
+    """The architecture, its arguments, and how its linear layers are quantized, if they are. ValueError, in one line,
+    names the file, the key and the value."""
     config = read_object(path)
     try:
         architecture = _architecture(config)
-        return architecture, _model_args(architecture, config)
+        return architecture, _model_args(architecture, config), read_quantization(config)
     except ConfigError as error:
         raise ValueError(f"{path}: {_in_their_names(error.problems[0])}") from None
     except ValueError as error:
@@ -95,12 +97,6 @@ def _model_args(architecture: str, config: Mapping[str, Any]) -> ModelArgs:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ValueError(
-            f"quantization_config with quant_method={shown(repr(method))}: quantized weights are not supported; use "
-            "the model's original ones, in bfloat16, float16 or float32"
-        )
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={shown(repr(activation))} is not supported, only 'silu'")
 

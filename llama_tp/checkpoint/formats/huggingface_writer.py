@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface import CONFIG, hugging_face_name
-from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource, num_bytes
+from llama_tp.checkpoint.formats.quantized import num_bytes
+from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
 from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
 from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE
 from llama_tp.checkpoint.formats.safetensors_writer import Layout, split_into_files, write_safetensors

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.reader import TensorSource
-from llama_tp.model.quantization import GROUP, Form, QuantizedWeight
+from llama_tp.model.quantization import QuantizedWeight
+from llama_tp.model.weights import GROUP, Form
 
 PER_WORD = 8
 """Four-bit fields of an int32."""
@@ -56,12 +57,12 @@ class AffineQuantized(ABC):
             num_groups = int(group_of[-1]) + 1
             scales, zeros = self.scales.read(0, first_group, num_groups), self._read_zeros(0, first_group, num_groups)
         scales, zeros = scales[group_of].t().contiguous(), zeros[group_of].t()  # (rows, columns / 32)
-        offsets = (-scales.float() * zeros.float()).to(self._offsets_dtype)
+        offsets = (-scales.float() * zeros.float()).to(self.offsets_dtype)
         self._check_values(scales, offsets)
         return QuantizedWeight(self._read_levels(dim, start, length), scales.half(), offsets)
 
     @cached_property
-    def _offsets_dtype(self) -> torch.dtype:
+    def offsets_dtype(self) -> torch.dtype:
         """Of all parts of the matrix. Reads all zeros, which are 1/32 of the file or less."""
         zeros = self._read_zeros(0, 0, self.scales.shape[0])
         return torch.float16 if bool((zeros == _SYMMETRIC_ZERO).all()) else torch.float32

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_tp.model.quantization import GROUP, Form, QuantizedWeight, pack_nibbles
+from llama_tp.model.quantization import QuantizedWeight, pack_nibbles
+from llama_tp.model.weights import GROUP, Form
 
 FORM_OF: Mapping[str, Form] = {"Q8_0": "int8_groups", "Q4_0": "int4", "Q4_1": "int4"}
 """GGUF types that are read without loss, by their names in the gguf package. Others are dequantised."""
@@ -41,6 +42,10 @@ class GgufQuantized:
     @property
     def form(self) -> Form:
         return FORM_OF[self.kind]
+
+    @property
+    def offsets_dtype(self) -> torch.dtype:
+        return torch.float16
 
     def read(self, dim: int, start: int, length: int) -> QuantizedWeight:
         if dim == 0:

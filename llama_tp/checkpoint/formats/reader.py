@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from llama_tp.config import ModelArgs
+from llama_tp.model.quantization import QuantizedWeight
+from llama_tp.model.weights import Form
 
 
 class TensorSource(Protocol):
@@ -25,6 +26,28 @@ class TensorSource(Protocol):
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
         """`length` entries of dimension `dim` from `start`. May be a view of a mapped file: do not write to it."""
+        ...
+
+
+class QuantizedSource(Protocol):
+    """One full (unsharded) quantized matrix that is not in memory yet."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        ...
+
+    @property
+    def form(self) -> Form: ...
+
+    @property
+    def offsets_dtype(self) -> torch.dtype:
+        """Of int4: float16 or float32."""
+        ...
+
+    def read(self, dim: int, start: int, length: int) -> QuantizedWeight:
+        """`length` rows (dim 0) or columns (dim 1, both multiples of 32) from `start`. Every read of a matrix gives
+        tensors of the same dtypes. ValueError if the file holds numbers that the form cannot."""
         ...
 
 
@@ -42,7 +65,15 @@ class CheckpointReader(Protocol):
         ...
 
     @property
-    def tensors(self) -> Mapping[str, TensorSource]: ...
+    def tensors(self) -> Mapping[str, TensorSource]:
+        """All weights and biases that are not quantized."""
+        ...
+
+    @property
+    def quantized(self) -> Mapping[str, QuantizedSource]:
+        """The weights of quantized linear layers, by their modules' names. Layers that are computed as one (`FUSED`)
+        have the same format."""
+        ...
 
     @property
     def files(self) -> Sequence[Path]:
@@ -58,11 +89,6 @@ class CheckpointReader(Protocol):
     def about(self) -> Mapping[str, Any]:
         """The description of the source in a converted checkpoint's manifest."""
         ...
-
-
-def num_bytes(reader: CheckpointReader) -> int:
-    """Of all tensors."""
-    return sum(math.prod(source.shape) * source.dtype.itemsize for source in reader.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +110,31 @@ class MemoryTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class DerivedReader:
+    """A CheckpointReader made from the parts of another."""
+
+    args: ModelArgs
+    dtype: torch.dtype
+    tensors: Mapping[str, TensorSource]
+    quantized: Mapping[str, QuantizedSource]
+    files: Sequence[Path]
+    expected_md5s: Mapping[Path, frozenset[str]]
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, reader: CheckpointReader) -> DerivedReader:
+        """The same, for `dataclasses.replace`."""
+        return cls(**{one.name: getattr(reader, one.name) for one in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryReader:
     """A CheckpointReader over full tensors in memory: random weights, tests."""
 
     args: ModelArgs
     dtype: torch.dtype
     tensors: Mapping[str, TensorSource]
+    quantized: Mapping[str, QuantizedSource] = field(default_factory=dict)
     files: Sequence[Path] = ()
     expected_md5s: Mapping[Path, frozenset[str]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=lambda: {"source": "memory"})

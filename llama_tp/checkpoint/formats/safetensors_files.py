@@ -19,7 +19,9 @@ from llama_tp.checkpoint.formats.huggingface_config import read_object
 from llama_tp.file_kind import check_link, read_head, shown, why_no_content
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""By the format's names; others are refused."""
+"""Of weights, by the format's names; others are refused."""
+PACKED = {"I32": torch.int32, "I64": torch.int64}
+"""Of the integers of GPTQ and AWQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,13 @@ class StoredTensor:
         return values
 
 
-def open_tensors(folder: Path, names: FileNames = HUGGING_FACE) -> dict[str, StoredTensor]:
-    """All tensors of a folder, by their names in the files. ValueError names a missing or damaged file."""
+def open_tensors(
+    folder: Path, names: FileNames = HUGGING_FACE, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, StoredTensor]:
+    """All tensors of a folder, by their names in the files. ValueError names a missing or damaged file, or a tensor of
+    none of `dtypes`."""
     if (folder / names.single).is_file():
-        return _open_file(folder, names.single)
+        return _open_file(folder, names.single, dtypes)
     index = folder / names.index
     if not index.is_file():
         raise ValueError(_why_no_weights(folder))
@@ -64,7 +69,7 @@ def open_tensors(folder: Path, names: FileNames = HUGGING_FACE) -> dict[str, Sto
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise ValueError(f"{folder / shard} is missing, but {index.name} names it; download it again")
-        found = _open_file(folder, shard)
+        found = _open_file(folder, shard, dtypes)
         if absent := {name for name, file in weight_map.items() if file == shard} - found.keys():
             name = shown(min(absent))
             raise ValueError(
@@ -110,7 +115,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
+def _open_file(folder: Path, name: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredTensor]:
     path = folder / name
     check_link(folder, path)
     head = read_head(path)
@@ -123,16 +128,17 @@ def _open_file(folder: Path, name: str) -> dict[str, StoredTensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({str(error).splitlines()[0]}); download it again") from None
     names: list[str] = file.keys()
-    return {name: _stored(path, name, file) for name in names}
+    return {name: _stored(path, name, file, dtypes) for name in names}
 
 
-def _stored(path: Path, name: str, file: Any) -> StoredTensor:
+def _stored(path: Path, name: str, file: Any, dtypes: Mapping[str, torch.dtype]) -> StoredTensor:
     header = file.get_slice(name)
-    if (dtype := header.get_dtype()) not in DTYPES:
+    if (dtype := header.get_dtype()) not in dtypes:
         raise ValueError(
-            f"{path}: {shown(name)} is {dtype}, expected {', '.join(DTYPES)}: quantized weights are unsupported"
+            f"{path}: {shown(name)} is {dtype}, expected {', '.join(dtypes)}: of quantized weights only those of GPTQ "
+            "and AWQ are supported"
         )
-    return StoredTensor(path, name, tuple(header.get_shape()), DTYPES[dtype], file)
+    return StoredTensor(path, name, tuple(header.get_shape()), dtypes[dtype], file)
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -23,5 +23,6 @@ def chunk_bounds(args: ModelArgs, name: str, shape: tuple[int, ...], tp_max: int
     if dim is not None:
         for size in range(1, min(tp_max, args.n_heads) + 1):
             for rank in range(size):
-                edges |= {edge for _, one in shard(args, name, size, rank).parts for edge in (one.start, one.stop)}
+                parts = shard(args, name, size, rank, length).parts
+                edges |= {edge for _, entries in parts for edge in (entries.start, entries.stop)}
     return [(start, end - start) for start, end in pairwise(sorted(edges))]

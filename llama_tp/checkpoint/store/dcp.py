@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +31,14 @@ from torch.distributed.checkpoint.storage import StorageMeta, WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from llama_tp.checkpoint.formats.quantized import parameters_of
 from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
 from llama_tp.checkpoint.progress import Advance, no_progress
 from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX, chunk_bounds
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.manifest import FileEntry
 from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, write_table
+from llama_tp.config import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.sharding import tp_dim
 from llama_tp.threads import available_cores, num_io_threads
@@ -68,15 +70,16 @@ def save(
     all ranks. `advance` gets this rank's bytes. ValueError on all ranks if any failed; the folder is then not a
     checkpoint.
     """
+    parameters = parameters_of(reader)
     writer = _StreamingWriter(folder, workers or default_workers())
     with _one_line_errors(f"cannot write to {folder}"), _lean_writing():
-        torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader, tp_max, advance))
+        torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader.args, parameters, tp_max, advance))
     shares = gather((writer.files, writer.chunks))
     stored = {index: chunk for _, chunks in shares for index, chunk in chunks.items()}
 
     def write() -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            table = {name: _stored_tensor(reader, name, tp_max, stored) for name in reader.tensors}
+            table = {name: _stored_tensor(reader.args, name, one, tp_max, stored) for name, one in parameters.items()}
             write_table(folder, table)
 
     agree(write)
@@ -93,10 +96,9 @@ Place = tuple[str, int]
 
 
 def _stored_tensor(
-    reader: CheckpointReader, name: str, tp_max: int, stored: dict[Place, tuple[str, int]]
+    args: ModelArgs, name: str, source: TensorSource, tp_max: int, stored: dict[Place, tuple[str, int]]
 ) -> StoredTensor:
-    source = reader.tensors[name]
-    bounds = chunk_bounds(reader.args, name, source.shape, tp_max)
+    bounds = chunk_bounds(args, name, source.shape, tp_max)
     chunks = tuple(StoredChunk(*stored[name, start], start, length) for start, length in bounds)
     return StoredTensor(source.dtype, tuple(source.shape), tp_dim(name) or 0, chunks)
 
@@ -135,12 +137,14 @@ class _Chunk:
         )
 
 
-def _chunks_of_rank(reader: CheckpointReader, tp_max: int, rank: int, world_size: int) -> list[_Chunk]:
+def _chunks_of_rank(
+    args: ModelArgs, parameters: Mapping[str, TensorSource], tp_max: int, rank: int, world_size: int
+) -> list[_Chunk]:
     """Consecutive chunks, about the same number of bytes for each rank, so that sources are read in order."""
     chunks = [
         _Chunk(name, tp_dim(name) or 0, start, length, source)
-        for name, source in reader.tensors.items()
-        for start, length in chunk_bounds(reader.args, name, source.shape, tp_max)
+        for name, source in parameters.items()
+        for start, length in chunk_bounds(args, name, source.shape, tp_max)
     ]
     total = sum(chunk.nbytes for chunk in chunks)
     mine, done = [], 0
@@ -155,9 +159,10 @@ def _chunks_of_rank(reader: CheckpointReader, tp_max: int, rank: int, world_size
 class _ReaderPlanner(DefaultSavePlanner):
     """Plans the chunks of a reader instead of an in-memory state dict, and reads each just before it is written."""
 
-    def __init__(self, reader: CheckpointReader, tp_max: int, advance: Advance) -> None:
+    def __init__(self, args: ModelArgs, parameters: Mapping[str, TensorSource], tp_max: int, advance: Advance) -> None:
         super().__init__(flatten_state_dict=False)
-        self.reader = reader
+        self.args = args
+        self.parameters = parameters
         self.tp_max = tp_max
         self.advance = advance
         self.chunks: dict[MetadataIndex, _Chunk] = {}
@@ -166,7 +171,7 @@ class _ReaderPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         items = []
-        for chunk in _chunks_of_rank(self.reader, self.tp_max, rank, world_size):
+        for chunk in _chunks_of_rank(self.args, self.parameters, self.tp_max, rank, world_size):
             items.append(chunk.write_item())
             self.chunks[items[-1].index] = chunk
         self.plan = SavePlan(items)
@@ -200,6 +205,8 @@ class _ReaderPlanner(DefaultSavePlanner):
 
 def _check_finite(chunk: _Chunk, piece: Tensor) -> None:
     """torch.aminmax finds a NaN or an infinity in a fortieth of the time of torch.isfinite."""
+    if not piece.is_floating_point():
+        return
     least, largest = torch.aminmax(piece)
     if not (least.isfinite() and largest.isfinite()):
         raise WeightsError(

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.manifest import MANIFEST, manifest_digest
-from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, check_shapes, load_table
+from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, check_shapes, dtype_name, load_table
 from llama_tp.checkpoint.store.verify import verify
+from llama_tp.config import ModelArgs
+from llama_tp.model.weights import WeightFormats, formats_of, parameter_shapes, weight_shapes
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.threads import num_io_threads
 
@@ -58,6 +60,11 @@ class StoredFiles:
     def dtype(self) -> torch.dtype:
         """Of all tensors that are not quantized."""
         return self.tensors["tok_embeddings.weight"].dtype
+
+    @property
+    def formats(self) -> WeightFormats:
+        """Of the quantized linear layers."""
+        return formats_of({name: dtype_name(tensor.dtype) for name, tensor in self.tensors.items()})
 
     def __enter__(self) -> StoredFiles:
         self._torch_threads = torch.get_num_threads()
@@ -119,7 +126,17 @@ class StoredFiles:
                         raise ValueError(f"{path} was truncated while it was read")
                     memory = memory[count:]
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_model(files: StoredFiles, args: ModelArgs) -> None:
+    """ValueError unless the checkpoint holds exactly this model."""
+    check_shapes(files.tensors, parameter_shapes(args, files.formats), files.folder)
+    shapes = weight_shapes(args)
+    for module, one in files.formats.items():
+        for kind, (_, dtype) in one.parameters(*shapes[f"{module}.weight"]).items():
+            if (found := dtype_name(files.tensors[f"{module}.{kind}"].dtype)) != dtype:
+                raise ValueError(f"{files.folder}: {module}.{kind} is {found}, expected {dtype} for {one.name}")
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:

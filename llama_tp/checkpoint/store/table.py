@@ -19,9 +19,15 @@ from llama_tp.checkpoint.store.manifest import Manifest
 from llama_tp.model.weights import Shapes
 
 TABLE = "tensors.json"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
+    dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
 }
 
 
@@ -62,7 +68,7 @@ def write_table(folder: str | Path, table: Mapping[str, StoredTensor]) -> None:
     """Write tensors.json; the manifest, which is written later, has its hash."""
     content = {
         name: {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.dtype),
             "shape": tensor.shape,
             "dim": tensor.dim,
             "chunks": [[chunk.file, chunk.offset, chunk.start, chunk.length] for chunk in tensor.chunks],
