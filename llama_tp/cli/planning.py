@@ -247,7 +247,7 @@ def _write(path: str, estimate: Estimate, model: str, *, overwrite: bool) -> Non
     text = configuration(estimate, model=_title(model), tokenizer=_tokenizer_name(model), threads=threads)
     write_configuration(text, path, overwrite=overwrite)
     print(f"Wrote {path} for {estimate.size} rank{'s' if estimate.size > 1 else ''}", file=sys.stderr)
-    if estimate.size > estimate.device.per_host:
+    if estimate.size > estimate.device.per_host and not estimate.device.ranks_share_it:
         print(
             f"A host usually has {estimate.device.per_host} of {estimate.device.name}; over several hosts, divide "
             "nproc-per-node and set nnodes and rdzv-endpoint (docs/several-hosts.md)",

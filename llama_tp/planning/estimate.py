@@ -21,7 +21,7 @@ from llama_tp.planning.devices import GIB, Device
 from llama_tp.planning.needs import GroupNeeds
 
 _CONTEXT_OF_DEVICE = GIB
-"""Bytes of a GPU that CUDA, NCCL and the display take. An assumption: half of it on a GPU alone."""
+"""Bytes of a GPU that CUDA and NCCL take outside PyTorch's allocator. An assumption, on the safe side."""
 _BYTES_PER_LOGIT = 48
 """Of the sampler, with every sampling feature on. From the 1.2 GiB that the largest steps of Llama 3.1 8B took with 128
 sequences on a GPU (docs/performance.md)."""

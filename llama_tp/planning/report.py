@@ -63,14 +63,15 @@ def details(name: str, estimate: Estimate) -> Iterator[str]:
     yield ""
     if isinstance(estimate.ranks, tuple):
         yield from (*_of_each_rank(estimate), "")
-    yield f"{'batch':>6} {'GB read':>9} {'ms a step':>10} {'tokens/s':>10} {'uneven costs':>13}   bound by"
+    columns = f"{'batch':>6} {'GB a step':>10} {'GB a token':>11} {'ms a step':>10} {'tokens/s':>10}"
+    yield f"{columns} {'uneven costs':>13}   bound by"
     for batch in _batches(estimate):
         step = estimate.step(batch)
         cost = f"{100 * (step.seconds / step.even_s - 1):.1f} %"
         room = "" if _rate(estimate, batch) != "-" else ", but does not fit"
         yield (
-            f"{batch:>6} {step.bytes_read / 1e9:>9.2f} {1e3 * step.seconds:>10.2f} {step.tokens_per_s:>10,.0f} "
-            f"{cost:>13}   {step.bound}{room}"
+            f"{batch:>6} {step.bytes_read / 1e9:>10.2f} {step.bytes_read / batch / 1e9:>11.2f} "
+            f"{1e3 * step.seconds:>10.2f} {step.tokens_per_s:>10,.0f} {cost:>13}   {step.bound}{room}"
         )
 
 
