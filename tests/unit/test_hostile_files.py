@@ -24,6 +24,7 @@ from llama_tp.checkpoint.inspection import inspect_checkpoint
 from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
 from llama_tp.config import ModelArgs
 from llama_tp.text import load_tokenizer
+from llama_tp.text.tokenizer_files import check_links
 from tests.paths import ROOT
 from tests.tiny_checkpoint import Evil, meta_tensors, write_meta
 from tests.tiny_converted import convert_beside, write_originals
@@ -81,6 +82,7 @@ def open_all(folder):
     """Everything that `convert` opens, and `inspect`."""
     reader = open_checkpoint(folder)
     if folder.is_dir():
+        check_links(folder)
         load_tokenizer(folder, embedding_rows=reader.args.vocab_size)
     return reader
 
@@ -343,6 +345,19 @@ def test_links_that_leave_the_folder(request, tmp_path, kind, name):
     if kind == "mistral" and name == "params.json":
         with refused(str(path)):
             open_all(folder)
+
+
+def test_convert_copies_no_link_that_leaves_the_folder(hf, tmp_path):
+    (tmp_path / "key").write_text("a private key")
+    (hf / "chat_template.jinja").symlink_to(tmp_path / "key")
+    out = tmp_path / "out"
+    for tokenizer in (None, str(hf), str(hf / "tokenizer.json")):
+        with refused("chat_template.jinja is a link that leaves the folder"):
+            convert(str(hf), tokenizer, None, str(out), model_args_path=str(out / MODEL_ARGS))
+    (hf / "chat_template.jinja").unlink()
+    (tmp_path / "named.json").symlink_to(hf / "tokenizer.json")  # said by the user, and not by a file
+    convert(str(hf), str(tmp_path / "named.json"), None, str(out), model_args_path=str(out / MODEL_ARGS))
+    assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
 def test_a_pipe_in_place_of_a_shard(meta):
