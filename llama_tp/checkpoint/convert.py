@@ -31,7 +31,7 @@ from llama_tp.config import ModelArgs
 from llama_tp.model.weights import QUANTIZATIONS
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
-from llama_tp.text.tokenizer_files import copy_tokenizer
+from llama_tp.text.tokenizer_files import check_links, copy_tokenizer
 
 _PEER_TIMEOUT = timedelta(hours=12)
 """A rank that has written its share waits for the slowest one. A dead rank is noticed immediately."""
@@ -130,6 +130,7 @@ def _check_tokenizer(reader: CheckpointReader, original_ckpt_dir: str, tokenizer
     tokenizer_path = str(tokenizer_path)
     for path in (Path(tokenizer_path), Path(tokenizer_path, "tokenizer.model")):
         check_original(path)
+    check_links(tokenizer_path)
     load_tokenizer(tokenizer_path, embedding_rows=reader.args.vocab_size)
     return tokenizer_path
 

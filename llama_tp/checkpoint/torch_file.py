@@ -13,6 +13,7 @@ _MAX_PICKLE_BYTES = 16 << 20
 _GLOBALS = frozenset(
     {"collections OrderedDict", "torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2", "torch Size"}
 )
+_PUTS, _GETS = ("BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
 _STORAGE = re.compile(r"torch (\w+Storage|bfloat16|float16|float32)")
 
 
@@ -43,7 +44,7 @@ def check_torch_file(path: Path) -> None:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("has compressed entries, which torch.save does not write")
             for entry in entries:
-                if entry.filename.endswith("/data.pkl"):
+                if entry.filename.lower().endswith("/data.pkl"):  # torch's reader takes either case
                     _check_pickle(archive.read(entry) if entry.file_size <= _MAX_PICKLE_BYTES else None)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"is truncated or corrupt ({error})") from None
@@ -60,11 +61,11 @@ def _check_pickle(data: bytes | None) -> None:
             if code.name == "GLOBAL" and argument not in _GLOBALS and not _STORAGE.fullmatch(argument):
                 name = argument.replace(" ", ".")
                 raise UnsafeFile(f"is refused, nothing in it was executed: it needs {name}, which weights never need")
-            if was_tuple and code.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            if is_put := was_tuple and code.name in _PUTS:
                 tuples.add(argument)
-            if code.name in ("BINGET", "LONG_BINGET", "GET") and argument in tuples:
+            if code.name in _GETS and argument in tuples:
                 raise UnsafeFile("is refused, nothing in it was executed: it nests tuples, which weights never do")
-            was_tuple = code.name.startswith("TUPLE")
+            was_tuple = is_put or code.name.startswith("TUPLE")
     except UnsafeFile:
         raise
     except ValueError as error:

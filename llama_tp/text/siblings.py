@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_tp.file_kind import check_link, read_small, shown
+from llama_tp.file_kind import read_small, shown
 
 SIBLINGS = (
     "tokenizer_config.json",
@@ -126,7 +126,7 @@ class Siblings:
         """The default chat template, and the name of its file."""
         if file.is_file():
             try:
-                return _read(file).decode("utf-8"), file.name
+                return read_small(file).decode("utf-8"), file.name
             except UnicodeDecodeError:
                 raise ValueError(f"{file} is not text in UTF-8; download it again") from None
         template = self.tokenizer_config.get("chat_template")
@@ -158,12 +158,7 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path, _read(path)) if path.is_file() else {}
-
-
-def _read(path: Path) -> bytes:
-    check_link(path.parent, path)
-    return read_small(path)
+    return parse_json(path, read_small(path)) if path.is_file() else {}
 
 
 def _content(token: object) -> str | None:

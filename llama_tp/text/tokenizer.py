@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from llama_tp.file_kind import HEAD_BYTES, check_link, read_small, why_no_content
+from llama_tp.file_kind import HEAD_BYTES, read_small, why_no_content
 from llama_tp.text.sentencepiece_file import SentencePieceFile
 from llama_tp.text.siblings import Siblings
 from llama_tp.text.tiktoken_file import TiktokenFile
@@ -75,8 +75,6 @@ def load_tokenizer(path: str | Path, *, embedding_rows: int | None = None) -> To
     FileNotFoundError or ValueError names the path and the remedy.
     """
     file = find_tokenizer(path)
-    if Path(path).is_dir():
-        check_link(file.parent, file)
     data = read_small(file, _MAX_BYTES)
     head = data[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
     if problem := why_no_content(head):

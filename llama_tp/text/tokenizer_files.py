@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from llama_tp.file_kind import check_link
 from llama_tp.text.siblings import SIBLINGS
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
@@ -38,6 +39,18 @@ def find_tokenizer(path: str | Path, *, preferred: str = "tokenizer.json") -> Pa
     if (path / _TEKKEN).is_file():
         return path / _TEKKEN
     raise FileNotFoundError(f"the folder {path} has neither tokenizer.json nor tokenizer.model; copy one there")
+
+
+def check_links(path: str | Path) -> None:
+    """ValueError if a file that `copy_tokenizer` would copy is a link out of the tokenizer's folder.
+
+    A published chat template could be a link to a private key. The file that `path` itself names may be anywhere.
+    """
+    file = find_tokenizer(path)
+    names = SIBLINGS if file == Path(path) else (file.name, *SIBLINGS)
+    for name in names:
+        if (found := file.with_name(name)).is_file():
+            check_link(file.parent, found)
 
 
 def copy_tokenizer(path: str | Path, folder: Path, *, name: str | None = None) -> None:

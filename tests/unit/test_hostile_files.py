@@ -25,6 +25,7 @@ from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
 from llama_tp.checkpoint.store.table import TABLE
 from llama_tp.config import ModelArgs
 from llama_tp.text import load_tokenizer
+from llama_tp.text.tokenizer_files import check_links
 from tests.paths import ROOT
 from tests.tiny_checkpoint import Evil, meta_tensors, write_meta
 from tests.tiny_converted import convert_beside, write_originals
@@ -82,6 +83,7 @@ def open_all(folder):
     """Everything that `convert` opens, and `inspect`."""
     reader = open_checkpoint(folder)
     if folder.is_dir():
+        check_links(folder)
         load_tokenizer(folder, embedding_rows=reader.args.vocab_size)
     return reader
 
@@ -93,7 +95,7 @@ def repack(path, pickled, *, compress=False):
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(path, "w", kind) as archive:
         for name, data in entries.items():
-            archive.writestr(name, pickled if name.endswith("data.pkl") and pickled is not None else data)
+            archive.writestr(name, pickled if name.lower().endswith("data.pkl") and pickled is not None else data)
 
 
 def with_global(name, *, key=b"X\x01\x00\x00\x00a"):
@@ -101,11 +103,11 @@ def with_global(name, *, key=b"X\x01\x00\x00\x00a"):
     return b"\x80\x02}" + key + b"c" + name + b"\n" + b"J\x00\x00\x00\x40\x85Rs."
 
 
-def tuples_of_tuples():
+def tuples_of_tuples(put=b"q"):
     """A dict with one key, whose hash takes 2**60 steps."""
     data = b"\x80\x02})q\x01"
     for level in range(1, 61):
-        data += b"h" + bytes([level]) + b"\x86q" + bytes([level + 1])
+        data += b"h" + bytes([level]) + b"\x86" + put + bytes([level + 1])
     return data + b"K\x01s."
 
 
@@ -116,6 +118,7 @@ PICKLES = {
     "a numpy array": (with_global(b"numpy.core.multiarray\n_reconstruct"), ("numpy.core.multiarray._reconstruct",)),
     "a code object": (with_global(b"types\nCodeType"), ("types.CodeType",)),
     "an endless hash": (tuples_of_tuples(), ("nothing in it was executed", "it nests tuples")),
+    "an endless hash, remembered twice": (tuples_of_tuples(b"q\xffq"), ("it nests tuples",)),
     "17 MB of list": (b"\x80\x02(" + b"N" * (17 << 20) + b"l.", ("list of tensors has more than 16777216 bytes",)),
     "a length beyond the end": (b"\x80\x02X\xff\xff\xff\x7fa.", ("truncated or corrupt",)),
     "no pickle": (b"\xff" * 100, ("truncated or corrupt",)),
@@ -127,6 +130,15 @@ def test_the_pickle_in_a_pth(meta, case):
     pickled, words = PICKLES[case]
     repack(meta / "consolidated.00.pth", pickled)
     with refused("consolidated.00.pth ", *words):
+        open_all(meta)
+
+
+def test_a_pickle_under_a_name_that_torch_takes_for_the_usual_one(meta):
+    path = meta / "consolidated.00.pth"
+    path.write_bytes(path.read_bytes().replace(b"/data.pkl", b"/DATA.PKL"))
+    FairscaleReader(meta)
+    repack(path, with_global(b"builtins\nbytearray"))
+    with refused("builtins.bytearray"):
         open_all(meta)
 
 
@@ -334,6 +346,19 @@ def test_links_that_leave_the_folder(request, tmp_path, kind, name):
     if kind == "mistral" and name == "params.json":
         with refused(str(path)):
             open_all(folder)
+
+
+def test_convert_copies_no_link_that_leaves_the_folder(hf, tmp_path):
+    (tmp_path / "key").write_text("a private key")
+    (hf / "chat_template.jinja").symlink_to(tmp_path / "key")
+    out = tmp_path / "out"
+    for tokenizer in (None, str(hf), str(hf / "tokenizer.json")):
+        with refused("chat_template.jinja is a link that leaves the folder"):
+            convert(str(hf), tokenizer, None, str(out), model_args_path=str(out / MODEL_ARGS))
+    (hf / "chat_template.jinja").unlink()
+    (tmp_path / "named.json").symlink_to(hf / "tokenizer.json")  # said by the user, and not by a file
+    convert(str(hf), str(tmp_path / "named.json"), None, str(out), model_args_path=str(out / MODEL_ARGS))
+    assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
 def test_a_pipe_in_place_of_a_shard(meta):
