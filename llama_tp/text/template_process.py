@@ -100,7 +100,7 @@ class TemplateProcess:
     def _why_silent(self, process: subprocess.Popen[bytes]) -> str:
         if process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)  # its pipe is closed before it can be waited for
+                process.wait(2.0)  # its pipe is closed before its end can be seen
         status = process.poll()
         self._end()
         if status == -signal.SIGPROF:

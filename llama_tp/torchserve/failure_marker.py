@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_AGE_S = 900.0
 thought of, such as a wrong answer from a network disk, is tried again."""
 _SETTLED_S = 2.0
 """A file that changed this recently could change again within the resolution of its times."""
+_MAX_FILES = 5_000
+"""More are no checkpoint but a mistake, such as the root folder; then there is no marker."""
 _MAX_BYTES = 64 * 1024
 _FORMAT_VERSION = 1
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,10 +45,11 @@ class FailureMarker:
     def __init__(self, yaml_config: object, model_dir: Path) -> None:
         model_dir = model_dir.resolve()
         self.path = _folder() / f"{hashlib.sha256(os.fsencode(model_dir)).hexdigest()[:32]}.json"
-        files = dict(_files(yaml_config, model_dir))
+        files = dict(sorted(_files(yaml_config, model_dir)))
+        is_complete = len(files) <= _MAX_FILES
         newest = max((max(state[2:]) for state in files.values() if state), default=0)
-        self._is_settled = time.time_ns() - newest > _SETTLED_S * 1e9
-        self._key = hashlib.sha256(json.dumps(_circumstances(yaml_config, files), default=str).encode()).hexdigest()
+        self._is_settled = is_complete and time.time_ns() - newest > _SETTLED_S * 1e9
+        self._key = hashlib.sha256(json.dumps(_circumstances(yaml_config, files)).encode()).hexdigest()
 
     def recall(self) -> str | None:
         """Why this model could not be loaded, if nothing has changed since and that is not long ago."""
@@ -91,8 +95,16 @@ def _circumstances(yaml_config: object, files: Mapping[str, object]) -> list[obj
     variables = {name: value for name, value in os.environ.items() if _VARIABLES.fullmatch(name)}
     code = {str(path): _state(path) for path in sorted(_PACKAGE.rglob("*.py"))}
     versions = {name: _version(name) for name in ("llama-tp", *_LIBRARIES)}
-    settings = json.dumps(yaml_config, sort_keys=True, default=str)
-    return [_FORMAT_VERSION, settings, files, sorted(variables.items()), _memory(), versions, sys.version, code]
+    return [
+        _FORMAT_VERSION,
+        repr(yaml_config),
+        files,
+        sorted(variables.items()),
+        _memory(),
+        versions,
+        sys.version,
+        code,
+    ]
 
 
 def _files(yaml_config: object, model_dir: Path) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -106,7 +118,7 @@ def _files(yaml_config: object, model_dir: Path) -> Iterator[tuple[str, tuple[in
 def _named(paths: Mapping[str, Any], model_dir: Path) -> Iterator[Path]:
     if isinstance(folder := paths.get("converted_ckpt_dir"), str):
         yield model_dir / folder
-        yield from sorted((model_dir / folder).rglob("*"))
+        yield from islice((model_dir / folder).rglob("*"), _MAX_FILES)
     if isinstance(args := paths.get("model_args_path"), str):
         yield model_dir / args
     if isinstance(tokenizer := paths.get("tokenizer_path"), str):

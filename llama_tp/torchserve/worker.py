@@ -72,7 +72,7 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
     meet()
     start = monotonic()
     yaml_config = agree(read_yaml)
-    marker = FailureMarker(yaml_config, model_dir)
+    marker = agree(lambda: FailureMarker(yaml_config, model_dir))
     _refuse_again(marker, start)
     with _remembering(marker):
         config, args, engine_config, tokenizer, chat = agree(lambda: _read(yaml_config, model_dir))

@@ -214,10 +214,21 @@ def test_ranks_that_fail_together_leave_one_sound_marker(model_dir):
     assert [path.name for path in marker_file(model_dir).parent.iterdir()] == [marker_file(model_dir).name]
 
 
-@pytest.mark.parametrize("config", [None, [], "x", {"handler": 5}, {"handler": {"converted_ckpt_dir": 5}}, {1: {2: 3}}])
+@pytest.mark.parametrize(
+    "config", [None, [], "x", {"handler": 5}, {"handler": {"converted_ckpt_dir": 5}}, {1: 2, "a": None}]
+)
 def test_a_malformed_configuration_has_a_marker_too(model_dir, config):
     FailureMarker(config, model_dir).remember("malformed")
     assert recalled(model_dir, config) == "malformed"
+    assert recalled(model_dir) is None
+
+
+def test_a_folder_of_far_too_many_files_has_no_marker(model_dir, monkeypatch):
+    """Such as the root folder, which nobody wants to walk at every start."""
+    monkeypatch.setattr(failure_marker, "_MAX_FILES", 12)
+    for number in range(20):
+        (model_dir / "converted" / f"chunk.{number}").touch()
+    FailureMarker(CONFIG, model_dir).remember("it is damaged")
     assert recalled(model_dir) is None
 
 
