@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import signal
@@ -15,6 +16,8 @@ from time import monotonic
 from typing import Any
 
 from llama_tp.text.template_renderer import MAX_CPU_S, to_line
+
+log = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 30.0
 """For an answer, in case the process gets hardly any CPU time. Its own limit, in CPU time, ends all else earlier."""
@@ -95,7 +98,9 @@ class TemplateProcess:
         if line.endswith(b"\n"):
             answer: dict[str, str] = json.loads(line)
             return answer
-        raise TemplateFailure(self._why_silent(process))
+        reason = self._why_silent(process)
+        log.error("the chat template failed: %s", reason)
+        raise TemplateFailure(reason)
 
     def _why_silent(self, process: subprocess.Popen[bytes]) -> str:
         if process.poll() is None:
