@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.e2e.torchserve_rig import convert, package, serve
+from tests.e2e.torchserve_rig import convert, is_gone, package, serve
 
 pytestmark = pytest.mark.e2e
 
@@ -32,5 +31,4 @@ def test_a_template_without_end_fails_one_request(tiny_llama2: Path, tmp_path: P
         assert "it took more than 1 s of CPU time" in log, log[-3000:]
         assert server.ranks() == ranks
         (renderer,) = [one for one in server.processes() if "template_renderer" in " ".join(one.cmdline())]
-        assert psutil.pid_exists(renderer.pid)
-    assert not psutil.pid_exists(renderer.pid)
+    assert is_gone(renderer)
