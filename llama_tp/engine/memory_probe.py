@@ -27,14 +27,27 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # memory cached by PyTorch is also free
         return torch.cuda.mem_get_info(device)[0]
+    if (available := _meminfo("MemAvailable")) is None:
+        return None
+    free = min(available, *control_groups.free_memory(), 1 << 62)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that this rank could use at best, without any other process. None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = _meminfo("MemTotal")
+    return None if total is None else total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _meminfo(name: str) -> int | None:
+    """An entry of the host's /proc/meminfo in bytes; None if there is none."""
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    if found is None:
-        return None
-    free = min(1024 * int(found[1]), *control_groups.free_memory(), 1 << 62)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1024 * int(found[1]) if found else None
 
 
 def measure_step(runner: ModelRunner, *, is_leader: bool) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import TypeVar
 
 import torch
 
@@ -13,14 +15,16 @@ from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.config import EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
-from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step
+from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step, total_memory
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.parallel.agreement import agree, gather
+from llama_tp.parallel.agreement import TransientError, agree, gather
 from llama_tp.parallel.launch import Group
 from llama_tp.parallel.sharding import Ranks, check_tp_size, local_kv_heads, num_ranks
 from llama_tp.threads import choose_num_threads, warn_of_spinning
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group) -> Engine:
@@ -41,7 +45,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     dtype_name = str(dtype).removeprefix("torch.")
     ranks = _ranks(args, config, group)
     memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, stored.formats)
-    agree(lambda: memory.check(free_memory(device)))
+    agree(lambda: _in_memory(memory.check, device))
     model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
@@ -53,7 +57,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
 
     step = agree(measure) if device.type == "cuda" else 0
     # Free memory may differ between ranks, but one scheduler plans for all.
-    pages = min(gather(agree(lambda: memory.num_pages(free_memory(device), step))))
+    pages = min(gather(agree(lambda: _in_memory(lambda free: memory.num_pages(free, step), device))))
     config = replace(config, cache_pages=pages)
     runner = agree(lambda: make_runner(config))
     if group.comm.is_leader:
@@ -85,6 +89,20 @@ def _ranks(args: ModelArgs, config: EngineConfig, group: Group) -> Ranks:
         )
     check_tp_size(args, ranks)
     return ranks
+
+
+def _in_memory(check: Callable[[int | None], T], device: torch.device) -> T:
+    """The result for the memory that is free now. TransientError if it would fit once other processes have freed
+    theirs, ValueError if it never will."""
+    try:
+        return check(free_memory(device))
+    except ValueError as error:
+        reason = str(error)
+    try:
+        check(total_memory(device))
+    except ValueError:
+        raise ValueError(reason) from None
+    raise TransientError(reason)
 
 
 def _prepare_cuda(device: torch.device) -> None:

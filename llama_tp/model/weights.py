@@ -217,10 +217,8 @@ def why_not_quantized(args: ModelArgs) -> str | None:
         if size % GROUP:
             return f"{name}={size} is not a multiple of {GROUP}, the columns that share a scale"
     if args.hidden_dim < GROUP * args.n_heads:
-        return (
-            f"the feed-forward's size={args.hidden_dim} has fewer groups of {GROUP} columns than n_heads={args.n_heads}: some "
-            "numbers of ranks could not share them"
-        )
+        groups = args.hidden_dim // GROUP
+        return f"the feed-forward has {groups} groups of {GROUP} columns, fewer than n_heads={args.n_heads} ranks need"
     return None
 
 

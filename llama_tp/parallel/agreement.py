@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -10,9 +10,30 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class TransientError(ValueError):
+    """A failure that may go away by itself: the same step can succeed later, although the user has changed nothing."""
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether the error will come again until the user changes something. So it is with a ValueError, unless memory, a
+    disk or a process had a part in it."""
+    return isinstance(error, ValueError) and not any(isinstance(one, _TRANSIENT) for one in _chain(error))
+
+
+_TRANSIENT = (TransientError, OSError, MemoryError, RuntimeError)
+"""torch's errors, such as that of too little memory on a GPU, are RuntimeErrors."""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that led to it, also where `from None` hides them from the reader."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def agree(step: Callable[[], T]) -> T:
     """Run `step` on every rank and return the local result. If it fails on any rank: ValueError on all with the first
-    reason, and its rank unless all have the same reason.
+    reason, and its rank unless all have the same reason; a TransientError unless all reasons are permanent.
 
     Without a process group this is a plain call, and its errors propagate unchanged.
     """
@@ -20,14 +41,17 @@ def agree(step: Callable[[], T]) -> T:
         return step()
     result: T | None = None
     problem: str | None = None
+    permanent = True
     try:
         result = step()
     except Exception as error:  # includes torch's out-of-memory error, a RuntimeError
-        problem = one_line(error)
-    problems = gather(problem)
+        problem, permanent = one_line(error), is_permanent(error)
+    gathered = gather((problem, permanent))
+    problems = [reason for reason, _ in gathered]
+    kind = ValueError if all(permanent for _, permanent in gathered) else TransientError
     for rank, reason in enumerate(problems):
         if reason is not None:
-            raise ValueError(reason if len(set(problems)) == 1 else f"rank {rank}: {reason}")
+            raise kind(reason if len(set(problems)) == 1 else f"rank {rank}: {reason}")
     return result  # type: ignore[return-value]  # no rank failed, so step returned
 
 
@@ -38,12 +62,12 @@ def one_line(error: Exception) -> str:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank. ValueError if a rank is gone."""
+    """Every rank's value, in rank order, on every rank. TransientError if a rank is gone."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
     try:
         dist.all_gather_object(values, value)
     except RuntimeError as error:
-        raise ValueError(f"another rank exited: {str(error).splitlines()[0]}") from None
+        raise TransientError(f"another rank exited: {str(error).splitlines()[0]}") from None
     return values

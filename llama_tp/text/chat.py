@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llama_tp.text.chat_template import JinjaFormat
-from llama_tp.text.dialog import ROLES, ChatError, Message, check_last_role, check_roles
+from llama_tp.text.dialog import ROLES, ChatError, Json, Message, check_last_role, check_no_tools, check_roles
 from llama_tp.text.tokenizer import Tokenizer
 
 _FORGED_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -26,10 +26,19 @@ class ChatFormat(Protocol):
     origin: str
     """Where the format came from, for the log."""
 
-    def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
+    def encode(
+        self,
+        dialog: Sequence[Message],
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Json] | None = None,
+        documents: Sequence[Json] | None = None,
+    ) -> list[int]:
         """Ids of the prompt. ChatError for a dialog that breaks the format's rules.
 
         continue_final_message: leave the last message, which must be the assistant's, open for the answer to continue.
+        tools: JSON schemas of the functions that the assistant may call, as in OpenAI's API. documents: what it may
+        quote, with title and text. Both, and messages with tool_calls, need a chat template.
         """
 
 
@@ -87,10 +96,18 @@ class Llama2Format:
         self.stop_ids = tokenizer.stop_ids
         self._tokenizer = tokenizer
 
-    def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
+    def encode(
+        self,
+        dialog: Sequence[Message],
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Json] | None = None,
+        documents: Sequence[Json] | None = None,
+    ) -> list[int]:
         check_roles(dialog, ROLES)
         _check_strict_order(dialog)
         check_last_role(dialog, continue_final_message=continue_final_message)
+        check_no_tools(self.name, dialog, tools, documents)
         _check_forged_tags(dialog)
         turns = [message.content for message in dialog]
         if dialog[0].role == "system":
@@ -115,9 +132,17 @@ class Llama3Format:
         self.origin = origin
         self._encode = tokenizer.encode_rendered
 
-    def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
+    def encode(
+        self,
+        dialog: Sequence[Message],
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Json] | None = None,
+        documents: Sequence[Json] | None = None,
+    ) -> list[int]:
         check_roles(dialog, (*ROLES, "ipython"))
         check_last_role(dialog, continue_final_message=continue_final_message)
+        check_no_tools(self.name, dialog, tools, documents)
         parts = ["", "<|begin_of_text|>", ""]
         for message in _with_open_answer(dialog, continue_final_message):
             parts += ["<|start_header_id|>", message.role, "<|end_header_id|>", "\n\n" + message.content.strip()]
@@ -137,9 +162,17 @@ class ChatMLFormat:
         self._bos = tokenizer.encode("", bos=tokenizer.adds_bos)
         self._encode = tokenizer.encode_rendered
 
-    def encode(self, dialog: Sequence[Message], *, continue_final_message: bool = False) -> list[int]:
+    def encode(
+        self,
+        dialog: Sequence[Message],
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Json] | None = None,
+        documents: Sequence[Json] | None = None,
+    ) -> list[int]:
         check_roles(dialog, ROLES)
         check_last_role(dialog, continue_final_message=continue_final_message)
+        check_no_tools(self.name, dialog, tools, documents)
         parts = [""]
         for message in _with_open_answer(dialog, continue_final_message):
             parts += ["<|im_start|>", f"{message.role}\n{message.content}", "<|im_end|>", "\n"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ROLES = ("system", "user", "assistant")
+
+Json = Mapping[str, Any]
+"""A JSON object, as parsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +20,23 @@ class Message:
     """The speaker; each format defines its roles."""
     content: str
     """Always plain text, even if it looks like markup."""
+    tool_calls: Sequence[Json] = ()
+    """The assistant's calls, as templates read them: {"type": "function", "function": {"name": ..., "arguments":
+    {...}}}, with arguments as an object unless the template expects text."""
+    tool_call_id: str | None = None
+    """The call that a message with the role "tool" answers."""
+    name: str | None = None
+    """The name of the speaker or of the tool."""
+    reasoning_content: str | None = None
+    """The assistant's reasoning before its answer."""
 
 
 class ChatError(ValueError):
     """A dialog rejected by its format.
 
-    `code` is "invalid_role", "invalid_role_order", "special_tags_not_allowed", "empty_messages" or
-    "cannot_continue_message"; `index` is the message and `field` its field, or None if the whole dialog is rejected.
+    `code` is "invalid_role", "invalid_role_order", "special_tags_not_allowed", "empty_messages",
+    "cannot_continue_message" or "tools_not_supported"; `index` is the message and `field` its field, or None if the
+    whole dialog is rejected.
     """
 
     def __init__(self, code: str, message: str, *, index: int | None = None, field: str | None = None) -> None:
@@ -59,3 +73,16 @@ def check_last_role(dialog: Sequence[Message], *, continue_final_message: bool) 
             "end with another role, or set continue_final_message to continue it"
         )
         raise ChatError("invalid_role_order", problem, index=index, field="role")
+
+
+def check_no_tools(
+    name: str, dialog: Sequence[Message], tools: Sequence[Json] | None, documents: Sequence[Json] | None
+) -> None:
+    """ChatError for tools, calls and documents, which only a chat template can write."""
+    given = {"tools": tools, "documents": documents, "tool_calls": any(message.tool_calls for message in dialog)}
+    if found := [key for key, value in given.items() if value]:
+        problem = (
+            f"the chat format {name} has no place for {', '.join(found)}; remove them, or put the model's chat "
+            "template next to its tokenizer"
+        )
+        raise ChatError("tools_not_supported", problem)

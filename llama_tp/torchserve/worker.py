@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from llama_tp.config import ConfigError, EngineConfig, ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.startup import load_engine
-from llama_tp.parallel.agreement import agree, one_line
+from llama_tp.parallel.agreement import agree, gather, is_permanent, one_line
 from llama_tp.parallel.launch import join, meet
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 from llama_tp.torchserve.config import ModelConfig
+from llama_tp.torchserve.failure_marker import FailureMarker
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,12 @@ def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -
 
 def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> LoadedRank:
     meet()
-    config, args, engine_config, tokenizer, chat = agree(lambda: _read(read_yaml(), model_dir))
+    start = monotonic()
+    yaml_config = agree(read_yaml)
+    marker = agree(lambda: FailureMarker(yaml_config, model_dir))
+    _refuse_again(marker, start)
+    with _remembering(marker):
+        config, args, engine_config, tokenizer, chat = agree(lambda: _read(yaml_config, model_dir))
     group = join(
         engine_config.device,
         timeout_s=engine_config.collective_timeout_s,
@@ -78,8 +86,36 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
         log.info("chat format: %s", f"none: {chat}" if isinstance(chat, str) else f"{chat.name} ({chat.origin})")
     folder = str(model_dir / config.handler.converted_ckpt_dir)
     thread = EngineThread()
-    engine = agree(lambda: thread.call(lambda: load_engine(folder, args, engine_config, group)))
+    with _remembering(marker):
+        engine = agree(lambda: thread.call(lambda: load_engine(folder, args, engine_config, group)))
+    marker.forget()
     return LoadedRank(engine, thread, config, tokenizer, chat)
+
+
+def _refuse_again(marker: FailureMarker, start: float) -> None:
+    """ValueError if every rank remembers that this model cannot be loaded. If the files of one host have changed, all
+    hosts try again."""
+    known = gather(marker.recall())
+    if None in known:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        log.info(
+            "not reading the model again: in %.2f s, nothing was found to have changed since the last attempt; "
+            "to read it all the same, remove %s",
+            monotonic() - start,
+            marker.path,
+        )
+    raise ValueError(f"{known[0]} (as before; nothing has changed since)")
+
+
+@contextmanager
+def _remembering(marker: FailureMarker) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_permanent(error):
+            marker.remember(one_line(error))
+        raise
 
 
 def _read(

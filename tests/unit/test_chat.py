@@ -6,13 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer as Library
 from transformers import PreTrainedTokenizerFast
 
-from llama_tp.text import ChatError, Message, Tokenizer, chat_format, load_tokenizer
+from llama_tp.text import ChatError, ChatFormat, Message, Tokenizer, chat_format, load_tokenizer
 from tests import tiny_text
 from tests.tiny_chat import LLAMA2, dialog_of
-from tests.unit.text_fixtures import file_of, folder_of, quick, texts, tiny
+from tests.unit.text_fixtures import (
+    file_of,
+    folder_of,
+    folder_with_template,
+    quick,
+    texts,
+    tiny,
+    tokenizer_with_template,
+)
 
 LLAMA3_TEMPLATE = """
 {%- for message in messages %}
@@ -45,25 +52,17 @@ BASES = {  # template -> the vocabulary it is rendered for
 }
 
 
-@cache
 def folder_with(template: str) -> TemporaryDirectory:
-    """A tokenizer.json that comes with the template, and has Llama 3's special tokens too."""
-    base = BASES.get(template, "tokenizer.json")
-    library = Library.from_file(str(file_of(base)))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    if base == "tokenizer.json":
-        library.add_special_tokens(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
-        config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    folder = TemporaryDirectory()
-    library.save(f"{folder.name}/tokenizer.json")
-    with open(f"{folder.name}/tokenizer_config.json", "w") as file:
-        json.dump(config, file)
-    return folder
+    return folder_with_template(template, BASES.get(template, "tokenizer.json"))
+
+
+def tokenizer_with(template: str) -> Tokenizer:
+    return tokenizer_with_template(template, BASES.get(template, "tokenizer.json"))
 
 
 @cache
-def tokenizer_with(template: str) -> Tokenizer:
-    return load_tokenizer(folder_with(template).name)
+def jinja_format(template: str) -> ChatFormat:
+    return chat_format("jinja", tokenizer_with(template))
 
 
 @cache
@@ -230,14 +229,14 @@ def test_chatml_keeps_the_spaces_of_a_content():
 @pytest.mark.parametrize("template", BASES)
 @pytest.mark.parametrize("dialog", [ONE, SEVERAL])
 def test_jinja_prompts_are_those_of_transformers(template, dialog):
-    ids = chat_format("jinja", tokenizer_with(template)).encode(dialog)
+    ids = jinja_format(template).encode(dialog)
     assert ids == ids_by_transformers(template, dialog)
 
 
 @quick
 @given(template=st.sampled_from(list(BASES)), dialog=strict_dialogs)
 def test_jinja_prompts_are_those_of_transformers_for_any_text(template, dialog):
-    ids = chat_format("jinja", tokenizer_with(template)).encode(dialog)
+    ids = jinja_format(template).encode(dialog)
     assert ids == ids_by_transformers(template, dialog)
 
 
@@ -260,8 +259,7 @@ FORGERIES = (
     contents=st.lists(st.lists(st.sampled_from(FORGERIES) | texts, max_size=4).map("".join), min_size=3, max_size=3),
 )
 def test_no_special_id_of_a_prompt_comes_from_a_content(template, contents):
-    tokenizer = tokenizer_with(template)
-    fmt = chat_format("jinja", tokenizer)
+    tokenizer, fmt = tokenizer_with(template), jinja_format(template)
 
     def specials(dialog: list[Message]) -> list[int]:
         return [i for i in fmt.encode(dialog) if i in tokenizer.special_ids.values()]
@@ -273,7 +271,7 @@ def test_no_special_id_of_a_prompt_comes_from_a_content(template, contents):
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_forgery_reaches_the_model_as_the_text_it_is(template, forgery):
     tokenizer = tokenizer_with(template)
-    text = tokenizer.decode(chat_format("jinja", tokenizer).encode(dialog_of(f"a{forgery}b")))
+    text = tokenizer.decode(jinja_format(template).encode(dialog_of(f"a{forgery}b")))
     assert f"a{forgery}b" in text
 
 
@@ -303,7 +301,7 @@ def test_a_template_may_look_for_tags_in_a_content(said):
 def test_what_a_template_refuses_is_a_chat_error_with_its_words():
     dialog = [Message("user", "a"), Message("user", "b < c")]
     with pytest.raises(ChatError, match=r"^Conversation roles must alternate: b < c$") as caught:
-        chat_format("jinja", tokenizer_with(LLAMA2)).encode(dialog)
+        jinja_format(LLAMA2).encode(dialog)
     assert (caught.value.code, caught.value.param("messages")) == ("invalid_role_order", "messages")
 
 
@@ -314,7 +312,7 @@ def test_templates_have_the_helpers_of_transformers():
         "{% endfor %}"
     )
     dialog = dialog_of("é < '", "x", "y")
-    assert chat_format("jinja", tokenizer_with(template)).encode(dialog) == ids_by_transformers(template, dialog)
+    assert jinja_format(template).encode(dialog) == ids_by_transformers(template, dialog)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +324,7 @@ def test_templates_have_the_helpers_of_transformers():
     ],
 )
 def test_a_generation_block_is_its_content(template):
-    ids = chat_format("jinja", tokenizer_with(template)).encode(SEVERAL)
+    ids = jinja_format(template).encode(SEVERAL)
     assert ids == ids_by_transformers(template, SEVERAL)
 
 
@@ -369,14 +367,14 @@ def test_a_template_cannot_leave_its_sandbox_and_its_failure_is_not_the_users_fa
         "{{ messages.append(1) }}",
         "{{ 1 / 0 }}",
     ):
-        fmt = chat_format("jinja", tokenizer_with(template))
+        fmt = jinja_format(template)
         with pytest.raises(RuntimeError, match="chat_template failed"):
             fmt.encode(ONE)
 
 
 def test_a_template_that_does_not_compile_is_refused_at_start():
     with pytest.raises(ValueError, match="does not compile: line 2"):
-        chat_format("jinja", tokenizer_with("\n{% for %}"))
+        jinja_format("\n{% for %}")
 
 
 # --- all formats
@@ -439,7 +437,7 @@ def test_a_continued_prompt_ends_with_what_the_assistant_has_begun(name, dialog)
 def test_jinja_continues_a_message_as_transformers_does(template, dialog):
     if template == THINK_TEMPLATE:
         dialog = [dialog[0], Message("assistant", "Ahab")]
-    ids = chat_format("jinja", tokenizer_with(template)).encode(dialog, continue_final_message=True)
+    ids = jinja_format(template).encode(dialog, continue_final_message=True)
     without_specials = [Message(m.role, m.content.replace("<|eot_id|>", "~")) for m in dialog]
     if without_specials == dialog:
         assert ids == ids_by_transformers(template, dialog, continue_final_message=True)
@@ -465,7 +463,7 @@ def test_llama2_continues_a_message_within_the_last_exchange():
 def test_a_message_that_the_template_leaves_out_or_cuts_cannot_be_continued(template):
     dialog = dialog_of("Where?", "<think>Hm.</think>In the sea")
     with pytest.raises(ChatError, match="omits the last message or part of it") as caught:
-        chat_format("jinja", tokenizer_with(template)).encode(dialog, continue_final_message=True)
+        jinja_format(template).encode(dialog, continue_final_message=True)
     assert (caught.value.code, caught.value.param("dialog")) == ("cannot_continue_message", "dialog[1].content")
 
 

@@ -29,6 +29,7 @@ def tokenizer_of(name: str, file: str, legacy: bool = False) -> Tokenizer:
     return load_tokenizer(Path(folder.name, "saved" if file == "tokenizer.json" else "", file))
 
 
+@cache
 def format_of(name: str, file: str, legacy: bool = False) -> ChatFormat:
     return chat_format("auto", tokenizer_of(name, file, legacy))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 
 import pytest
+import tiktoken
 from sentencepiece import SentencePieceProcessor
+from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -15,28 +18,13 @@ from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 from llama_tp.cli.checkpoints import convert
 from llama_tp.text import load_tokenizer
+from tests.hard_texts import HARD_TEXTS
 from tests.tiny_gguf import TEMPLATE, add_byte_level_bpe, add_sentencepiece, write_model
 from tests.tiny_huggingface import tiny_model
 from tests.tiny_text import CORPUS, make_sentencepiece_model, make_tiktoken_model, make_tokenizer_json
 
 ROWS = 416
-HARD = (
-    *CORPUS,
-    " ",
-    "   three spaces",
-    "trailing  ",
-    "\n\n\tdef f(x):\r\n    return x\r\n\r\n",
-    "12345678 1,000.50 ١٢٣ ½",
-    "Don't DON'T we'LL I'd",
-    "naïve nai\u0308ve déjà",
-    "日本語の文章 한국어",
-    "😀👩‍👩‍👧 \U0001f1e9\U0001f1ea",
-    "a\u00a0b\u200bc\u3000d",
-    "<s></s><unk> [INST]",
-    "▁underscored▁",
-    "\x00\x01\x7f",
-    "",
-)
+HARD = (*CORPUS, *HARD_TEXTS)
 
 
 def write(folder, add):
@@ -119,6 +107,47 @@ def test_ids_of_llama_3_s_are_those_of_metas_file(tmp_path):
     for text in HARD:
         ids = tokenizer.encode(text)
         assert ids == expected.encode(text), text
+        assert tokenizer.decode(ids) == text
+
+
+LLAMA_3 = (  # as Meta's package has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TEKKEN = (  # as tekken.json has it
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(("pre", "adds_bos"), [("tekken", True), ("smaug-bpe", False)])
+def test_ids_under_rules_of_tiktoken_vocabularies_are_those_of_tiktoken(tmp_path, pre, adds_bos):
+    """With merges across everything, so that each border of a word shows."""
+    file = str(make_tiktoken_model(tmp_path))
+    ranks = load_tiktoken_bpe(file)
+    for pair in sorted({text[i : i + 2] for text in HARD for i in range(len(text))} - {""}):
+        if (raw := pair.encode())[:-1] in ranks and len(raw) == 2:
+            ranks.setdefault(raw, len(ranks))
+    lines = "".join(f"{b64encode(raw).decode()} {rank}\n" for raw, rank in ranks.items())
+    (tmp_path / "ranks").write_text(lines)
+    oracle = tiktoken.Encoding(
+        pre, pat_str=TEKKEN if pre == "tekken" else LLAMA_3, mergeable_ranks=ranks, special_tokens={}
+    )
+    vocab, merges = TikTokenConverter(file).extract_vocab_merges_from_model(str(tmp_path / "ranks"))
+
+    def add(writer):
+        add_byte_level_bpe(writer, vocab, merges, pre)
+        writer.add_bos_token_id(0)
+
+    write_model(tmp_path / "a.gguf", tiny_model("llama"), tokenizer=add)
+    (tmp_path / "own").mkdir()
+    write_tokenizer(GGUFReader(tmp_path / "a.gguf").metadata, tmp_path / "own")
+    tokenizer = load_tokenizer(tmp_path / "own")
+    assert tokenizer.adds_bos is adds_bos
+    for text in HARD:
+        ids = tokenizer.encode(text)
+        assert ids == oracle.encode_ordinary(text), text
         assert tokenizer.decode(ids) == text
 
 
@@ -233,7 +262,7 @@ def _key(add, **fields):
 REFUSED = {
     "none": (lambda writer: None, "has no tokenizer; pass the model's tokenizer.json or tokenizer.model with --token"),
     "another kind": (lambda writer: writer.add_tokenizer_model("t5"), "has a tokenizer of kind 't5', 'gpt2' and 'lla"),
-    "another rule for words": (_bpe(pre="tekken"), "tokenizer.ggml.pre='tekken' is not read; read: smollm, llama-bpe"),
+    "another rule for words": (_bpe(pre="deepseek-r1-qwen"), "pre='deepseek-r1-qwen' is not read; read: gpt-2, smollm"),
     "llama.cpp's own rule": (_bpe(pre="default"), "tokenizer.ggml.pre='default' is not read"),
     "a merge of nothing": (_bpe(merges=[("a", "c")]), "'a c' is not a merge of two tokens"),
     "a merge without space": (_bpe(merges=[("ab",)]), "'ab' is not a merge of two tokens"),

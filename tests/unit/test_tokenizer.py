@@ -10,12 +10,13 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders
 
-from llama_tp.text import load_tokenizer
+from llama_tp.text import Detokenizer, load_tokenizer
 from llama_tp.text.tiktoken_file import split_long_runs
 from tests import tiny_text
+from tests.hard_texts import HARD_TEXTS, LONG_TEXTS
 from tests.unit.text_fixtures import KINDS, file_of, folder_of, quick, texts, tiny
 
 WELL_KNOWN_PIECES = ("<s>", "</s>", "<unk>", "<0x41>", "<|eot_id|>", "<|im_end|>", "<|begin_of_text|>", "<|tool|>")
@@ -260,6 +261,65 @@ def test_tokenizer_json_agrees_with_the_library(kind):
         expected = library.decode([i for i in ids if i not in tokenizer.special_ids.values()])
         if "\ufffd" not in expected and not expected.startswith(" "):
             assert tokenizer.decode(ids) == expected, ids
+
+
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+RULES = {  # of the families that are served: normalizer, pre-tokenizer
+    "llama 3": (None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated"), BYTES])),
+    "qwen2": (
+        normalizers.NFC(),
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3_WORDS.replace("{1,3}", "")), "isolated"), BYTES]),
+    ),
+    "tekken": (None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(TEKKEN_WORDS), "isolated"), BYTES])),
+    "smollm": (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT_2])),
+    "gpt-2": (None, GPT_2),
+    "gpt-2 with a space": (None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ids_and_texts_under_the_rules_of_each_family_are_the_library_s(tmp_path, rule):
+    library = Library(models.BPE())
+    normalizer, pre_tokenizer = RULES[rule]
+    if normalizer is not None:
+        library.normalizer = normalizer
+    library.pre_tokenizer = pre_tokenizer
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator([*tiny_text.CORPUS, *HARD_TEXTS] * 3, trainer)
+    library.add_special_tokens(["<s>", "</s>", "<|eot_id|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in (*HARD_TEXTS, *LONG_TEXTS):
+        ids = tokenizer.encode(text)
+        if "<s>" not in text:
+            assert ids == library.encode(text, add_special_tokens=False).ids, text[:80]
+        assert not set(ids) & set(tokenizer.special_ids.values())
+        assert tokenizer.decode(ids) == library.decode(ids), text[:80]
+    rng = random.Random(0)
+    for _ in range(1000):
+        ids = rng.choices(range(600), k=rng.randrange(1, 8))
+        detokenizer = Detokenizer(tokenizer)
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == library.decode(ids), ids
+
+
+def test_sentencepiece_ids_of_hard_texts_are_those_of_the_library():
+    tokenizer, library = tiny("sentencepiece"), SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
+    for text in (*HARD_TEXTS, *LONG_TEXTS):
+        ids = tokenizer.encode(text)
+        assert ids == library.encode(text), text[:80]
+        assert tokenizer.decode(ids) == library.decode(ids), text[:80]
 
 
 REPLACE, STRIP = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)

@@ -1,11 +1,13 @@
 """One tiny tokenizer of every kind, made once per test session."""
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hypothesis import settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
 
 from llama_tp.text import Tokenizer, load_tokenizer
 from tests import tiny_text
@@ -39,3 +41,23 @@ def file_of(kind: str) -> Path:
 @cache
 def tiny(kind: str) -> Tokenizer:
     return load_tokenizer(file_of(kind))
+
+
+@cache
+def folder_with_template(template: str, base: str = "tokenizer.json") -> TemporaryDirectory:
+    """A tokenizer.json with a template; the one of the kind "tokenizer.json" has Llama 3's special tokens, too."""
+    library = Library.from_file(str(file_of(base)))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    if base == "tokenizer.json":
+        library.add_special_tokens(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+        config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    folder = TemporaryDirectory()
+    library.save(f"{folder.name}/tokenizer.json")
+    with open(f"{folder.name}/tokenizer_config.json", "w") as file:
+        json.dump(config, file)
+    return folder
+
+
+@cache
+def tokenizer_with_template(template: str, base: str = "tokenizer.json") -> Tokenizer:
+    return load_tokenizer(folder_with_template(template, base).name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,38 @@ _LLAMA_3 = (
 """https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py, as in its tokenizer.json."""
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 """https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/tokenization_qwen2.py."""
-_PRE_TOKENIZERS = ("smollm", "llama-bpe", "qwen2", "gpt-2")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Mistral's tekken.json, in https://pypi.org/project/mistral-common/."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PreTokenizer:
+    """A rule that GGUF names: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp."""
+
+    words: str | None
+    """A pattern of words; None for GPT-2's own."""
+    ignores_merges: bool = False
+    """Whether a word that is a token is taken as it is."""
+    adds_bos: bool = False
+    """Whether a prompt begins with BOS, where the file does not say so."""
+    splits_digits: bool = False
+    """Whether each digit is a word."""
+    is_nfc: bool = False
+    """Whether text is normalized to NFC before."""
+
+
+_PRE_TOKENIZERS = {
+    "gpt-2": _PreTokenizer(None),
+    "smollm": _PreTokenizer(None, splits_digits=True),
+    "llama-bpe": _PreTokenizer(_LLAMA_3, ignores_merges=True, adds_bos=True),
+    "smaug-bpe": _PreTokenizer(_LLAMA_3),
+    "qwen2": _PreTokenizer(_QWEN_2, is_nfc=True),
+    "tekken": _PreTokenizer(_TEKKEN, ignores_merges=True, adds_bos=True),
+}
 
 
 def write_tokenizer(metadata: Metadata, folder: str | Path) -> None:
@@ -40,37 +72,35 @@ def write_tokenizer(metadata: Metadata, folder: str | Path) -> None:
         raise ValueError(
             f"{metadata.path}: {len(tokens)} tokens ({len(set(tokens))} distinct) with {len(types)} types; {_REMEDY}"
         )
-    # Whether a prompt begins with BOS where the file does not say so: as in llama.cpp.
     if kind == "gpt2":
-        pre = _pre_tokenizer_name(metadata)
+        pre = _declared_pre_tokenizer(metadata)
         _byte_level_bpe(metadata, pre, tokens, types).save(str(folder / "tokenizer.json"))
-        defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": pre == "llama-bpe"}
+        defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": pre.adds_bos}
     else:
         (folder / "tokenizer.model").write_bytes(_sentencepiece(metadata, tokens, types))
         defaults = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
     _write_siblings(metadata, tokens, folder, defaults)
 
 
-def _pre_tokenizer_name(metadata: Metadata) -> str:
+def _declared_pre_tokenizer(metadata: Metadata) -> _PreTokenizer:
     """llama.cpp's "default", which is also that of files without a name, is no published tokenizer's."""
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{metadata.path}: tokenizer.ggml.pre={name!r} is not read; read: {', '.join(_PRE_TOKENIZERS)}; {_REMEDY}"
         )
-    return str(name)
+    return _PRE_TOKENIZERS[name]
 
 
-def _byte_level_bpe(metadata: Metadata, pre: str, tokens: list[str], types: list[float]) -> Any:
+def _byte_level_bpe(metadata: Metadata, pre: _PreTokenizer, tokens: list[str], types: list[float]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [_pair(metadata, vocab, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
-    # Llama 3's takes a word that is a token as it is.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignores_merges))
+    if pre.is_nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = _as_in_tokenizer_json(pre)
     tokenizer.decoder = decoders.ByteLevel()
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in added if k == _CONTROL])
@@ -78,18 +108,15 @@ def _byte_level_bpe(metadata: Metadata, pre: str, tokens: list[str], types: list
     return tokenizer
 
 
-def _pre_tokenizer(name: str) -> Any:
-    """As the published tokenizer.json files have it."""
+def _as_in_tokenizer_json(pre: _PreTokenizer) -> Any:
+    """The rule as published tokenizer.json files have it."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-    gpt_2 = ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "gpt-2":
-        return gpt_2
-    if name == "smollm":  # each digit is a word of its own, then GPT-2's rule
-        return Sequence([Digits(individual_digits=True), gpt_2])
-    words = Split(Regex(_LLAMA_3 if name == "llama-bpe" else _QWEN_2), behavior="isolated")
-    return Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=pre.words is None)
+    if pre.words is not None:
+        return Sequence([Split(Regex(pre.words), behavior="isolated"), byte_level])
+    return Sequence([Digits(individual_digits=True), byte_level]) if pre.splits_digits else byte_level
 
 
 def _pair(metadata: Metadata, vocab: Mapping[str, int], merge: str) -> tuple[str, str]:
