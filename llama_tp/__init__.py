@@ -16,9 +16,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ConfigError": "llama_tp.config",
+    "ConfigError": "llama_tp.config_error",
     "EngineConfig": "llama_tp.config",
-    "ModelArgs": "llama_tp.config",
+    "ModelArgs": "llama_tp.model_args",
     "Completion": "llama_tp.engine.engine",
     "Engine": "llama_tp.engine.engine",
     "EngineLoop": "llama_tp.engine.loop",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.text import Message, Tokenizer, chat_format, load_tokenizer
 from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_text import make_sentencepiece_model

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from llama_tp.bench.peers import transformers_model
-from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.model.attention import AttentionBackend
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 

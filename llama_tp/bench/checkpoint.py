@@ -22,8 +22,8 @@ from llama_tp.checkpoint.progress import no_progress
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from llama_tp.parallel.sharding import num_parameters_of_rank, shard, tp_dim
 

@@ -22,12 +22,13 @@ from rich.progress import track
 
 from llama_tp.bench.peers import transformers_model
 from llama_tp.checkpoint.store.reading import load, stored_dtype
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 
 Prompts = list[list[int]]

@@ -12,11 +12,12 @@ from time import process_time, sleep
 import torch
 
 from llama_tp.bench.workload import Job, Load, Recorder, Slo, context_of, describe, summarize, table, warm_up, workload
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 
 

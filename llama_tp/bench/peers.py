@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface import hugging_face_name
 from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
-from llama_tp.config import ModelArgs, RopeScaling
+from llama_tp.model_args import ModelArgs, RopeScaling
 
 
 def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

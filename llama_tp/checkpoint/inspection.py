@@ -11,13 +11,12 @@ from typing import Any
 
 from llama_tp.checkpoint.formats.cast import name_of
 from llama_tp.checkpoint.formats.checklist import expected_md5s
-from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.open import is_consolidated, open_checkpoint
 from llama_tp.checkpoint.formats.quantized import formats_of_reader
 from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.store.stored import StoredReader, is_stored
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import WeightFormats, weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.text.chat import chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -153,5 +152,6 @@ def _notes(folder: Path, reader: CheckpointReader, tokenizer: Tokenizer | None) 
             yield f"checklist.chk does not list {unlisted[0]}"
     if source == "huggingface" and is_consolidated(folder):
         yield "consolidated.safetensors, which is here as well, is not read"
-    if isinstance(reader, GGUFReader) and reader.num_widened:
-        yield f"quantized tensors that become {name_of(reader.dtype)}: {reader.num_widened}"
+    if widened := reader.about.get("widened_tensors"):
+        become = "became" if isinstance(reader, StoredReader) else "become"
+        yield f"quantized tensors that {become} {name_of(reader.dtype)}: {widened}"

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
-from llama_tp.config import ModelArgs
 from llama_tp.model.linear import is_packed
 from llama_tp.model.transformer import Transformer, TransformerBlock
 from llama_tp.model.weights import FUSED
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree
 from llama_tp.parallel.apply import hold_shards, localize, parallelize
 from llama_tp.parallel.launch import Group

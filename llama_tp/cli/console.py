@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.request import FinishReason, Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from llama_tp.text.chat import chat_format
 from llama_tp.text.detokenizer import TextStream

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_tp.config import ModelArgs
     from llama_tp.model.weights import WeightFormats
+    from llama_tp.model_args import ModelArgs
     from llama_tp.parallel.sharding import Ranks
     from llama_tp.planning.advice import Advice
     from llama_tp.planning.devices import Device
@@ -110,8 +110,8 @@ def _dtype(name: str) -> str:
 
 def _architecture(model: str) -> tuple[ModelArgs, str, WeightFormats]:
     """The model's architecture, the dtype of its weights if there are any, else bfloat16, and its quantized layers."""
-    from llama_tp.config import ModelArgs
     from llama_tp.model.published import PUBLISHED, published
+    from llama_tp.model_args import ModelArgs
 
     if model in PUBLISHED:
         return PUBLISHED[model], "bfloat16", {}

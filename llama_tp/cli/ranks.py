@@ -20,7 +20,7 @@ def automatic_size(n_heads: int, num_gpus: int) -> int:
 
 def resolve_size(tp: int | str, checkpoint: str, device: str) -> int:
     """The number of ranks that `--tp` asks for. ValueError if the model cannot run on it."""
-    from llama_tp.config import ModelArgs
+    from llama_tp.model_args import ModelArgs
     from llama_tp.parallel.sharding import check_tp_size
 
     if tp != AUTO and (isinstance(tp, bool) or not isinstance(tp, int) or tp < 1):

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llama_tp.config import EngineConfig, ModelArgs, parse_memory
+from llama_tp.config import EngineConfig, parse_memory
 from llama_tp.model.weights import DENSE, DENSE_FORMATS, Shapes, WeightFormat, WeightFormats, layer_shapes, num_bytes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import Ranks, local_kv_heads, local_shape
 
 DEFAULT_SHARE = {"cuda": 0.9, "cpu": 0.5}

@@ -12,11 +12,12 @@ import torch
 
 from llama_tp.checkpoint.load import load_model, resolve_dtype
 from llama_tp.checkpoint.store.reading import StoredFiles
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step, total_memory
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import TransientError, agree, gather
 from llama_tp.parallel.launch import Group
 from llama_tp.parallel.sharding import Ranks, check_tp_size, local_kv_heads, num_ranks

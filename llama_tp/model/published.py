@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from llama_tp.config import ModelArgs, RopeScaling
+from llama_tp.model_args import ModelArgs, RopeScaling
 
 
 def _llama2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden: int) -> ModelArgs:

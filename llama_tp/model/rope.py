@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from llama_tp.config import ModelArgs, RopeScaling
+from llama_tp.model_args import ModelArgs, RopeScaling
 
 
 def rope_table(args: ModelArgs, max_seq_len: int, device: torch.device | str) -> Tensor:

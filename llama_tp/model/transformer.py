@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.batch import Batch, Output
 from llama_tp.model.kv_cache import KVCache, LayerCache
 from llama_tp.model.rope import apply_rope
+from llama_tp.model_args import ModelArgs
 
 
 class Transformer(nn.Module):

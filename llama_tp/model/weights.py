@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 
 if TYPE_CHECKING:
     from torch import Tensor

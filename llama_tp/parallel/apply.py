@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.norm import HeadNorm, Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from llama_tp.model.weights import DENSE, DENSE_FORMATS, WeightFormat, WeightFormats, weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.local_modules import (
     FusedAttention,

@@ -18,8 +18,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import layer_shapes, weight_shapes
+from llama_tp.model_args import ModelArgs
 
 COLUMN, ROW, VOCAB_IN, VOCAB_OUT = "column", "row", "vocabulary in", "vocabulary out"
 

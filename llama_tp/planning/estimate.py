@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE
 from llama_tp.model.weights import WeightFormats
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import Ranks, num_ranks, shard
 from llama_tp.planning.devices import GIB, Device
 from llama_tp.planning.needs import GroupNeeds

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.memory import ITEMSIZE, MemoryModel
 from llama_tp.model.weights import DENSE_FORMATS, WeightFormats
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import Ranks, check_tp_size, num_parameters_of_rank, num_ranks, vocab_shard
 
 

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from llama_tp.checkpoint.store.manifest import MANIFEST
-from llama_tp.config import ConfigError, ModelArgs
+from llama_tp.config_error import ConfigError
+from llama_tp.model_args import ModelArgs
 from llama_tp.text.tokenizer_files import copy_tokenizer, find_tokenizer
 from llama_tp.torchserve.config import ModelConfig
 from llama_tp.torchserve.programs import program

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs, parse_memory
+from llama_tp.config import EngineConfig, parse_memory
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import why_illegal
 from llama_tp.serving.encoding import in_json_words, shown
 from llama_tp.serving.fields import KNOB_TYPES, MaxNewTokens, Seed

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from llama_tp.config import ConfigError
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
 from llama_tp.parallel.launch import exit_rank
 from llama_tp.torchserve.config import ModelConfig, TorchrunSection, read_yaml

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
-from llama_tp.config import ConfigError
+from llama_tp.config_error import ConfigError
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, is_private_folder, private_folder
 from llama_tp.torchserve.errors import ServerError

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.startup import load_engine
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather, is_permanent, one_line
 from llama_tp.parallel.launch import join, meet
 from llama_tp.serving.service import LlamaService

@@ -26,13 +26,13 @@ from gpu.models import (
 )  # fmt: skip
 from gpu.prototype import errors_against, measure_prototype
 from gpu.report import Report
-from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.attention.sdpa import SdpaStep
 from llama_tp.model.transformer import Transformer
+from llama_tp.model_args import ModelArgs
 
 CPU = torch.device("cpu")
 _LIMITS: dict[str, Any] = {"max_seq_len": 192, "max_batch_size": 4, "max_batched_tokens": 64}

@@ -14,7 +14,7 @@ from gpu.report import Report
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampling_params import SamplingParams
@@ -22,6 +22,7 @@ from llama_tp.model.linear import DenseLinear, Linear
 from llama_tp.model.norm import Norm
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import Comm, SingleComm
 from llama_tp.parallel.local_modules import FusedAttention, FusedFeedForward, RowLinear, VocabEmbedding, VocabLinear
 from llama_tp.parallel.sharding import local_kv_heads, local_shapes, num_parameters_of_rank

@@ -15,13 +15,13 @@ from gpu import kernels
 from gpu.device import CUDA, DEVICE, DTYPE, SMOKE, call_us, capture, kernel_times, relative_error, sync
 from gpu.models import StubComm, build_local_model, model_args, with_roofline
 from gpu.report import Report
-from llama_tp.config import ModelArgs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import local_kv_heads
 
 

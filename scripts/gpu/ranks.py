@@ -13,7 +13,7 @@ from gpu.models import agreement, write_random_checkpoint
 from gpu.report import Report
 from gpu.start import ALONE_ON_CPU
 from gpu.workers import CASES, NEW_TOKENS, generate, label
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 
 
 def ranks(r: Report, options: list[str]) -> None:

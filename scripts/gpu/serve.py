@@ -129,8 +129,9 @@ def _prepare(folder: Path) -> str:
     import llama_tp
     from gpu.models import write_random_checkpoint
     from gpu.start import ALONE_ON_CPU
-    from llama_tp.config import EngineConfig, ModelArgs
+    from llama_tp.config import EngineConfig
     from llama_tp.engine.sampling_params import SamplingParams
+    from llama_tp.model_args import ModelArgs
     from llama_tp.resources import HANDLER, resource
     from llama_tp.text import load_tokenizer
     from llama_tp.torchserve.archive import build_archive

@@ -18,11 +18,12 @@ import llama_tp
 from gpu.device import CUDA, DEVICE, DTYPE, SMOKE, THREADS, seconds_of
 from gpu.models import agreement, build_local_model, greedy, model_args, random_prompts, write_random_checkpoint
 from gpu.report import Report
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine import startup as loading
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
 

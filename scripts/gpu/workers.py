@@ -46,7 +46,8 @@ def generate(checkpoint: str, group: launch.Group, dtype: str, deterministic: bo
     """Greedy tokens, on the leader."""
     import llama_tp
     from gpu.models import greedy, random_prompts
-    from llama_tp.config import EngineConfig, ModelArgs
+    from llama_tp.config import EngineConfig
+    from llama_tp.model_args import ModelArgs
 
     args = ModelArgs.load(Path(checkpoint, "model_args.json"))
     prompts = random_prompts([4, 70, 2], args.vocab_size)

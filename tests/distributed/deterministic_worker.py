@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.apply import localize, parallelize
 from llama_tp.parallel.comm import Comm, GroupComm
 from llama_tp.parallel.launch import Group, join

@@ -7,9 +7,10 @@ import sys
 import torch
 
 from llama_tp.checkpoint.load import _Loader
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine import runner
 from llama_tp.engine import startup as load
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from tests.distributed.torchrun import exit_rank
 

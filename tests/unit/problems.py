@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama_tp.config import ConfigError
+from llama_tp.config_error import ConfigError
 
 
 def problems_of(make: Callable[..., object], /, *args: object, **kwargs: object) -> list[str]:

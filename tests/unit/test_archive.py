@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llama_tp.config import ConfigError
+from llama_tp.config_error import ConfigError
 from llama_tp.torchserve import archive
 from llama_tp.torchserve.archive import build_archive
 from tests.paths import ROOT, names_in

@@ -8,7 +8,7 @@ import pytest
 
 from llama_tp.bench import checkpoint as bench
 from llama_tp.cli.bench import checkpoint as bench_checkpoint
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 
 
 def test_every_contender_has_a_line_and_nothing_is_left_behind(monkeypatch, capsys, tmp_path):

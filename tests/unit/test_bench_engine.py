@@ -10,7 +10,7 @@ import torch
 from llama_tp.bench import engine as bench
 from llama_tp.bench.peers import transformers_model
 from llama_tp.cli.bench import engine as bench_engine
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model
 

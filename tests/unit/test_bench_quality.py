@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from llama_tp.bench import quality as bench
 from llama_tp.cli.bench import quality as bench_quality
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.text.tokenizer import load_tokenizer
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin

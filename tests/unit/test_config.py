@@ -10,10 +10,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs, RopeScaling
 from tests.published_params import (
     CODE_LLAMA_7B,
     LLAMA_2_7B,

@@ -17,9 +17,10 @@ from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.inspection import inspect_checkpoint
 from llama_tp.checkpoint.store.stored import StoredReader
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk, StepPlan
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
 from llama_tp.text import load_tokenizer

@@ -22,7 +22,7 @@ from llama_tp.checkpoint.store.reading import load
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.verify import verify
 from llama_tp.cli.command import run_command
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.text import load_tokenizer
 from tests.paths import names_in
 from tests.tiny_checkpoint import PARAMS, flip_bit, meta_tensors, write_checklist, write_meta

@@ -23,8 +23,8 @@ from llama_tp.checkpoint.store.manifest import MANIFEST, load_manifest, write_ma
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, load
 from llama_tp.checkpoint.store.table import TABLE, load_table
 from llama_tp.checkpoint.store.verify import verify
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import shard, tp_dim
 from tests.tiny_checkpoint import ARGS, Evil, meta_tensors, write_meta
 

@@ -13,7 +13,7 @@ from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.store.reading import load
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from tests.tiny_checkpoint import meta_tensors, write_meta
 from tests.tiny_gguf import (
     DIM,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_model import random_model, runner_of
 from tests.watched_request import PROMPT, logits_of

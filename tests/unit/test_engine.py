@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from llama_tp.config import ConfigError, EngineConfig
+from llama_tp.config import EngineConfig
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.codec import decode
 from llama_tp.engine.engine import Engine, GroupDiverged
 from llama_tp.engine.request import FinishReason, Request
@@ -514,7 +515,6 @@ def test_a_cache_of_no_size_is_refused_by_name(memory):
 def test_auto_computes_in_what_is_fastest_for_the_batch(monkeypatch, name, stored, cpu, max_batch_size, expected):
     from llama_tp.checkpoint import load
 
-    monkeypatch.setattr(load, "stored_dtype", lambda _folder: stored)
     monkeypatch.setattr(load, "_computes_natively", lambda _dtype, _device: cpu == "native")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    assert load.resolve_dtype(name, "", torch.device("cpu"), max_batch_size) == expected
+    assert load.resolve_dtype(name, stored, torch.device("cpu"), max_batch_size) == expected

@@ -31,10 +31,11 @@ from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.stored import MODEL_ARGS, StoredReader
 from llama_tp.checkpoint.store.verify import verify
-from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.text import load_tokenizer
 from tests.paths import names_in
 from tests.published_params import LLAMA_2_7B, LLAMA_3_1_8B

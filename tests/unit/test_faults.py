@@ -17,7 +17,7 @@ from llama_tp.checkpoint.load import load_model
 from llama_tp.checkpoint.store.hash_cache import HASH_CACHE
 from llama_tp.checkpoint.store.manifest import MANIFEST
 from llama_tp.checkpoint.store.verify import verify
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from tests.tiny_converted import convert_beside, write_originals
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from llama_tp.cli import main as cli
-from llama_tp.config import ConfigError
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.loop import EXIT_STEP_FAILED
 from llama_tp.parallel.comm import PeerLost
 from llama_tp.torchserve import follower as follow_module

@@ -16,7 +16,7 @@ from llama_tp.checkpoint.convert import MODEL_ARGS, convert
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.gguf_tokenizer import write_tokenizer
 from llama_tp.checkpoint.formats.open import open_checkpoint
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_gguf import (
     DIM,
@@ -220,7 +220,7 @@ def test_the_tokenizer_splits_digits_merges_and_keeps_control_tokens_whole(tmp_p
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
-    write_gguf(tmp_path / "a.gguf", pre="tekken")
-    with pytest.raises(ValueError, match="'tekken'"):
+    write_gguf(tmp_path / "a.gguf", pre="deepseek-r1-qwen")
+    with pytest.raises(ValueError, match="'deepseek-r1-qwen'"):
         write_tokenizer(GGUFReader(tmp_path / "a.gguf").metadata, tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llama_tp.checkpoint.convert import MODEL_ARGS, convert
 from llama_tp.checkpoint.formats.gguf import GGUFReader
 from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
-from llama_tp.config import EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig
 from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk, StepPlan
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
 from tests.tiny_gguf import write_model

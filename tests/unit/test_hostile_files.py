@@ -23,7 +23,7 @@ from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.inspection import inspect_checkpoint
 from llama_tp.checkpoint.store.manifest import MANIFEST, write_manifest
 from llama_tp.checkpoint.store.table import TABLE
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.text import load_tokenizer
 from llama_tp.text.tokenizer_files import check_links
 from tests.paths import ROOT

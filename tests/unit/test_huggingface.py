@@ -16,10 +16,12 @@ from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader, hugging_f
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.checkpoint.formats.reader import MemoryTensor
 from llama_tp.checkpoint.formats.rotary import RotaryTensor
-from llama_tp.config import ConfigError, EngineConfig, ModelArgs, RopeScaling
+from llama_tp.config import EngineConfig
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk, StepPlan
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
 from llama_tp.text import load_tokenizer
@@ -372,8 +374,8 @@ REFUSED = {
     "no architecture": (_config(architectures=None), ("architectures=None", "LlamaForCausalLM")),
     "odd architectures": (_config(architectures=[{}]), ("architectures=[{}]", "LlamaForCausalLM")),
     "quantized weights": (
-        _config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("quantization_config with quant_method='gptq'", "original"),
+        _config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("quant_method='bitsandbytes'", "original"),
     ),
     "another activation": (_config(hidden_act="gelu"), ("hidden_act='gelu'", "only 'silu'")),
     "yarn": (

@@ -9,6 +9,7 @@ import pytest
 
 from tests.paths import ROOT
 
+CONFIG = ("config_error", "model_args", "config")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "llama_tp").rglob("*.py")
@@ -89,13 +90,15 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     names = imports_of(module, also_inside_functions=True) | reach_of(module)
     assert not any(name.startswith("torch.distributed") for name in names)
     packages = {package_of(name) for name in names if name in FILES}
-    assert packages <= {"llama_tp", "llama_tp.model", "llama_tp.config", "llama_tp.file_kind"}
+    assert packages <= {"llama_tp", *(f"llama_tp.{name}" for name in ("model", "file_kind", *CONFIG))}
 
 
 @pytest.mark.parametrize(
     "module",
     [
         "llama_tp.config",
+        "llama_tp.config_error",
+        "llama_tp.model_args",
         "llama_tp.control_groups",
         "llama_tp.threads",
         "llama_tp.file_kind",
@@ -135,26 +138,22 @@ LAYERS = {
     "file_kind": (),
     "control_groups": (),
     "resources": (),
-    "config": ("file_kind",),
+    "config_error": (),
+    "model_args": ("file_kind", "config_error"),
+    "config": ("config_error",),
     "threads": ("control_groups",),
     "text": ("file_kind",),
-    "model": ("config",),
-    "parallel": ("config", "threads", "model"),
-    "checkpoint": (
-        "file_kind",
-        "config",
-        "threads",
-        "text",
-        "model",
-        "parallel",
-    ),  # a conversion checks and keeps the tokenizer
-    "engine": ("config", "control_groups", "threads", "model", "parallel", "checkpoint"),
-    "planning": ("config", "control_groups", "threads", "resources", "model", "parallel", "engine"),
-    "serving": ("config", "text", "engine"),
-    "torchserve": ("config", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
-    "bench": ("config", "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
+    "model": CONFIG,
+    "parallel": (*CONFIG, "threads", "model"),
+    # A conversion checks and keeps the tokenizer.
+    "checkpoint": ("file_kind", *CONFIG, "threads", "text", "model", "parallel"),
+    "engine": (*CONFIG, "control_groups", "threads", "model", "parallel", "checkpoint"),
+    "planning": (*CONFIG, "control_groups", "threads", "resources", "model", "parallel", "engine"),
+    "serving": (*CONFIG, "text", "engine"),
+    "torchserve": (*CONFIG, "threads", "text", "parallel", "checkpoint", "engine", "serving"),
+    "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
     "cli": (
-        *("config", "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
+        *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
         *("planning", "torchserve", "bench"),
     ),
 }
@@ -181,12 +180,13 @@ def test_one_module_knows_each_foreign_format():
     """And those that write one, and the download, which reads a config.json before it fetches the weights; all others
     open a checkpoint of whatever format."""
     formats = "llama_tp.checkpoint.formats."
+    general = ("reader", "open", "write", "cast", "checklist", "quantized", "quantizing")
     known = {f"llama_tp.{name}" for name in ("checkpoint.demo", "checkpoint.hub.download", "bench.peers")}
     for module in MODULES:
         if module.startswith(formats) or module in known:
             continue
         found = {name for name in imports_of(module, also_inside_functions=True) if name.startswith(formats)}
-        assert found <= {formats + name for name in ("reader", "open", "write", "cast", "checklist")}, module
+        assert found <= {formats + name for name in general}, module
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_one_module_knows_each_foreign_format():
 )
 def test_inside_the_engine_policy_and_sampling_stand_alone(module, may_import):
     ours = {name for name in imports_of(f"llama_tp.engine.{module}", also_inside_functions=True) if name in FILES}
-    assert ours - {"llama_tp.config"} <= {f"llama_tp.engine.{name}" for name in may_import}
+    assert ours - {"llama_tp.config", "llama_tp.config_error"} <= {f"llama_tp.engine.{name}" for name in may_import}
 
 
 def test_text_api_and_engine_meet_only_where_a_service_is_made():

@@ -112,7 +112,7 @@ def test_a_gguf_file_is_described(tmp_path, unread):
     assert found.format == "a GGUF file"
     assert (found.tensors, found.files) == (len(META_TO_GGUF), 1)
     assert found.num_bytes == (tmp_path / "a.gguf").stat().st_size
-    assert "quantized tensors, if there are any, become bfloat16" in found.notes
+    assert any(note.startswith("quantized tensors that become bfloat16: ") for note in found.notes)
 
 
 def test_a_vocabulary_without_a_chat_format_says_why(tmp_path):
@@ -144,7 +144,7 @@ def test_the_command_prints_aligned_lines_and_the_memory_of_ranks(run, converted
     assert values["features"] == "tied embeddings"
     assert values["context"] == "no limit known; max_seq_len is 2048"
     title, columns, *rows = table.splitlines()
-    assert title == "Memory of the busiest rank, in float32:"
+    assert title == "Memory of the busiest rank, on a GPU and in float32:"
     assert len({len(line) for line in (columns, *rows)}) == 1, "columns are aligned"
     assert [row.split()[0] for row in rows] == ["1", "2", "4"], "no more than there are heads"
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine import memory_probe as module
 from llama_tp.engine.memory import ITEMSIZE, MemoryModel
 from llama_tp.engine.memory_probe import compute_largest_steps, config_for_measuring
@@ -15,6 +15,7 @@ from llama_tp.engine.request import Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.linear import Linear
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.sharding import local_kv_heads

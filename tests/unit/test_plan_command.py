@@ -10,8 +10,8 @@ import time
 import pytest
 
 from llama_tp.cli import planning
-from llama_tp.config import ModelArgs
 from llama_tp.model.published import PUBLISHED
+from llama_tp.model_args import ModelArgs
 from llama_tp.torchserve.config import ModelConfig
 from tests.paths import CONFIGS
 from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_3_1_8B

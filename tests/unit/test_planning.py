@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from llama_tp.config import EngineConfig, ModelArgs, parse_memory
+from llama_tp.config import EngineConfig, parse_memory
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.model.published import PUBLISHED
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import num_parameters_of_rank
 from llama_tp.planning import devices as devices_module
 from llama_tp.planning.advice import advise

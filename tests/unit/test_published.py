@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.published import PUBLISHED, published
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import num_parameters_of_rank
 from tests import published_params
 

@@ -19,7 +19,7 @@ from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.checkpoint.store.stored import StoredReader
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
@@ -28,6 +28,7 @@ from llama_tp.model.norm import Norm
 from llama_tp.model.quantization import dequantize, quantize
 from llama_tp.model.quantized_linear import QuantizedLinear
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from llama_tp.parallel.sharding import shard, tp_dim
 from tests.tiny_huggingface import save as save_hugging_face

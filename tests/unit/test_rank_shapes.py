@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_tp.config import EngineConfig, ModelArgs
+from llama_tp.config import EngineConfig
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.model.linear import Linear
 from llama_tp.model.transformer import Transformer
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.apply import hold_shards, localize, parallelize
 from llama_tp.parallel.sharding import heads, local_shapes, num_parameters_of_rank, num_ranks, tp_dim
 

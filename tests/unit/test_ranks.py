@@ -9,7 +9,7 @@ import pytest
 
 from llama_tp.cli import ranks
 from llama_tp.cli.ranks import automatic_size, resolve_size, run_on_ranks
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.store import dcp
 from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.stored import MODEL_ARGS, StoredReader
-from llama_tp.config import ModelArgs, RopeScaling
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs, RopeScaling
 from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_gguf import write_model
 from tests.tiny_huggingface import CONFIGS, save, tiny_model

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from llama_tp.config import ModelArgs
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.model_args import ModelArgs
 from llama_tp.serving.dialects import native
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import RequestDefaults

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import (
     COLUMN,
     LLAMA_TP_PLAN,

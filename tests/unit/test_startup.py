@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_tp.config import ConfigError, EngineConfig
+from llama_tp.config import EngineConfig
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.startup import load_engine
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_converted import convert_beside, write_originals

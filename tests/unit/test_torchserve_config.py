@@ -8,8 +8,9 @@ import json
 import pytest
 import yaml
 
-from llama_tp.config import ConfigError, ModelArgs
+from llama_tp.config_error import ConfigError
 from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.model_args import ModelArgs
 from llama_tp.torchserve.config import HandlerSection, ModelConfig, TorchrunSection
 from tests.paths import CONFIGS, ROOT
 from tests.published_params import DEMO, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_1_8B

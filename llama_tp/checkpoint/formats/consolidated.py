@@ -9,9 +9,9 @@ from typing import Any
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
 from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
 from llama_tp.checkpoint.formats.safetensors_files import FileNames, check_tensors, open_tensors
-from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 
 CONSOLIDATED = FileNames("consolidated.safetensors", "consolidated.safetensors.index.json")
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"

@@ -21,9 +21,9 @@ from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s,
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
 from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
 from llama_tp.checkpoint.torch_file import check_torch_file, why_not_loaded
-from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link, describe_model_folder, describe_weights, shown
 from llama_tp.model.weights import weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import tp_dim
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"

@@ -22,7 +22,7 @@ from llama_tp.checkpoint.formats.reader import CheckpointReader
 from llama_tp.checkpoint.progress import Advance
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.manifest import FileEntry
-from llama_tp.config import ModelArgs, RopeScaling, meta_rope_factor
+from llama_tp.model_args import ModelArgs, RopeScaling, meta_rope_factor
 from llama_tp.text.tokenizer import Tokenizer
 
 _MAX_SHARDS = 100

@@ -20,9 +20,9 @@ from llama_tp.checkpoint.formats.quantized import RotaryQuantized, in_one_format
 from llama_tp.checkpoint.formats.quantized_gguf import FORM_OF, GgufQuantized
 from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
 from llama_tp.checkpoint.formats.rotary import in_metas_order, is_rotated
-from llama_tp.config import ModelArgs
 from llama_tp.file_kind import shown
 from llama_tp.model.weights import GROUP, weight_shapes, why_not_quantized
+from llama_tp.model_args import ModelArgs
 
 _TOP = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
 _LAYER = {
@@ -54,7 +54,6 @@ class GGUFReader:
         self.files, self.metadata, entries = open_files(Path(path))
         self.path = self.files[0]
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
-        self.about: Mapping[str, Any] = {"source": "gguf"}
         architecture = architecture_of(self.metadata)
         found = {_meta_name(name): entry for name, entry in entries.items()}
         _check_types(self.path, found.values())
@@ -73,7 +72,8 @@ class GGUFReader:
             name: in_metas_order(name, one, self.args.head_dim) if rotates_halves else one
             for name, one in stored.items()
         }
-        self.num_widened = sum(found[name].tensor_type.name not in _DENSE for name in dense)
+        widened = sum(found[name].tensor_type.name not in _DENSE for name in dense)
+        self.about: Mapping[str, Any] = {"source": "gguf", "widened_tensors": widened}
         if self.quantized:
             is_tied = self.args.tied_embeddings and "output" not in self.quantized
             self.args = replace(self.args, tied_embeddings=is_tied, quantization_group=GROUP)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_tp.config import ConfigError, ModelArgs, RopeScaling
+from llama_tp.config_error import ConfigError
 from llama_tp.model.rope import scale_frequencies
+from llama_tp.model_args import ModelArgs, RopeScaling
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """What is read. Mistral's models are "llama" here."""

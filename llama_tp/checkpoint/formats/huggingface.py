@@ -28,9 +28,9 @@ from llama_tp.checkpoint.formats.safetensors_files import (
     check_tensors,
     open_tensors,
 )
-from llama_tp.config import ModelArgs
 from llama_tp.file_kind import check_link
 from llama_tp.model.weights import GROUP, weight_shapes, why_not_quantized
+from llama_tp.model_args import ModelArgs
 
 CONFIG = "config.json"
 _TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.formats.quantization_config import QuantizationConfig, read_quantization
-from llama_tp.config import ConfigError, ModelArgs, RopeScaling
+from llama_tp.config_error import ConfigError
 from llama_tp.file_kind import read_small, shown, why_no_content
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.text.siblings import parse_json
 
 ARCHITECTURES: Mapping[str, Mapping[str, str | bool]] = {

@@ -17,7 +17,7 @@ from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE
 from llama_tp.checkpoint.formats.safetensors_writer import Layout, split_into_files, write_safetensors
 from llama_tp.checkpoint.progress import Advance
 from llama_tp.checkpoint.store.manifest import FileEntry
-from llama_tp.config import ModelArgs, RopeScaling
+from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.sharding import tp_dim
 from llama_tp.text.tokenizer import Tokenizer
 

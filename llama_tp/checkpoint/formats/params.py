@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_tp.checkpoint.formats.huggingface_config import read_object
-from llama_tp.config import ConfigError, ModelArgs
+from llama_tp.config_error import ConfigError
 from llama_tp.file_kind import shown
+from llama_tp.model_args import ModelArgs
 
 PARAMS = "params.json"
 

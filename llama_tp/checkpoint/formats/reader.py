@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llama_tp.config import ModelArgs
 from llama_tp.model.quantization import QuantizedWeight
 from llama_tp.model.weights import Form
+from llama_tp.model_args import ModelArgs
 
 
 class TensorSource(Protocol):

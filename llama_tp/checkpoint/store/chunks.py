@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import shard, tp_dim
 
 DEFAULT_TP_MAX = 8

@@ -38,7 +38,7 @@ from llama_tp.checkpoint.store.chunks import DEFAULT_TP_MAX, chunk_bounds
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.manifest import FileEntry
 from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, write_table
-from llama_tp.config import ModelArgs
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.sharding import tp_dim
 from llama_tp.threads import available_cores, num_io_threads

@@ -60,7 +60,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         found = describe_model_folder(Path(folder)) or "is not a complete converted checkpoint; convert it again"
         raise ValueError(f"{path} does not exist: {folder} {found}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from None
 
 

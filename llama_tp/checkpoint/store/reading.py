@@ -19,8 +19,8 @@ from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.manifest import MANIFEST, manifest_digest
 from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, check_shapes, dtype_name, load_table
 from llama_tp.checkpoint.store.verify import verify
-from llama_tp.config import ModelArgs
 from llama_tp.model.weights import WeightFormats, formats_of, parameter_shapes, weight_shapes
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.threads import num_io_threads
 

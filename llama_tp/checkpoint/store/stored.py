@@ -16,9 +16,9 @@ from llama_tp.checkpoint.store.dcp import METADATA
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model
 from llama_tp.checkpoint.store.table import StoredTensor, dtype_name
-from llama_tp.config import ModelArgs
 from llama_tp.model.quantization import QuantizedWeight
 from llama_tp.model.weights import Form, Quantized, weight_shapes
+from llama_tp.model_args import ModelArgs
 
 MODEL_ARGS = "model_args.json"
 

@@ -89,7 +89,7 @@ def load_table(folder: str | Path, manifest: Manifest) -> Table:
         for name, tensor in table.items():
             _check(name, tensor, manifest)
         return table
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not the table of a checkpoint: {type(error).__name__}: {error}") from None
 
 
