@@ -42,7 +42,11 @@ def test_a_gguf_file_is_converted_to_what_the_same_weights_in_metas_shards_are(t
     ours, theirs = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("gguf", "fairscale")
     )
-    assert json.loads(ours.pop("manifest.json"))["about"] == {"source": "gguf", "dtype": "bfloat16"}
+    assert json.loads(ours.pop("manifest.json"))["about"] == {
+        "source": "gguf",
+        "widened_tensors": 6,
+        "dtype": "bfloat16",
+    }
     del theirs["manifest.json"]
     assert ours == theirs
     assert any(name.endswith(".distcp") for name in ours)
