@@ -53,7 +53,7 @@ class MemoryModel:
     ) -> MemoryModel:
         """For one of the ranks, computing in `dtype`."""
         itemsize = ITEMSIZE[dtype]
-        weights = _weight_bytes(args, ranks, rank, itemsize, formats, device_type)
+        weights = _weight_bytes(args, ranks, rank, dtype, formats, device_type)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
         return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
 
@@ -126,9 +126,10 @@ class MemoryModel:
 
 
 def _weight_bytes(
-    args: ModelArgs, ranks: Ranks, rank: int, itemsize: int, formats: WeightFormats, device_type: str
+    args: ModelArgs, ranks: Ranks, rank: int, dtype: str, formats: WeightFormats, device_type: str
 ) -> int:
     """Bytes of a rank's weights once prepared for the device."""
+    itemsize = ITEMSIZE[dtype]
     layer, other = layer_shapes(args)
     if args.tied_embeddings and device_type == "cpu":
         # A CPU multiplies with a packed copy of the matrix, and looks up tokens in the plain one.
@@ -139,7 +140,11 @@ def _weight_bytes(
         for name, shape in shapes.items():
             local = local_shape(args, name, shape, ranks, rank)
             linear = formats_of_modules.get(name.removesuffix(".weight"))
-            sizes += math.prod(local) * itemsize if linear is None else num_bytes(linear.parameters(*local), itemsize)
+            if linear is None:
+                sizes += math.prod(local) * itemsize
+            else:
+                rows, columns = local
+                sizes += num_bytes(linear.held(rows, columns, dtype, device_type), itemsize)
         return sizes
 
     # Few kinds of layers, often one: those whose linear layers have the same formats.

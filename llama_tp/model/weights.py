@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from llama_tp.model_args import ModelArgs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from llama_tp.model.linear import Linear
@@ -85,12 +86,16 @@ class WeightFormat(Protocol):
     def name(self) -> str: ...
 
     def parameters(self, out_features: int, in_features: int) -> Parameters:
-        """What stands for the weight, in a checkpoint and in memory."""
+        """What stands for the weight in a checkpoint."""
         ...
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
-        """The layer whose output is the concatenation of the shards' outputs. Each shard maps the names of a layer's
-        parameters, of which `bias` may be missing, to this rank's part of them."""
+    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
+        """What stands for it in the memory of a device (cpu or cuda) that computes in `dtype`."""
+        ...
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
+        """The layer whose output is the concatenation of the shards' outputs, in `dtype`. Each shard maps the names of
+        a layer's parameters, of which `bias` may be missing, to this rank's part of them."""
         ...
 
 
@@ -107,7 +112,10 @@ class Dense:
     def parameters(self, out_features: int, in_features: int) -> Parameters:
         return {"weight": ((out_features, in_features), None)}
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
+    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
+        return self.parameters(out_features, in_features)
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
         from llama_tp.model.linear import DenseLinear
 
         return DenseLinear(**{name: _join([shard[name] for shard in shards]) for name in shards[0]})
@@ -130,14 +138,25 @@ class Quantized:
         packed = (out_features, in_features // 2)
         return {"weight": (packed, "uint8"), "scales": (groups, "float16"), "offsets": (groups, self.offsets)}
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]]) -> Linear:
+    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
+        if device_type != "cpu":
+            return self.parameters(out_features, in_features)
+        if dtype == "bfloat16" and self.name == "int8":
+            return {"weight": ((out_features, in_features), "int8"), "scales": ((out_features,), None)}
+        if dtype == "bfloat16" and self.name == "int4":
+            rows = -(-out_features // ROW_BLOCK) * ROW_BLOCK
+            scales = (in_features // GROUP, rows, 2)
+            return {"weight": ((rows, in_features // 2), "uint8"), "scales_and_zeros": (scales, None)}
+        return DENSE.parameters(out_features, in_features)  # no kernel: widened once
+
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
         from llama_tp.model.quantization import QuantizedWeight
-        from llama_tp.model.quantized_linear import QuantizedLinear
+        from llama_tp.model.quantized_linear import quantized_linear
 
         joined = {name: _join([shard[name] for shard in shards]) for name in shards[0]}
         scales = joined["row_scales" if self.name == "int8" else "scales"]
         quantized = QuantizedWeight(joined["weight"], scales, joined.get("offsets"))
-        return QuantizedLinear(quantized, joined.get("bias"))
+        return quantized_linear(quantized, joined.get("bias"), dtype)
 
 
 DENSE = Dense()
@@ -145,6 +164,8 @@ DENSE_FORMATS: WeightFormats = MappingProxyType({})
 """Of a model without quantized layers."""
 GROUP = 32
 """Columns of a quantized matrix that share a scale: ranks do not divide them."""
+ROW_BLOCK = 16
+"""The rows of an int4 matrix on a CPU are padded to a multiple of this."""
 FUSED = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("feed_forward.w1", "feed_forward.w3"),

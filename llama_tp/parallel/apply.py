@@ -134,7 +134,7 @@ def localize(
     (embedding, layers, norm, output) before its weights are used, in this order, so that a load need not hold more than
     one part twice.
     """
-    local = _Localizer(model.args, comm, formats, comm.size if ranks is None else ranks)
+    local = _Localizer(model.args, comm, formats, comm.size if ranks is None else ranks, model.norm.weight.dtype)
     rows = vocab_shard(model.args, comm.size)
     prepare(model.tok_embeddings)
     embedding = _padded(_local(model.tok_embeddings.weight), rows)
@@ -153,7 +153,7 @@ def localize(
     else:
         prepare(model.output)
         output = {name: _padded(_local(one), rows) for name, one in model.output.named_parameters()}
-    linear = formats.get("output", DENSE).linear([output])
+    linear = formats.get("output", DENSE).linear([output], local.dtype)
     model.output = VocabLinear(linear, comm, model.args.vocab_size)  # type: ignore[assignment]
     return model
 
@@ -175,10 +175,12 @@ class _Localizer:
     comm: Comm
     formats: WeightFormats
     ranks: Ranks
+    dtype: torch.dtype
+    """To compute in."""
 
     def attention(self, attention: Attention, name: str) -> FusedAttention:
         wqkv = self._format(f"{name}.wq").linear(
-            [self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")]
+            [self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")], self.dtype
         )
         num_kv_heads = local_kv_heads(self.args, self.ranks, self.comm.rank)
         num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
@@ -193,7 +195,7 @@ class _Localizer:
     def feed_forward(self, feed_forward: FeedForward, name: str) -> FusedFeedForward:
         return FusedFeedForward(
             w13=self._format(f"{name}.w1").linear(
-                [self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")]
+                [self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")], self.dtype
             ),
             w2=self._row_linear(feed_forward, name, "w2"),
         )
@@ -202,7 +204,7 @@ class _Localizer:
         """Its bias, which every rank has in full, is added after the sum over the ranks."""
         local = self._pop_parameters(owner, name, layer)
         bias = local.pop("bias", None)
-        return RowLinear(self._format(f"{name}.{layer}").linear([local]), self.comm, bias)
+        return RowLinear(self._format(f"{name}.{layer}").linear([local], self.dtype), self.comm, bias)
 
     def _format(self, module: str) -> WeightFormat:
         return self.formats.get(module, DENSE)
