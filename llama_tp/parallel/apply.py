@@ -95,7 +95,9 @@ def hold_shards(model: Transformer, ranks: Ranks, rank: int, formats: WeightForm
             for own, (shape, own_dtype) in formats[module].parameters(*shapes[name]).items():
                 own_type = dtype if own_dtype is None else getattr(torch, own_dtype)
                 _hold_shard(model, f"{module}.{own}", shape, own_type, ranks, rank)
-        elif tp_dim(name) is not None:
+        elif (dim := tp_dim(name)) is not None:
+            if isinstance(parameter, DTensor) and name.startswith("layers."):
+                assert parameter.to_local().size(dim) == padded_length(model.args, name, ranks)
             _hold_shard(model, name, shapes[name], dtype, ranks, rank)
 
 

@@ -162,6 +162,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(made, copy):
         files.read({name: Slices.whole(tensor) for name, tensor in target.items()})
 
 
+def test_hosts_with_different_checkpoints_do_not_serve_together(made, monkeypatch):
+    monkeypatch.setattr(reading, "gather", lambda digest: [digest, digest, "another"])
+    with pytest.raises(ValueError, match=r"manifest\.json of rank 2 differs from that of rank 0; copy"):
+        reading.open_on_all_ranks(made[1])
+
+
 def test_threads_that_start_after_a_read_compute_as_before(made):
     threads = torch.get_num_threads()
     with StoredFiles(made[1]) as files:

@@ -7,6 +7,7 @@ import torch
 
 from llama_tp.model import fp32_fallback, linear
 from llama_tp.model.linear import DenseLinear
+from llama_tp.model.weights import DENSE
 
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Half of the last place of a result: what rounding it once costs; sums are float32."""
@@ -81,3 +82,15 @@ def test_upcast_copies_share_memory_that_is_kept():
     assert (one.tolist(), two.tolist()) == ([1, 1, 1], [[0, 2], [1, 3]])
     (three,) = fp32_fallback.upcast(torch.zeros(2, dtype=torch.float16))
     assert three.data_ptr() == one.data_ptr()
+
+
+def test_neighbouring_shards_are_joined_without_a_copy():
+    memory = torch.arange(24.0).view(6, 4)
+    joined = DENSE.linear([{"weight": memory[:1]}, {"weight": memory[1:4]}, {"weight": memory[4:]}], torch.float16)
+    assert torch.equal(joined.dense_weight(), memory)
+    whole = memory.half()
+    kept = DENSE.linear([{"weight": whole[:2]}, {"weight": whole[2:]}], torch.float16)
+    assert kept.dense_weight().data_ptr() == whole.data_ptr()
+    for shards in ([whole[:2], whole[3:]], [whole[2:], whole[:2]], [whole[:, :2], whole[:, 2:]]):
+        copied = DENSE.linear([{"weight": one} for one in shards], torch.float16)
+        assert torch.equal(copied.dense_weight(), torch.cat(shards))
