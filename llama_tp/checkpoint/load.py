@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,16 +86,12 @@ class _Loader:
     def _materialize(self, part: nn.Module, prefix: str) -> None:
         """Give a part local tensors on the device, with matrices that become one linear layer next to each other."""
         parameters = sorted(part.named_parameters(), key=_neighbours)
-        packed = [(name, one) for name, one in parameters if self._is_packed(part, prefix, name, one)]
-        kept = [one for one in parameters if one not in packed]
-        for those, allocate in ((packed, self._memory), (kept, self._fresh)):
-            sizes = [_aligned(_local(parameter).nbytes) for _, parameter in those]
-            places = allocate(sum(sizes))[: sum(sizes)].split(sizes)
-            for (name, parameter), place in zip(those, places, strict=True):
-                local = _local(parameter)
-                tensor = place[: local.nbytes].view(local.dtype).view(local.shape)
-                owner, _, kind = name.rpartition(".")
-                part.get_submodule(owner).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
+        matrices = [(name, one) for name, one in parameters if one.dim() > 1]
+        packed = {name for name, _ in matrices if self._is_packed(part, f"{prefix}.{name}")}
+        _place(part, [one for one in matrices if one[0] in packed], self._memory)
+        _place(part, [one for one in matrices if one[0] not in packed], self._fresh)
+        for vector in (one for one in parameters if one[1].dim() == 1):
+            _place(part, [vector], self._fresh)  # alone: it may be kept for longer than the matrices
 
     def _slices(self, part: nn.Module, prefix: str) -> dict[str, Slices]:
         """Where the weights of a part go. What is padding becomes zero."""
@@ -113,9 +109,10 @@ class _Loader:
             slices[name] = Slices(dim, targets, shape)
         return slices
 
-    def _is_packed(self, part: nn.Module, prefix: str, name: str, parameter: Tensor) -> bool:
-        is_dense = f"{prefix}.{name}".rpartition(".")[0] not in self._files.formats
-        return self._packs and isinstance(part, TransformerBlock) and is_dense and parameter.dim() == 2
+    def _is_packed(self, part: nn.Module, name: str) -> bool:
+        """Whether a matrix is a dense layer's, of which localizing keeps a packed copy."""
+        is_dense = name.rpartition(".")[0] not in self._files.formats
+        return self._packs and isinstance(part, TransformerBlock) and is_dense
 
     def _memory(self, size: int) -> Tensor:
         """Memory for matrices that are packed next. That for the last part but one is free again: fresh memory costs
@@ -128,6 +125,17 @@ class _Loader:
 
     def _fresh(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._group.device)
+
+
+def _place(part: nn.Module, parameters: Sequence[tuple[str, Tensor]], allocate: Callable[[int], Tensor]) -> None:
+    """Replace parameters on the meta device by tensors that follow each other in memory."""
+    sizes = [_aligned(_local(parameter).nbytes) for _, parameter in parameters]
+    places = allocate(sum(sizes))[: sum(sizes)].split(sizes)
+    for (name, parameter), place in zip(parameters, places, strict=True):
+        local = _local(parameter)
+        tensor = place[: local.nbytes].view(local.dtype).view(local.shape)
+        owner, _, kind = name.rpartition(".")
+        part.get_submodule(owner).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
 
 
 _ALIGNMENT = 64

@@ -118,6 +118,14 @@ def test_what_a_rank_holds_is_what_the_memory_model_says(pair):
             assert said.weights == held, (size, rank)
 
 
+def test_weights_that_were_widened_are_not_kept_alive(pair):
+    """By a norm, for example, that would lie in the same memory."""
+    quantized, _, args = pair
+    model = load(quantized, args)
+    for norm in (module for module in model.modules() if isinstance(module, Norm)):
+        assert norm._weight.untyped_storage().nbytes() <= norm._weight.nbytes + 64
+
+
 def test_each_rank_reads_whole_chunks_of_its_own_only(pair):
     quantized, _, args = pair
     for name, tensor in StoredFiles(quantized).tensors.items():
