@@ -32,7 +32,7 @@ _AWQ_ROW_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)
 def convert_to(source: Path, folder: Path, **options: Any) -> Path:
     """Convert with a tokenizer that fits any of the tiny models. The checkpoint."""
     tokenizer = folder.with_name(f"{folder.name}.tokenizer")
-    tokenizer.mkdir()
+    tokenizer.mkdir(exist_ok=True)
     make_tokenizer_json(tokenizer)
     convert(str(source), str(tokenizer), None, str(folder), model_args_path=str(folder / MODEL_ARGS), **options)
     return folder
@@ -47,8 +47,9 @@ def engine_on(folder: Path, group: Group | None = None) -> Engine:
 
 def outputs_of(folder: Path, group: Group | None = None) -> tuple[Tensor | None, list[list[int]]]:
     """(logits of the last token of PLAN, greedy tokens of PROMPTS), of the leader."""
-    logits = engine_on(folder, group).runner.execute(PLAN)
-    completions = engine_on(folder, group).generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
+    engine = engine_on(folder, group)
+    logits = engine.runner.execute(PLAN)
+    completions = engine.generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
     return logits, [completion.token_ids for completion in completions]
 
 
@@ -57,7 +58,8 @@ def outputs_of_transformers(model: Any) -> tuple[Tensor, list[list[int]]]:
     greedy = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        mask = torch.ones_like(ids)
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None)
         greedy.append(found[0, len(prompt) :].tolist())
     return model(torch.tensor([TOKENS])).logits[:, -1], greedy
 
