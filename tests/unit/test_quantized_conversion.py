@@ -170,6 +170,8 @@ def test_plan_and_inspect_agree_with_what_ranks_hold(hugging_face, tmp_path, run
         run("--version")  # what the conversion printed is gone
         inspected = json.loads(run("inspect", str(folder), "--json")[1])
         assert sum(inspected["quantized"].values()) == 15
+        if form == "int4":
+            assert "14 linear layers in int4, 1 linear layer in int8_groups" in run("inspect", str(folder))[1]
         before = json.loads(run("plan", str(hugging_face), "--quantize", form, "--json")[1])
         after = json.loads(run("plan", str(folder), "--json")[1])
         assert before["sizes"] == after["sizes"]
