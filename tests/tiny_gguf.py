@@ -104,11 +104,13 @@ def write_gguf(
     return expected
 
 
-def write_model(path, model, *, scaling=None, tokenizer=None, kind=gguf.GGMLQuantizationType.F32, **options):
+def write_model(path, model, *, scaling=None, tokenizer=None, kind="F32", kinds=None, **options):
     """A model of transformers, as llama.cpp's converter writes it. `options` of GGUFWriter split it.
 
     scaling: of Llama 3.1, as a tensor of factors
     tokenizer: writes the tokenizer's metadata to the writer
+    kind: type of matrices, by its name
+    kinds: other types, by the ends of tensors' names without ".weight"; of Q4_K and Q6_K the values are random
     """
     config = model.config
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -146,13 +148,30 @@ def write_model(path, model, *, scaling=None, tokenizer=None, kind=gguf.GGMLQuan
         if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
             values = permuted(values, heads)
-        packed_as = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        packed = gguf.quants.quantize(np.ascontiguousarray(values), packed_as)
-        writer.add_tensor(f"{names.get_name(stem)}.{parameter}", packed, raw_dtype=packed_as)
+        theirs = names.get_name(stem)
+        of_matrix = next((other for end, other in (kinds or {}).items() if theirs.endswith(end)), kind)
+        packed_as = gguf.GGMLQuantizationType[of_matrix if values.ndim == 2 else "F32"]
+        pack = random_blocks if packed_as.name in _SCALES_AT else gguf.quants.quantize
+        writer.add_tensor(f"{theirs}.{parameter}", pack(np.ascontiguousarray(values), packed_as), raw_dtype=packed_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+_SCALES_AT = {"Q4_K": (0, 2), "Q6_K": (208,)}
+"""Where float16 scales lie in the blocks of types that the gguf package reads but does not write."""
+
+
+def random_blocks(values, kind):
+    """Blocks for as many values: random bytes, and scales that give values of about 0.1."""
+    size, num_bytes = gguf.constants.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (values.size // size, num_bytes), dtype=np.uint8)
+    for at in _SCALES_AT[kind.name]:
+        scales = random.uniform(1e-5, 1e-4, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(len(values), -1)
 
 
 def permuted(values, heads):

@@ -21,6 +21,8 @@ _SIZES = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
 }
+_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+"""Rows that groups of quantized weights divide."""
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -42,6 +44,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama, biases": _of(LlamaConfig, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama, wide heads": _of(LlamaConfig, num_key_value_heads=2, head_dim=24),
     "llama, groups": _of(LlamaConfig, num_key_value_heads=2, head_dim=32, intermediate_size=160),
+    "llama, groups of 128": _of(LlamaConfig, **_WIDE),
+    "llama, groups, tied": _of(LlamaConfig, **_WIDE, tie_word_embeddings=True),
+    "llama, blocks of 256": _of(LlamaConfig, **{**_WIDE, "hidden_size": 256, "num_hidden_layers": 1}),
+    "qwen2, groups": _of(Qwen2Config, **_WIDE, tie_word_embeddings=True),
+    "qwen3, groups": _of(Qwen3Config, **_WIDE, head_dim=32),
     "llama 3.1": _of(LlamaConfig, num_key_value_heads=1, rope_parameters=_LLAMA3),
     "llama, linear": _of(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
     "llama, dynamic": _of(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

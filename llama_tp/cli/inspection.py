@@ -53,7 +53,7 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
         ("rotation", f"theta {args.rope_theta:g}"),
         ("features", "; ".join(found.features) or "those of every Llama"),
         ("parameters", f"{found.parameters / 1e9:.2f} billion in {found.tensors} tensors, {found.dtype}"),
-        ("quantized", ", ".join(f"{count} linear layers in {form}" for form, count in found.quantized.items()) or "no"),
+        ("quantized", ", ".join(_layers(count, form) for form, count in found.quantized.items()) or "no"),
         ("on disk", f"{size} in {found.files} file{'s' if found.files != 1 else ''}"),
         ("tokenizer", tokenizer),
         ("chat format", found.chat_format or "none"),
@@ -61,6 +61,10 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
     ]
     notes = found.notes or ("none",)
     return [*lines, *((label, note) for label, note in zip(("notes", *[""] * len(notes)), notes, strict=False))]
+
+
+def _layers(count: int, form: str) -> str:
+    return f"{count} linear layer{'s' if count != 1 else ''} in {form}"
 
 
 def _memory(found: Inspection) -> list[dict[str, Any]]:

@@ -117,7 +117,10 @@ def _architecture(model: str) -> tuple[ModelArgs, str, WeightFormats]:
         return PUBLISHED[model], "bfloat16", {}
     path = Path(model)
     if path.suffix == ".json":
-        return ModelArgs.load_converted(path), "bfloat16", {}
+        args = ModelArgs.load_converted(path)
+        if args.quantization_group > 1:
+            raise ValueError(f"{path} is of a quantized model, without its weights: pass the checkpoint's folder")
+        return args, "bfloat16", {}
     if not path.exists():
         try:
             published(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -136,7 +135,7 @@ def test_a_sliding_window_limits_the_context(tmp_path):
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_rows_are_rotated_as_they_are_dequantised(tmp_path, kind):
     model = tiny_model("qwen3")
-    write_model(tmp_path / "a.gguf", model, kind=gguf.GGMLQuantizationType[kind])
+    write_model(tmp_path / "a.gguf", model, kind=kind)
     reader = GGUFReader(tmp_path / "a.gguf", torch.float32)
     exact = HuggingFaceReader(save(model, tmp_path / "hf"))
     tolerance = {"Q8_0": 0.005, "Q4_0": 0.06, "Q5_1": 0.03, "BF16": 0.005, "F16": 0.001}[kind]

@@ -28,7 +28,7 @@ from llama_tp.model.quantization import dequantize, quantize
 from llama_tp.model.weights import weight_shapes
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
-from llama_tp.parallel.sharding import shard, tp_dim
+from llama_tp.parallel.sharding import num_ranks, shard, tp_dim
 from tests.tiny_huggingface import save as save_hugging_face
 from tests.tiny_huggingface import tiny_model
 from tests.tiny_model import random_model
@@ -83,11 +83,11 @@ def pair(request, tmp_path_factory):
     return folder / "quantized", folder / "dense", reader.args
 
 
-def load(folder, args, size=1, rank=0, dtype=torch.float32):
+def load(folder, args, ranks=1, rank=0, dtype=torch.float32):
     """One rank's model, without its group."""
-    comm = SimpleNamespace(size=size, rank=rank, is_leader=rank == 0)
+    comm = SimpleNamespace(size=num_ranks(ranks), rank=rank, is_leader=rank == 0)
     group = SimpleNamespace(comm=comm, mesh=None, device=torch.device("cpu"))
-    return load_model(str(folder), args, group, dtype)
+    return load_model(str(folder), args, group, dtype, ranks=ranks)
 
 
 def linears(model):
@@ -102,6 +102,16 @@ def test_every_rank_of_every_group_holds_its_part_of_the_stored_numbers(pair):
             assert ours.keys() == theirs.keys()
             for name, linear in ours.items():
                 assert torch.equal(linear.dense_weight(), theirs[name].dense_weight()), (size, rank, name)
+
+
+def test_ranks_with_unequal_shares_hold_their_parts_too(pair):
+    quantized, plain, args = pair
+    shares = (args.n_heads - 2, 1, 1)
+    for rank in range(3):
+        ours, theirs = linears(load(quantized, args, shares, rank)), linears(load(plain, args, shares, rank))
+        for name, linear in ours.items():
+            assert isinstance(linear, QuantizedLinear)
+            assert torch.equal(linear.dense_weight(), theirs[name].dense_weight()), (rank, name)
 
 
 def test_what_a_rank_holds_is_what_the_memory_model_says(pair):

@@ -88,7 +88,7 @@ def _quantized(found: Mapping[str, Any], args: ModelArgs, *, rotates_halves: boo
     quantized: dict[str, QuantizedSource] = {}
     for module, name in names.items():
         kind = found[name].tensor_type.name
-        if kind in FORM_OF:
+        if kind in FORM_OF and len(found[name].shape) == 2:
             source = GgufQuantized(name, kind, found[name].data)
             is_permuted = rotates_halves and is_rotated(f"{module}.weight")
             quantized[module] = RotaryQuantized(source, args.head_dim) if is_permuted else source

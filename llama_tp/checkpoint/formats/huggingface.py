@@ -75,9 +75,11 @@ class HuggingFaceReader:
     """A CheckpointReader of a model in transformers' format. The constructor checks everything except the values.
 
     ValueError, one line, names the file, the tensor or key, what was found and what was expected.
+
+    dtype: of packed layers that cannot stay quantized; None: that of the embedding
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         self.folder = Path(folder)
         check_link(self.folder, self.folder / CONFIG)
         architecture, self.args, quantization = read_config(self.folder / CONFIG)
@@ -88,13 +90,14 @@ class HuggingFaceReader:
             for name, tensor in open_tensors(self.folder, dtypes=dtypes).items()
             if not name.endswith(".rotary_emb.inv_freq")
         }
+        self.files = sorted({tensor.path for tensor in stored.values()})
         packed = {} if quantization is None else _pop_packed(self.folder, self.args, stored, quantization)
-        _check_output(self.folder, self.args, stored)
+        if "output" not in packed:
+            _check_output(self.folder, self.args, stored)
         dense = [name for name in weight_shapes(self.args) if name.removesuffix(".weight") not in packed]
         shapes = {hugging_face_name(name): weight_shapes(self.args)[name] for name in dense}
         check_tensors(self.folder, stored, shapes, CONFIG)
         self.dtype = stored[_EMBEDDING].dtype
-        self.files = sorted({tensor.path for tensor in stored.values()})
         self.expected_md5s: Mapping[Path, frozenset[str]] = {}
         self.about: Mapping[str, Any] = {"source": "huggingface", "architecture": architecture}
         if quantization is not None:
@@ -102,7 +105,7 @@ class HuggingFaceReader:
         kept = in_one_format(packed) if why_not_quantized(self.args) is None else {}
         self.quantized: Mapping[str, QuantizedSource] = kept
         self.tensors: Mapping[str, TensorSource] = {
-            name: Dequantized(packed[module], self.dtype)
+            name: Dequantized(packed[module], dtype or self.dtype)
             if module in packed
             else in_metas_order(name, stored[hugging_face_name(name)], self.args.head_dim)
             for name in weight_shapes(self.args)
@@ -118,7 +121,8 @@ def _pop_packed(
     """The layers whose weights are packed, by Meta's names; their tensors are removed from `stored`. ValueError if one
     of them is not what config.json says."""
     packed: dict[str, QuantizedSource] = {}
-    for name, shape in weight_shapes(args).items():
+    shapes = weight_shapes(args)
+    for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         theirs = hugging_face_name(name).removesuffix(".weight")
         if f"{theirs}.qweight" not in stored:
@@ -133,7 +137,15 @@ def _pop_packed(
                 f"{folder}: {theirs}.qweight is of a {source.shape} matrix, expected {shape} from {CONFIG}"
             )
         packed[module] = RotaryQuantized(source, args.head_dim) if is_rotated(name) else source
+        if f"{module}.bias" not in shapes:
+            _drop_zeros(f"{theirs}.bias", stored)
     return packed
+
+
+def _drop_zeros(name: str, stored: dict[str, StoredTensor]) -> None:
+    """Remove a bias that the architecture lacks from `stored` if it is zero: AutoGPTQ wrote one for every layer."""
+    if name in stored and stored[name].shape and not stored[name].read(0, 0, stored[name].shape[0]).any():
+        del stored[name]
 
 
 def _open_packed(module: str, tensors: dict[str, StoredTensor], quantization: QuantizationConfig) -> QuantizedSource:

@@ -41,7 +41,7 @@ def open_checkpoint(
         return ConsolidatedReader(path)
     if is_hugging_face(path):
         _refuse_shards(model_parallel_size, f"{path} holds a Hugging Face model")
-        reader = HuggingFaceReader(path)
+        reader = HuggingFaceReader(path, dequantized)
         return reader if keep_quantized else dense(reader, dequantized)
     return FairscaleReader(path, model_parallel_size)
 

@@ -181,7 +181,10 @@ class _ReaderPlanner(DefaultSavePlanner):
         """The values of one chunk, in the source's mapping or a buffer of this thread; valid until its next call."""
         chunk = self.chunks[write_item.index]
         self.advance(chunk.nbytes)
-        piece = self._read(chunk)
+        try:
+            piece = self._read(chunk)
+        except ValueError as error:
+            raise WeightsError(str(error)) from None
         _check_finite(chunk, piece)
         if not piece.is_contiguous():
             # Fresh memory would cost more than the copy: page faults alone take 2 s per GB (measured).
