@@ -1,6 +1,5 @@
 """The steps of `llama-tp bench checkpoint`, each in a fresh process: python -m llama_tp.bench.checkpoint_steps STEP ...
 
-
 Prints the seconds of the step itself, without starting Python and importing torch.
 """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from llama_tp.checkpoint.store.hashing_file import HashingFile
 
 _ALIGNMENT = 64
 _LOCAL_HEADER, _DIRECTORY_HEADER = b"PK\x03\x04", b"PK\x01\x02"
-_DATA, _DESCRIPTOR = 3, 4
-"""Of the blocks that torch.save writes for an entry: header, name, padding, data, descriptor."""
+_LOCAL_HEADER_BYTES = 30
+"""Followed by the entry's name and extra fields, whose lengths are its last four bytes. Then come one block with the
+data, and one with the checksum."""
 
 
 def write_torch_file(
@@ -77,7 +78,9 @@ class _Stream:
         """Whether every entry of the directory got its checksum."""
         self._file = file
         self._blocks_at = blocks_at
-        self._position = 0
+        self._state: Literal["header", "name", "data", "checksum"] = "header"
+        """What comes next."""
+        self._before_data = 0
         self._checksum = 0
         self._checksums: list[int] = []
 
@@ -94,17 +97,25 @@ class _Stream:
         self._file.flush()
 
     def _write(self, block: memoryview) -> int:
-        head = bytes(block[:4]) if self._position != _DATA else b""
-        if head == _DIRECTORY_HEADER:
-            self._file.write(self._completed(bytearray(block)))
-        elif self._position == _DATA:
+        if self._state == "data":
             self._write_data(block)
-        elif self._position == _DESCRIPTOR:
+            self._state = "checksum"
+        elif self._state == "checksum":
             self._checksums.append(self._checksum)
             self._file.write(block[:4].tobytes() + struct.pack("<I", self._checksum) + block[8:].tobytes())
-        else:
+            self._state = "header"
+        elif self._state == "name":
             self._file.write(block)
-        self._position = 1 if head == _LOCAL_HEADER else self._position + 1
+            self._before_data -= len(block)
+        elif block[:4] == _LOCAL_HEADER:
+            assert len(block) == _LOCAL_HEADER_BYTES
+            self._file.write(block)
+            self._before_data = sum(struct.unpack_from("<HH", block, 26))
+            self._state = "name"
+        else:
+            self._file.write(self._completed(bytearray(block)) if block[:4] == _DIRECTORY_HEADER else block)
+        if self._state == "name" and self._before_data == 0:
+            self._state = "data"
         return len(block)
 
     def _write_data(self, block: memoryview) -> None:
