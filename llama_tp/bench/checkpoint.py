@@ -1,11 +1,13 @@
-"""`llama-tp bench checkpoint`: how fast weights are converted and loaded, next to copying and reading their bytes."""
+"""`llama-tp bench checkpoint`: how fast weights are converted, exported and loaded, and in how much memory."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,58 +16,88 @@ from time import perf_counter, sleep
 
 import torch
 
-from llama_tp.checkpoint.formats.open import open_checkpoint
+from llama_tp.bench.peak_memory import run_measured
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.formats.write import make_writer
-from llama_tp.checkpoint.load import load_model
 from llama_tp.checkpoint.progress import no_progress
-from llama_tp.checkpoint.store import dcp
-from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles
-from llama_tp.model.weights import weight_shapes
+from llama_tp.model.weights import QUANTIZATIONS, weight_shapes
 from llama_tp.model_args import ModelArgs
-from llama_tp.parallel.launch import join
 from llama_tp.parallel.sharding import num_parameters_of_rank, shard, tp_dim
 
 LAYER = ModelArgs(dim=2048, n_layers=1, n_heads=32, n_kv_heads=8, vocab_size=32000, ffn_hidden_dim=5632)
 """The shape of the layers: TinyLlama 1.1B's, with twice its kv heads."""
 
 
+COPY, CAT, READ = "cp, then sync", "cat", "read into memory"
+"""What the others are compared with."""
+
+
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Taken:
+    """What one run of a contender took."""
+
+    seconds: float
+    peak_bytes: int | None = None
+    """Memory allocated by its process; None: not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
     """One line of the table."""
 
     name: str
+    run: Callable[[], Taken]
+    compared_with: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What the runs of one contender took."""
+
     seconds: float
+    """Median."""
     gb_per_s: float
     ratio: float
-    """To what it is compared with, copying or reading; 1 for those two."""
+    """To the speed of what it is compared with."""
+    peak_bytes: int | None
+    """The largest."""
 
 
-def bench_checkpoint(folder: str | None, *, size_gb: float, runs: int) -> None:
+def bench_checkpoint(folder: str | None, *, size_gb: float, runs: int, quantize: str | None = None) -> None:
     """Implements `llama-tp bench checkpoint`."""
     if isinstance(size_gb, bool) or not isinstance(size_gb, (int, float)) or size_gb <= 0:
         raise ValueError(f"size_gb={size_gb!r} must be a number above 0")
     if not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize={quantize!r} must be one of {', '.join(QUANTIZATIONS)}; or left out")
     args = _sized(size_gb)
     with tempfile.TemporaryDirectory(dir=folder, prefix="llama_tp.bench.") as name:
         work = Path(name)
         _write_originals(args, work / "originals")
-        measures = _measure(work, args, runs)
+        measures = _measure(_contenders(work, quantize), _num_bytes(args) / 1e9, runs)
         shares = {size: _bytes_read(work / "converted", args, size) for size in (1, 2, 3, 4, 8)}
-    for one in measures:
-        print(f"{one.name:<34}{one.seconds:>8.2f} s{one.gb_per_s:>8.2f} GB/s{one.ratio:>8.2f}x")
+    _report(measures, shares, args, runs)
+
+
+def _report(measures: dict[str, Measure], shares: dict[int, float], args: ModelArgs, runs: int) -> None:
+    for name, one in measures.items():
+        peak = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:>8.0f} MB"
+        print(f"{name:<34}{one.seconds:>8.2f} s{one.gb_per_s:>8.2f} GB/s{one.ratio:>8.2f}x{peak}".rstrip())
+    largest = 2 * max(math.prod(shape) for shape in weight_shapes(args).values())
+    size = round(_num_bytes(args) / 1e9, 2)
+    print(f"peaks are of allocated memory, mapped files excluded; the largest of {size} GB is {largest / 1e6:.0f} MB")
     print("bytes read by all ranks, to the file size: " + ", ".join(f"TP {n}: {one:.3f}" for n, one in shares.items()))
-    figures = {one.name: [one.seconds, one.gb_per_s, one.ratio] for one in measures}
-    print(json.dumps({"size_gb": round(_num_bytes(args) / 1e9, 2), "runs": runs, **figures, "bytes_read": shares}))
+    figures = {name: [one.seconds, one.gb_per_s, one.ratio, one.peak_bytes] for name, one in measures.items()}
+    print(json.dumps({"size_gb": size, "largest_tensor": largest, "runs": runs, **figures, "bytes_read": shares}))
 
 
 def _sized(size_gb: float) -> ModelArgs:
-    """As many layers as the size allows, at least one."""
+    """As many layers as the size takes, at least one."""
     fixed = 2 * num_parameters_of_rank(replace(LAYER, n_layers=1), 1, 0)
     layer = 2 * num_parameters_of_rank(replace(LAYER, n_layers=2), 1, 0) - fixed
-    return replace(LAYER, n_layers=1 + max(0, int((size_gb * 1e9 - fixed) / layer)))
+    return replace(LAYER, n_layers=1 + max(0, math.ceil((size_gb * 1e9 - fixed) / layer)))
 
 
 def _num_bytes(args: ModelArgs) -> int:
@@ -73,65 +105,85 @@ def _num_bytes(args: ModelArgs) -> int:
 
 
 def _write_originals(args: ModelArgs, folder: Path) -> None:
-    """Random weights in Meta's files."""
+    """Meta's files of random weights, the same ones in every tensor: no speed depends on the values."""
     folder.mkdir()
+    shapes = weight_shapes(args)
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        for name, shape in weight_shapes(args).items()
-    }
+    values = torch.empty(max(math.prod(shape) for shape in shapes.values()), dtype=torch.bfloat16)
+    values.normal_(0, 0.02, generator=generator)
+    weights = {name: values[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
     make_writer("meta", MemoryReader.of(args, weights), None, 1).write(folder, no_progress)
 
 
-def _measure(work: Path, args: ModelArgs, runs: int) -> list[Measure]:
-    """Medians; the contenders take turns. All of them find the files that they read in the page cache."""
-    originals, converted = work / "originals", work / "converted"
+def _contenders(work: Path, quantize: str | None) -> list[Contender]:
+    """In an order in which each finds what it reads."""
+    originals, converted, hf, shards = work / "originals", work / "converted", work / "hf", work / "shards"
 
-    def load(verify_files: str) -> Callable[[], object]:
-        return lambda: load_model(str(converted), args, join("cpu"), torch.bfloat16, verify_files=verify_files)
+    def convert(source: Path, destination: Path, *options: str) -> Callable[[], Taken]:
+        return lambda: _step("convert", source, destination, *options)
 
-    contenders: dict[str, Callable[[], object]] = {
-        "cp, then sync": lambda: _copy(originals, work / "copy"),
-        "convert": lambda: _convert(originals, converted),
-        "cat": lambda: subprocess.run(["cat", *converted.glob("*.distcp")], stdout=subprocess.DEVNULL, check=True),
-        "load, not verified": load("size"),
-        "load, verified before": load("once"),
-        "load, every sha256": load("always"),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(runs):
-        for name, contender in contenders.items():
-            if name == "load, verified before":
-                sleep(2.5)  # a file that has just been written is not remembered as verified
-                contender()
-            start = perf_counter()
-            contender()
-            seconds[name].append(perf_counter() - start)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    size = _num_bytes(args) / 1e9
-    return [
-        Measure(name, median, size / median, medians[_COMPARED_WITH.get(name, "cat")] / median)
-        for name, median in medians.items()
+    def load(verify_files: str) -> Callable[[], Taken]:
+        return lambda: _step("load", converted, verify_files)
+
+    contenders = [
+        Contender(COPY, lambda: _copy(originals, work / "copy"), COPY),
+        Contender("convert", convert(originals, converted), COPY),
+        Contender("export to Hugging Face", lambda: _step("export", converted, hf, "hf"), COPY),
+        Contender("convert from Hugging Face", convert(hf, work / "copy"), COPY),
+        Contender("export to 2 shards of Meta", lambda: _step("export", converted, shards, "meta", "2"), COPY),
+        Contender("convert from 2 shards of Meta", convert(shards, work / "copy"), COPY),
+        Contender(CAT, lambda: _cat(converted), READ),
+        Contender(READ, lambda: _step("read", converted), READ),
+        Contender("load, not verified", load("size"), READ),
+        Contender("load, verified before", load("once"), READ),
+        Contender("load, every sha256", load("always"), READ),
+        Contender("verify", lambda: _step("verify", converted), READ),
     ]
+    if quantize is not None:
+        contenders.append(Contender(f"convert to {quantize}", convert(originals, work / "copy", quantize), COPY))
+    return contenders
 
 
-_COMPARED_WITH = {"cp, then sync": "cp, then sync", "convert": "cp, then sync"}
+def _measure(contenders: list[Contender], size_gb: float, runs: int) -> dict[str, Measure]:
+    """The contenders take turns. All of them find the files that they read in the page cache, if it can hold them."""
+    taken: dict[str, list[Taken]] = {one.name: [] for one in contenders}
+    for _ in range(runs):
+        for one in contenders:
+            if one.name == "load, verified before":
+                sleep(2.5)  # a file that has just been written is not remembered as verified
+                one.run()
+            taken[one.name].append(one.run())
+    medians = {name: statistics.median(run.seconds for run in each) for name, each in taken.items()}
+    measures = {}
+    for one in contenders:
+        median = medians[one.name]
+        peaks = [run.peak_bytes for run in taken[one.name] if run.peak_bytes is not None]
+        ratio = medians[one.compared_with] / median
+        measures[one.name] = Measure(median, size_gb / median, ratio, max(peaks, default=None))
+    return measures
 
 
-def _copy(source: Path, destination: Path) -> None:
+def _step(name: str, source: Path, *arguments: str | Path) -> Taken:
+    """A step in a fresh process. What it wrote before is removed first."""
+    if arguments and isinstance(arguments[0], Path):
+        shutil.rmtree(arguments[0], ignore_errors=True)
+    done = run_measured([sys.executable, "-m", "llama_tp.bench.checkpoint_steps", name, source, *arguments])
+    return Taken(float(done.output), done.peak_bytes or None)
+
+
+def _cat(folder: Path) -> Taken:
+    """The page cache alone: what cat reads never reaches the memory of a process."""
+    start = perf_counter()
+    subprocess.run(["cat", *folder.glob("*.distcp")], stdout=subprocess.DEVNULL, check=True)
+    return Taken(perf_counter() - start)
+
+
+def _copy(source: Path, destination: Path) -> Taken:
     shutil.rmtree(destination, ignore_errors=True)
+    start = perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
     subprocess.run(["sync", *destination.iterdir()], check=True)
-
-
-def _convert(originals: Path, destination: Path) -> None:
-    """A conversion without what takes no time: tokenizer, staging folder."""
-    shutil.rmtree(destination, ignore_errors=True)
-    destination.mkdir()
-    reader = open_checkpoint(originals)
-    files = dcp.save(reader, destination)
-    reader.args.save(destination / "model_args.json")
-    write_manifest(destination, known=files, about=reader.about)
+    return Taken(perf_counter() - start)
 
 
 def _bytes_read(folder: Path, args: ModelArgs, size: int) -> float:

@@ -110,17 +110,19 @@ def load(
     )
 
 
-def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None) -> None:
-    """Measure converting and loading random weights, next to cp and cat of the same bytes. Ends with a line of JSON.
+def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None, quantize: str | None = None) -> None:
+    """Measure converting, exporting, loading and verifying random weights, next to cp and a raw read of the same bytes,
+    and the peaks of memory. Ends with a line of JSON.
 
     Args:
-        size_gb: approximate size of the weights, in GB; three times this is needed on disk
+        size_gb: approximate size of the weights, in GB; five times this is needed on disk
         runs: measured runs; contenders take turns, and medians are reported
         folder: where to write, by default TMPDIR
+        quantize: int8 or int4, to measure such a conversion as well; int4 takes minutes per GB
     """
     from llama_tp.bench.checkpoint import bench_checkpoint
 
-    bench_checkpoint(folder, size_gb=size_gb, runs=runs)
+    bench_checkpoint(folder, size_gb=size_gb, runs=runs, quantize=quantize)
 
 
 def comm(batch: int = 16, rounds: int = 2000) -> None:

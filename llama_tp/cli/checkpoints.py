@@ -119,15 +119,15 @@ def _on_this_machine(source: str, destination: str, *, overwrite: bool, download
 
 
 def verify(checkpoint: str) -> None:
-    """Check every file of a converted checkpoint against the sha256 in its manifest.
+    """Check all of a converted checkpoint: every file against its sha256, shapes and dtypes of the tensors and the
+    tokenizer against model_args.json, and that all weights are finite. Of an exported one, check the files.
 
     Args:
-        checkpoint: the folder that `llama-tp convert` wrote
+        checkpoint: the folder that `llama-tp convert` or `llama-tp export` wrote
     """
-    from llama_tp.checkpoint.store.verify import verify as verify_folder
+    from llama_tp.checkpoint.verification import verify_checkpoint
 
-    manifest = verify_folder(checkpoint)
-    print(f"{checkpoint}: {len(manifest.files)} files match the manifest")
+    print(f"{checkpoint}: {verify_checkpoint(checkpoint)}")
 
 
 def export(

@@ -26,6 +26,7 @@ from llama_tp.checkpoint.store.verify import verify
 from llama_tp.model.weights import weight_shapes
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import shard, tp_dim
+from tests.published_params import LLAMA_2_7B, LLAMA_2_70B
 from tests.tiny_checkpoint import ARGS, Evil, meta_tensors, write_meta
 
 LAYOUTS = {
@@ -185,6 +186,17 @@ def test_files_are_closed_at_the_size_limit_and_read_together(tmp_path, monkeypa
     target = blank(tensors)
     load(target, tmp_path)
     assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(("published", "workers"), [(LLAMA_2_7B, 4), (LLAMA_2_70B, 2)])
+def test_fewer_threads_write_a_model_whose_matrices_are_large(tmp_path, monkeypatch, published, workers):
+    """Each holds one matrix that is cut in columns: 90 MB of the small model, 470 MB of the large one."""
+    monkeypatch.setattr(dcp, "default_workers", lambda: 4)
+    args = ModelArgs.from_params({**json.loads(published), "vocab_size": 32000})
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in weight_shapes(args).items()}
+    reader = MemoryReader.of(args, tensors)
+    assert dcp._bounded_workers(reader, reader.tensors) == workers
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -18,6 +18,7 @@ from llama_tp.checkpoint import export as export_module
 from llama_tp.checkpoint.convert import convert
 from llama_tp.checkpoint.export import export
 from llama_tp.checkpoint.formats import huggingface_writer
+from llama_tp.checkpoint.formats import reader as reader_module
 from llama_tp.checkpoint.formats.fairscale import FairscaleReader
 from llama_tp.checkpoint.formats.fairscale_writer import meta_params
 from llama_tp.checkpoint.formats.huggingface import HuggingFaceReader
@@ -219,7 +220,7 @@ def test_large_models_are_several_files_with_an_index_read_in_blocks(tmp_path, m
     original = save(tiny_model(name), tmp_path / "original")
     folder = store_again(original, tmp_path / "stored")
     monkeypatch.setattr(huggingface_writer, "MAX_FILE_BYTES", 60_000)
-    monkeypatch.setattr(huggingface_writer, "_BLOCK_BYTES", 5_000)
+    monkeypatch.setattr(reader_module, "BLOCK_BYTES", 5_000)
     export(folder, tmp_path / "hf", format="hf")
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3

@@ -110,7 +110,6 @@ def test_ranks_with_unequal_shares_hold_their_parts_too(pair):
     for rank in range(3):
         ours, theirs = linears(load(quantized, args, shares, rank)), linears(load(plain, args, shares, rank))
         for name, linear in ours.items():
-            assert isinstance(linear, QuantizedLinear)
             assert torch.equal(linear.dense_weight(), theirs[name].dense_weight()), (rank, name)
 
 

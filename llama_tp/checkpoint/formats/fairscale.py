@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.checklist import check_original, expected_md5s, listed_shards
 from llama_tp.checkpoint.formats.params import PARAMS, read_params
-from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource
+from llama_tp.checkpoint.formats.reader import QuantizedSource, TensorSource, blocks_of_rows
 from llama_tp.checkpoint.torch_file import check_torch_file, why_not_loaded
 from llama_tp.file_kind import check_link, describe_model_folder, describe_weights, shown
 from llama_tp.model.weights import weight_shapes
@@ -103,16 +103,40 @@ class ShardedTensor:
         return pieces
 
 
-def slice_of_rank(name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> Tensor:
-    """What one shard holds of a tensor, in memory of its own."""
-    dim = embedding_dim if name == EMBEDDING else tp_dim(name)
-    if dim is None:
-        return source.read(0, 0, source.shape[0]).clone()
-    size, rest = divmod(source.shape[dim], ranks)
-    if rest:
-        raise ValueError(f"{name} of shape {source.shape} cannot be split on dim {dim} for model_parallel_size={ranks}")
-    # torch.save would write a view's whole storage.
-    return source.read(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
+@dataclass(frozen=True, slots=True)
+class SliceOfTensor:
+    """What one shard holds of a tensor."""
+
+    source: TensorSource
+    dim: int
+    start: int
+    length: int
+
+    @classmethod
+    def of_rank(cls, name: str, source: TensorSource, rank: int, ranks: int, embedding_dim: int) -> SliceOfTensor:
+        """ValueError if the tensor cannot be split over that many ranks."""
+        dim = embedding_dim if name == EMBEDDING else tp_dim(name)
+        if dim is None:
+            return cls(source, 0, 0, source.shape[0])
+        size, rest = divmod(source.shape[dim], ranks)
+        if rest:
+            raise ValueError(
+                f"{name} of shape {source.shape} cannot be split on dim {dim} for model_parallel_size={ranks}"
+            )
+        return cls(source, dim, rank * size, size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.length if dim == self.dim else size for dim, size in enumerate(self.source.shape))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The rows in order, a few at a time; all rows at once if only some of their columns are wanted."""
+        if self.dim == 0:
+            yield from blocks_of_rows(self.source, self.start, self.length)
+        elif self.length == self.source.shape[self.dim]:
+            yield from blocks_of_rows(self.source, 0, self.source.shape[0])
+        else:
+            yield self.source.read(self.dim, self.start, self.length)
 
 
 def _shard_paths(folder: Path, model_parallel_size: int | None, listed: list[str]) -> list[Path]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from llama_tp.checkpoint.formats.checklist import write_checklist
-from llama_tp.checkpoint.formats.fairscale import EMBEDDING, OUTPUT, slice_of_rank
+from llama_tp.checkpoint.formats.fairscale import EMBEDDING, OUTPUT, SliceOfTensor
 from llama_tp.checkpoint.formats.reader import CheckpointReader
+from llama_tp.checkpoint.formats.safetensors_writer import Layout
+from llama_tp.checkpoint.formats.torch_file_writer import write_torch_file
 from llama_tp.checkpoint.progress import Advance
 from llama_tp.checkpoint.store.hashing_file import HashingFile
 from llama_tp.checkpoint.store.manifest import FileEntry
@@ -34,7 +35,7 @@ _USUAL_MULTIPLE = 256
 
 
 class FairscaleWriter:
-    """A CheckpointWriter of Meta's shards. Holds one shard in memory, as torch.save needs it."""
+    """A CheckpointWriter of Meta's shards. Holds one block of rows, or a shard of one tensor that is cut in columns."""
 
     def __init__(self, reader: CheckpointReader, tokenizer: Tokenizer | None, model_parallel_size: int) -> None:
         _check_expressible(reader.args)
@@ -52,20 +53,28 @@ class FairscaleWriter:
         for rank in range(self._ranks):
             name = f"consolidated.{rank:02d}.pth"
             with HashingFile(folder / name, also_md5=True) as file:
-                torch.save(self._shard(rank, advance), cast(IO[bytes], file))
+                self._write_shard(file, rank, advance)
             files[name], md5s[name] = file.entry, file.md5
         (folder / "params.json").write_text(json.dumps(meta_params(self._reader.args)) + "\n")
         write_checklist(folder, md5s)
         return files
 
-    def _shard(self, rank: int, advance: Advance) -> dict[str, Tensor]:
-        shard = {}
-        for name, source in self._reader.tensors.items():
-            shard[name] = slice_of_rank(name, source, rank, self._ranks, self._embedding_dim)
-            advance(shard[name].nbytes)
-        if self._reader.args.tied_embeddings:  # Meta's code has an output of its own: torch.save stores them once
-            shard[OUTPUT] = shard[EMBEDDING]
-        return shard
+    def _write_shard(self, file: HashingFile, rank: int, advance: Advance) -> None:
+        tensors = self._reader.tensors
+        slices = {
+            name: SliceOfTensor.of_rank(name, source, rank, self._ranks, self._embedding_dim)
+            for name, source in tensors.items()
+        }
+        layouts = {name: Layout(one.shape, one.source.dtype) for name, one in slices.items()}
+
+        def blocks(name: str) -> Iterator[Tensor]:
+            for block in slices[name].blocks():
+                yield block
+                advance(block.nbytes)
+
+        # Meta's code has an output of its own: of tied embeddings, torch.save stores both once.
+        same = {OUTPUT: EMBEDDING} if self._reader.args.tied_embeddings else {}
+        write_torch_file(file, layouts, blocks, same)
 
 
 def meta_params(args: ModelArgs) -> dict[str, Any]:

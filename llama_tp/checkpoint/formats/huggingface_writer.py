@@ -11,26 +11,25 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface import CONFIG, hugging_face_name
 from llama_tp.checkpoint.formats.quantized import num_bytes
-from llama_tp.checkpoint.formats.reader import CheckpointReader, TensorSource
+from llama_tp.checkpoint.formats.reader import CheckpointReader, blocks_of_rows
 from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
 from llama_tp.checkpoint.formats.safetensors_files import HUGGING_FACE
 from llama_tp.checkpoint.formats.safetensors_writer import Layout, split_into_files, write_safetensors
+from llama_tp.checkpoint.memory import RecycledMemory
 from llama_tp.checkpoint.progress import Advance
 from llama_tp.checkpoint.store.manifest import FileEntry
 from llama_tp.model_args import ModelArgs, RopeScaling
-from llama_tp.parallel.sharding import tp_dim
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9
-_BLOCK_BYTES = 512 << 20
-"""Approximate size of a block of rows that is read and written at a time, for tensors that are stored in rows."""
 
 
 class HuggingFaceWriter:
-    """A CheckpointWriter for transformers. Holds one block of rows, or one tensor that is stored in columns."""
+    """A CheckpointWriter for transformers. Holds one block of rows."""
 
     def __init__(self, reader: CheckpointReader, tokenizer: Tokenizer | None) -> None:
         self._reader = reader
+        self._memory = RecycledMemory()
         self._config = hugging_face_config(reader.args, str(reader.dtype).removeprefix("torch."), tokenizer)
 
     def write(self, folder: Path, advance: Advance) -> Mapping[str, FileEntry]:
@@ -53,20 +52,13 @@ class HuggingFaceWriter:
     def _blocks(self, names: Iterable[str], advance: Advance) -> Iterator[Tensor]:
         for name in names:
             unit = self._reader.args.head_dim if is_rotated(name) else 1
-            for block in _rows(self._reader.tensors[name], unit, in_blocks=tp_dim(name) == 0):
-                yield in_halves(block, unit) if is_rotated(name) else block
+            source = self._reader.tensors[name]
+            for block in blocks_of_rows(source, 0, source.shape[0], unit):
+                yield self._in_halves(block, unit) if is_rotated(name) else block
                 advance(block.nbytes)
 
-
-def _rows(source: TensorSource, unit: int, *, in_blocks: bool) -> Iterator[Tensor]:
-    """All rows, in blocks of a multiple of `unit` rows, or at once: a block of rows crosses all chunks of columns."""
-    total = source.shape[0]
-    size = total
-    if in_blocks:
-        bytes_of_unit = unit * Layout((1, *source.shape[1:]), source.dtype).nbytes
-        size = unit * max(1, _BLOCK_BYTES // bytes_of_unit)
-    for start in range(0, total, size):
-        yield source.read(0, start, min(size, total - start))
+    def _in_halves(self, block: Tensor, head_dim: int) -> Tensor:
+        return self._memory.tensor(block.shape, block.dtype).copy_(in_halves(block, head_dim))
 
 
 def hugging_face_config(args: ModelArgs, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:

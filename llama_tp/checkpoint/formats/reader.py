@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,18 @@ class TensorSource(Protocol):
     def read(self, dim: int, start: int, length: int) -> Tensor:
         """`length` entries of dimension `dim` from `start`. May be a view of a mapped file: do not write to it."""
         ...
+
+
+BLOCK_BYTES = 64 << 20
+"""Approximate size of a block of rows: enough for several threads to read."""
+
+
+def blocks_of_rows(source: TensorSource, start: int, length: int, unit: int = 1) -> Iterator[Tensor]:
+    """`length` rows from `start`, a few at a time: a multiple of `unit`, but for the last ones."""
+    row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
+    size = unit * max(1, BLOCK_BYTES // (unit * row_bytes))
+    for first in range(start, start + length, size):
+        yield source.read(0, first, min(size, start + length - first))
 
 
 class QuantizedSource(Protocol):

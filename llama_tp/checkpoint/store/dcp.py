@@ -7,6 +7,7 @@ from if that is cut along its columns.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ METADATA = ".metadata"
 """DCP's index of a checkpoint, a pickle: for PyTorch's reader only."""
 FILE_BYTES = 1 << 29
 """A .distcp file is closed once it reaches this size."""
+WHOLE_BYTES = 1 << 29
+"""Limit for the tensors that are cut along their columns, of which each thread holds one in whole."""
 
 T = TypeVar("T")
 
@@ -71,7 +74,7 @@ def save(
     checkpoint.
     """
     parameters = parameters_of(reader)
-    writer = _StreamingWriter(folder, workers or default_workers())
+    writer = _StreamingWriter(folder, workers or _bounded_workers(reader, parameters))
     with _one_line_errors(f"cannot write to {folder}"), _lean_writing():
         torch_dcp.save({}, storage_writer=writer, planner=_ReaderPlanner(reader.args, parameters, tp_max, advance))
     shares = gather((writer.files, writer.chunks))
@@ -89,6 +92,14 @@ def save(
 def default_workers() -> int:
     """Threads that write a checkpoint on one rank."""
     return min(available_cores(), num_io_threads())
+
+
+def _bounded_workers(reader: CheckpointReader, parameters: Mapping[str, TensorSource]) -> int:
+    """Fewer than the default, but no fewer than two, if what the threads hold would be more than WHOLE_BYTES."""
+    whole = [math.prod(one.shape) * one.dtype.itemsize for name, one in parameters.items() if tp_dim(name) == 1]
+    # A matrix to quantize may have to be joined from shards: two bytes for each number.
+    whole += [2 * math.prod(source.shape) for source in reader.quantized.values()]
+    return min(default_workers(), max(2, WHOLE_BYTES // max(whole, default=1)))
 
 
 Place = tuple[str, int]

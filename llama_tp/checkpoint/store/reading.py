@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from llama_tp.checkpoint.memory import RecycledMemory
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.manifest import MANIFEST, manifest_digest
 from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, check_shapes, dtype_name, load_table
@@ -53,6 +54,7 @@ class StoredFiles:
         self.folder = Path(folder)
         self.manifest = verify(folder, full=False)
         self.tensors = load_table(folder, self.manifest)
+        self.memory = RecycledMemory()
         self._scratch = threading.local()
         self._pool: ThreadPoolExecutor | None = None
 

@@ -86,7 +86,7 @@ class ChunkedTensor:
 
     def read(self, dim: int, start: int, length: int) -> Tensor:
         shape = [length if at == dim else size for at, size in enumerate(self.shape)]
-        target = torch.empty(shape, dtype=self.dtype)
+        target = self.files.memory.tensor(shape, self.dtype)
         self.files.read({self.name: Slices(dim, [(range(start, start + length), target)], self.shape)})
         return target
 
