@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,17 +15,17 @@ from llama_tp.checkpoint.formats.quantizing import dense
 from llama_tp.checkpoint.inspection import inspect_checkpoint
 from llama_tp.checkpoint.store.stored import StoredReader
 from llama_tp.model.quantization import dequantize, quantize
+from llama_tp.model_args import ModelArgs
 from tests.tiny_checkpoint import params_of, write_meta
 from tests.tiny_gguf import write_model
 from tests.tiny_huggingface import save, tiny_model
 from tests.tiny_mistral import write_mistral
 from tests.tiny_model import random_model
 from tests.tiny_quantized import convert_to, engine_on, outputs_of, outputs_of_transformers, quantize_folder
-from tests.unit.test_quantized_checkpoint import MODELS
 
 
 def write_metas(path):
-    args = replace(MODELS["grouped"], dim=192, vocab_size=420)
+    args = ModelArgs(dim=192, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=420, ffn_hidden_dim=224)
     write_meta(path, random_model(args).state_dict(), 2, params=params_of(args))
 
 
