@@ -15,7 +15,6 @@ import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from safetensors import safe_open
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llama_tp.checkpoint.formats.quantization_config import QuantizationConfig, read_quantization
 from llama_tp.checkpoint.formats.quantized import RotaryQuantized
@@ -203,18 +202,18 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        (GPTQ, QuantizationConfig("gptq", 128, True, ())),
-        ({**GPTQ, "checkpoint_format": "gptq_v2", "group_size": 32}, QuantizationConfig("gptq", 32, False, ())),
-        ({**GPTQ, "format": "gptq_v2", "group_size": -1}, QuantizationConfig("gptq", None, False, ())),
-        ({**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}, QuantizationConfig("gptq", 128, True, ())),
-        (AWQ, QuantizationConfig("awq", 128, False, ())),
+        (GPTQ, QuantizationConfig("gptq", 128, True)),
+        ({**GPTQ, "checkpoint_format": "gptq_v2", "group_size": 32}, QuantizationConfig("gptq", 32, False)),
+        ({**GPTQ, "format": "gptq_v2", "group_size": -1}, QuantizationConfig("gptq", None, False)),
+        ({**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}, QuantizationConfig("gptq", 128, True)),
+        (AWQ, QuantizationConfig("awq", 128, False)),
         (
             {**AWQ, "version": "GEMM", "modules_to_not_convert": ["lm_head"]},
-            QuantizationConfig("awq", 128, False, ("lm_head",)),
+            QuantizationConfig("awq", 128, False),
         ),
         (
             {"quant_method": "awq", "bits": 4, "format": "gemm", "backend": "marlin"},
-            QuantizationConfig("awq", 128, False, ()),
+            QuantizationConfig("awq", 128, False),
         ),
         (None, None),
     ],
@@ -246,7 +245,6 @@ def test_the_configuration_is_read(written, read):
         ({**AWQ, "version": "gemv"}, r"version='gemv', supported is 'gemm'"),
         ({**AWQ, "zero_point": False}, r"zero_point=False, supported is True"),
         ({**AWQ, "backend": "llm-awq"}, r"backend='llm-awq', which stores weights in another order"),
-        ({**AWQ, "modules_to_not_convert": "lm_head"}, r"modules_to_not_convert='lm_head', expected a list"),
         ([], r"quantization_config=\[\] must be an object"),
     ],
 )
@@ -255,12 +253,3 @@ def test_what_is_not_supported_is_refused_by_name_with_a_remedy(written, message
         read_quantization({"quantization_config": written})
     assert len(str(error.value).splitlines()) == 1
     assert any(remedy in str(error.value) for remedy in ("; use the model's original weights", "download", "expected"))
-
-
-def test_modules_are_skipped_as_transformers_does():
-    listed = ["lm_head", "model.layers.1", "layers.3.mlp", "q_proj"]
-    config = QuantizationConfig("awq", 128, False, tuple(listed))
-    names = ["lm_head", "model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "model.layers.3.mlp"]
-    names += ["model.layers.3.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
-    assert [config.skips(name) for name in names] == [not should_convert_module(name, listed) for name in names]
-    assert not QuantizationConfig("awq", 128, False, ()).skips("lm_head")

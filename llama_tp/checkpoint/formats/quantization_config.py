@@ -6,12 +6,12 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_GROUP = 32
-"""llama_tp.model.quantization.GROUP, which comes with torch."""
+from llama_tp.model.weights import GROUP
+
 _ORIGINAL = "use the model's original weights, which can be quantized while they are converted"
 _READ = "quant_method gptq or awq with bits=4"
 
@@ -25,12 +25,6 @@ class QuantizationConfig:
     """Columns that share a scale; None: all of a row."""
     zeros_less_one: bool
     """Whether zeros are stored less one, as by the first version of GPTQ's format."""
-    skipped: tuple[str, ...]
-    """modules_to_not_convert."""
-
-    def skips(self, module: str) -> bool:
-        """Whether a module, by transformers' name, is left unquantized: it, a parent or a suffix is listed."""
-        return any(module.endswith(name) or f"{module}.".startswith(f"{name}.") for name in self.skipped)
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
@@ -51,7 +45,6 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
         method,
         _group_size(quantization),
         _zeros_less_one(quantization) if method == "gptq" else _check_awq(quantization),
-        _skipped(quantization),
     )
 
 
@@ -69,9 +62,9 @@ def _group_size(quantization: Mapping[str, Any]) -> int | None:
     size = quantization.get("group_size", 128)
     if size == -1:
         return None
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % _GROUP:
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % GROUP:
         raise ValueError(
-            f"quantization_config has group_size={size!r}, supported are multiples of {_GROUP}, and -1; {_ORIGINAL}"
+            f"quantization_config has group_size={size!r}, supported are multiples of {GROUP}, and -1; {_ORIGINAL}"
         )
     return size
 
@@ -92,10 +85,3 @@ def _check_awq(quantization: Mapping[str, Any]) -> bool:
             f"quantization_config has backend='llm-awq', which stores weights in another order; {_ORIGINAL}"
         )
     return False
-
-
-def _skipped(quantization: Mapping[str, Any]) -> tuple[str, ...]:
-    names = quantization.get("modules_to_not_convert") or ()
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"quantization_config has modules_to_not_convert={names!r}, expected a list of names")
-    return tuple(names)
