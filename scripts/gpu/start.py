@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -129,6 +130,7 @@ def _without_checkpoint(args: ModelArgs) -> Iterator[None]:
     model = build_local_model(args)
     with ExitStack() as stack:
         for owner, name, replacement in (
+            (loading, "StoredFiles", lambda *_: SimpleNamespace(dtype=DTYPE, formats={})),
             (loading, "load_model", lambda *_, **__: model),
             (loading, "resolve_dtype", lambda *_: DTYPE),
             (MemoryModel, "check", lambda *_: None),

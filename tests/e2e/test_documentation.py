@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.checkpoint.demo import extract_gguf
 from tests.documentation import Command, block_below, commands
 from tests.e2e.demo_answers import QUESTION
 from tests.paths import CONFIGS, ROOT
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.e2e
 
 WITH_A_SERVER = {("serve",), ("stop",), ("health",), ("follow",), ("bench", "serve")}
 UNDER_TORCHRUN = {("bench", "comm")}
-TOO_LARGE = {("bench", "checkpoint")}
-"""6 GB on disk; test_bench_checkpoint.py runs it on a few MB."""
+TOO_LARGE = {("bench", "checkpoint"), ("bench", "quality")}
+"""Minutes, or 6 GB on disk; test_bench_checkpoint.py and test_bench_quality.py run them on a few MB."""
 
 
 def needs_the_hub(words: tuple[str, ...]) -> bool:
@@ -47,10 +48,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return originals.parent
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo as its publisher has it."""
+    return extract_gguf(tmp_path_factory.mktemp("gguf"))
+
+
 @pytest.fixture
-def reader(tmp_path: Path, demo_folder: Path, tiny: Path) -> Path:
+def reader(tmp_path: Path, demo_folder: Path, gguf: Path, tiny: Path) -> Path:
     """The folder that a reader works in."""
     (tmp_path / "demo").symlink_to(demo_folder)
+    (tmp_path / gguf.name).symlink_to(gguf)
     (tmp_path / ".demo").mkdir()
     (tmp_path / ".demo" / "converted_checkpoints").symlink_to(tiny / "converted")
     (tmp_path / "model_args.json").symlink_to(tiny / "model_args.json")
