@@ -446,7 +446,10 @@ def test_verify_says_how_many_files_are_in_order_and_which_is_not(run, checkpoin
     shutil.copytree(checkpoint, copy)
     code, out, err = run("verify", str(copy))
     assert (code, err) == (0, "")
-    assert out == f"{copy}: 5 files match the manifest\n"
+    assert out.startswith(
+        f"{copy}: 5 files match the manifest, 21 tensors have the shapes and dtypes of model_args.json"
+    )
+    assert out.count("\n") == 1
     shard = next(copy.glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
