@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
@@ -13,6 +12,8 @@ from llama_tp.engine.stats import REQUEST_BOUNDS, Histogram, HistogramSnapshot
 from llama_tp.serving.errors import ApiError
 
 _CODE = re.compile(r"[a-z0-9_]{1,64}")
+_ALERTING = ((429, "queue_full"), (500, "internal_error"), (500, "nan_logits"))
+"""Counted from 0 on: Prometheus sees no increase in a series that begins with its first error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,12 @@ class RequestMetrics:
         self.first_token = Histogram(REQUEST_BOUNDS)
         self.whole_request = Histogram(REQUEST_BOUNDS)
         self.finished = dict.fromkeys(FinishReason, 0)
-        self._errors: Counter[tuple[int, str]] = Counter()
+        self._errors = dict.fromkeys(_ALERTING, 0)
 
     def failed(self, error: ApiError) -> None:
         """A client gets this error. Codes become labels, so nothing that looks like text is accepted."""
-        self._errors[error.status, error.code if _CODE.fullmatch(error.code) else "other"] += 1
+        key = (error.status, error.code if _CODE.fullmatch(error.code) else "other")
+        self._errors[key] = self._errors.get(key, 0) + 1
 
     def snapshot(self) -> RequestStats:
         return RequestStats(
