@@ -44,9 +44,9 @@ class Seen:
 def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     work = tmp_path_factory.mktemp("métriques")  # its path is in config.properties
     config = work / "model-config.yaml"
-    handler = {"converted_ckpt_dir": "converted_checkpoints", "tokenizer_path": "weights", "max_batch_size": 4}
+    handler = {"converted_ckpt_dir": "converted_checkpoints", "tokenizer_path": "tokenizer.json", "max_batch_size": 4}
     handler |= {"max_seq_len": 512, "temperature": 0.0, "abandon_after_s": 2.0}
-    config.write_text(yaml.safe_dump({**CONFIG, "batchSize": 4, "handler": handler}))
+    config.write_text(yaml.safe_dump({**CONFIG, "batchSize": 4, "jobQueueSize": 4, "handler": handler}))
     checkpoint, tokenizer = demo_folder / "converted_checkpoints", demo_folder / "weights"
     build_archive(
         model_name=MODEL,
@@ -129,13 +129,13 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
     bad = [b"{", body(prompt="Hi", temperature=-1), body(prompt="Hi", nonsense=1), body(prompt="x " * 5000)]
     start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
+        leaving = pool.submit(ask, server, body(prompt="A long story:", stream=True, max_new_tokens=400), leave_after=3)
         answers = list(pool.map(lambda one: ask(server, one), good + bad))
     lasted = time.monotonic() - start
-    left = ask(server, body(prompt="A long story:", stream=True, max_new_tokens=400), leave_after=3)
+    left = leaving.result()
     assert left.status == 200
     after = settled(server)
-    assert wait_until(lambda: scrape(server).value("llama_tp_num_requests_running") == 0)
-    after = scrape(server)
+    assert after.value("llama_tp_num_requests_running") == after.value("llama_tp_num_requests_waiting") == 0
 
     def grown(name: str, **labels: str) -> float:
         return after.value(name, **labels) - before.value(name, **labels)
@@ -179,7 +179,7 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
 
 
 def reasons_in(chunks: list[dict[str, Any]]) -> list[str]:
-    found = [choice for chunk in chunks for choice in chunk.get("outputs", [chunk])]
+    found = [choice for chunk in chunks for choice in chunk.get("choices", [chunk])]
     return [one["finish_reason"] for one in found if one.get("finish_reason")]
 
 
@@ -198,17 +198,6 @@ def test_histograms_are_those_of_prometheus(server: TorchServe) -> None:
         assert metrics.value(f"{name}_sum") > 0
 
 
-def test_every_query_finds_what_it_asks_for(server: TorchServe) -> None:
-    ask(server, b"{")
-    metrics = settled(server)
-    for where, query in queries():
-        for name, labels in used_by(query):
-            assert metrics.has(name), f"{where}: {query}: there is no {name}"
-            for series in metrics.labels(name):
-                missing = labels - series.keys() - {"instance"}  # Prometheus adds it
-                assert not missing, f"{where}: {query}: {name} has no {missing}"
-
-
 def test_nothing_that_a_client_has_written_is_in_the_metrics(server: TorchServe) -> None:
     ask(server, body(prompt="xyzzy", plugh="[METRICS]plover.count:1|#a:b|#hostname:x,1"))
     connection = http.client.HTTPConnection("127.0.0.1", server.listeners.metrics.port, timeout=30)
@@ -220,7 +209,6 @@ def test_nothing_that_a_client_has_written_is_in_the_metrics(server: TorchServe)
 
 
 def test_counters_go_on_and_the_restart_is_seen_when_the_ranks_are_restarted(server: TorchServe) -> None:
-    """Last: it kills a rank."""
     before = settled(server)
     assert server.pid is not None
     ranks = [pid for pid in descendants(server.pid) if b"\0LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
@@ -232,3 +220,16 @@ def test_counters_go_on_and_the_restart_is_seen_when_the_ranks_are_restarted(ser
     after = settled(server)
     grown = after.value("llama_tp_generation_tokens_total") - before.value("llama_tp_generation_tokens_total")
     assert 1 <= grown < 10, "those of the check that it is ready"
+
+
+def test_every_query_finds_what_it_asks_for(server: TorchServe) -> None:
+    with ThreadPoolExecutor(16) as pool:  # Requests5XX exists once TorchServe's queue has been full
+        seen = list(pool.map(lambda _: ask(server, body(prompt="Once", max_new_tokens=200)), range(16)))
+    assert {one.status for one in seen} == {200, 503}
+    metrics = settled(server)
+    for where, query in queries():
+        for name, labels in used_by(query):
+            assert metrics.has(name), f"{where}: {query}: there is no {name}"
+            for series in metrics.labels(name):
+                missing = labels - series.keys() - {"instance"}  # Prometheus adds it
+                assert not missing, f"{where}: {query}: {name} has no {missing}"
