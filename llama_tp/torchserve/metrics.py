@@ -65,8 +65,6 @@ class Publisher:
                 continue
             self._published[key] = sample.value
             value = sample.value - (before or 0) if sample.is_counter else sample.value
-            if isinstance(value, float):
-                value = round(value, 9)  # TorchServe does not read "1e+16"
             metric.add_or_update(value, [self._model_name, *sample.labels])
 
 

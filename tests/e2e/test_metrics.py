@@ -96,6 +96,8 @@ def ask(server: TorchServe, body: bytes, *, leave_after: int | None = None) -> S
     try:
         connection.request("POST", f"/predictions/{MODEL}", body)
         response = connection.getresponse()
+        if response.status >= 500:  # TorchServe's own, in several lines
+            return Seen(response.status, [json.loads(response.read())])
         lines, first = [], 0.0
         while line := response.readline():
             first = first or time.monotonic() - start

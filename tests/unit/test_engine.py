@@ -396,6 +396,15 @@ def test_the_statistics_are_those_of_what_was_done(model):
     assert sum(stats.queue_seconds.counts) == 3
 
 
+def test_a_stop_id_is_no_token_and_has_no_inter_token_time(model, alone):
+    first, second, third = alone[0].token_ids[:3]
+    assert third not in (first, second)
+    engine = engine_of(model)
+    (completion,) = engine.generate(PROMPTS[:1], GREEDY.but(stop_ids=frozenset({third})))
+    assert completion.token_ids == [first, second]
+    assert sum(engine.stats().inter_token_seconds.counts) == 1
+
+
 def test_the_queue_time_of_a_request_begins_when_it_arrived(model):
     engine = engine_of(model)
     engine.add(Request("a", (1, 2, 3), GREEDY), arrival=time.monotonic() - 7.0)

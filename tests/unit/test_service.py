@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama_tp.engine.loop import EngineLoop
+from llama_tp.engine.request import FinishReason
 from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.model_args import ModelArgs
 from llama_tp.serving.dialects import native
@@ -620,6 +621,15 @@ def test_the_metrics_are_the_sums_of_what_clients_were_told(service):
     assert {key: count for key, count in stats.errors.items() if count} == {(400, "invalid_value"): 2}
     assert sum(stats.first_token_seconds.counts) == 4
     assert sum(stats.request_seconds.counts) == 3
+
+
+def test_an_output_that_has_ended_is_not_cancelled_when_its_request_is(service):
+    poison(service, 1)
+    open_one(service, "left", prompt=[1, 2, 3], n=2, stream=True, **{**SAMPLED, "max_new_tokens": 400})
+    assert wait_until(lambda: service.poll(0.01) and service.metrics.snapshot().finished[FinishReason.ERROR])
+    service.close("left")
+    finished = {reason: count for reason, count in service.metrics.snapshot().finished.items() if count}
+    assert finished == {FinishReason.ERROR: 1, FinishReason.CANCELLED: 1}
 
 
 def test_errors_that_the_engine_or_a_dialect_raises_are_counted(service, monkeypatch):
