@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,7 +56,7 @@ class Publisher:
         self._model_name = label(model_name)
         self._published: dict[tuple[str, ...], float] = {}
 
-    def publish(self, samples: Iterator[Sample] | Sequence[Sample]) -> None:
+    def publish(self, samples: Iterable[Sample]) -> None:
         """Publish the samples whose value has changed, in their order; every series once at first, even if it is 0."""
         for sample in samples:
             key = (sample.name, *sample.labels)
