@@ -20,6 +20,7 @@ try:
     from llama_tp.serving.reply import Reply
     from llama_tp.serving.service import LlamaService
     from llama_tp.torchserve.frontend import Batch, Exchange, Transport, body_in
+    from llama_tp.torchserve.metrics import start_publishing
     from llama_tp.torchserve.worker import start_service
 except ImportError as problem:  # TorchServe would report an ImportError as a missing handler
     raise RuntimeError(f"llama_tp cannot be imported by the Python that runs torchserve: {problem}") from problem
@@ -42,11 +43,14 @@ class LlamaHandler:
         quieten_torchserve()
         threading.Thread(target=end_with_frontend, args=(os.getppid(),), name="frontend watch", daemon=True).start()
         self.batch_size = context.system_properties["batch_size"]
+        started = time.monotonic()
         self.service = start_service(
             context.model_yaml_config,
             model_dir=context.system_properties["model_dir"],
             lead=int(os.environ.get("LOCAL_RANK", "0")) == 0,
         )
+        if self.service is not None:
+            start_publishing(self.service, context, time.monotonic() - started)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Submit new requests, cancel those that are gone, return new output. Never raises."""

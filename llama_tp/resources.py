@@ -12,6 +12,7 @@ from pathlib import Path
 HANDLER = "handler/llama_handler.py"
 PROPERTIES = "configs/config.properties"
 LOG_CONFIG = "configs/log4j2.xml"
+METRICS_CONFIG = "configs/metrics.yaml"
 
 
 def resource(name: str) -> Path:

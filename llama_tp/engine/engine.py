@@ -11,7 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import monotonic
 
 from torch import Tensor
 
@@ -22,8 +22,9 @@ from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.stats import EngineStats, Histogram
+from llama_tp.engine.stats import STEP_BOUNDS, EngineStats, Histogram
 from llama_tp.engine.step import StepPlan
+from llama_tp.engine.timing import Timing
 from llama_tp.parallel.comm import Comm
 
 DIGEST_EVERY = 64
@@ -48,14 +49,17 @@ class Completion:
 class Engine:
     """The leader's view of the group; on followers only `follow` and `generate` make sense."""
 
-    def __init__(self, runner: ModelRunner, comm: Comm, config: EngineConfig) -> None:
+    def __init__(self, runner: ModelRunner, comm: Comm, config: EngineConfig, *, quantization: Items[str] = ()) -> None:
+        """quantization: names of the formats of quantized layers, for display."""
         self.runner = runner
         self.comm = comm
         self.config = config
         self.scheduler = Scheduler(config)
         self.sampler = Sampler()
         self._digest = 0  # of all plans that this rank has executed
-        self._step_seconds = Histogram()
+        self.quantization = tuple(quantization)
+        self._step_seconds = Histogram(STEP_BOUNDS)
+        self._timing = Timing()
         self._tokens_out = 0
 
     @property
@@ -72,10 +76,14 @@ class Engine:
         self._check_vocabulary(request)
         self.scheduler.check(request)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. ValueError if it can never run, QueueFull if too many wait; nothing else is affected."""
+    def add(self, request: Request, arrival: float | None = None) -> None:
+        """Queue a request. ValueError if it can never run, QueueFull if too many wait; nothing else is affected.
+
+        arrival: when its queue time began, by time.monotonic(); default: now.
+        """
         self._check_vocabulary(request)
         self.scheduler.add(request)
+        self._timing.arrived(request.id, monotonic() if arrival is None else arrival)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Drop a request, or one of its outputs, between two steps; its pages are freed immediately. False if it is
@@ -83,12 +91,14 @@ class Engine:
         was_there = self.scheduler.cancel(request_id, index)
         if request_id not in self.scheduler:
             self.sampler.forget(request_id)
+            self._timing.left(request_id)
         return was_there
 
     def step(self) -> list[TokenEvent]:
         """Compute one step. Returns an event for each output that got a token or ended."""
-        start = perf_counter()
+        start = monotonic()
         plan, sequences = self.scheduler.plan()
+        self._timing.admitted(self.scheduler.admitted, start)
         logits = self._execute(plan)
         events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
@@ -96,7 +106,10 @@ class Engine:
             if event.finish_reason is not None and event.request_id not in self.scheduler:
                 self.sampler.forget(event.request_id)
         if plan.chunks:
-            self._step_seconds.add(perf_counter() - start)
+            now = monotonic()
+            self._step_seconds.add(now - start)
+            got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
+            self._timing.sampled(got_tokens, now)
         return events
 
     def heartbeat(self) -> None:
@@ -138,6 +151,8 @@ class Engine:
             prefix_hit_tokens=scheduler.num_prefix_hits,
             tokens_out=self._tokens_out,
             step_seconds=self._step_seconds.snapshot(),
+            queue_seconds=self._timing.queue.snapshot(),
+            inter_token_seconds=self._timing.inter_token.snapshot(),
         )
 
     def _check_vocabulary(self, request: Request) -> None:

@@ -155,7 +155,7 @@ class EngineLoop:
 
     def _add(self, request: Request, arrival: float) -> None:
         try:
-            self.engine.add(request)
+            self.engine.add(request, arrival)
         except QueueFull:
             log.info("request %s refused: the queue is full", request.id)
             self._emit(_final_events(request, FinishReason.ERROR, "queue_full"))

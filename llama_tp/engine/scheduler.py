@@ -44,6 +44,8 @@ class Scheduler:
         """Tokens of all admitted sequences, counted again after each preemption."""
         self.num_prefix_hits = 0
         """How many of them were found in the cache."""
+        self.admitted: list[Sequence] = []
+        """Those that the last plan admitted."""
         self._step = 0
         self._sampled: list[Sequence] = []
         self._page_updates: list[tuple[int, int, int]] = []
@@ -123,6 +125,7 @@ class Scheduler:
     def plan(self) -> tuple[StepPlan, list[Sequence]]:
         """The next step, and the sequences whose sampled tokens `commit` expects, in the order of the logits."""
         self._step += 1
+        self.admitted = []
         shares: list[tuple[Sequence, Chunk]] = []
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.config.max_batched_tokens - num_decodes
@@ -218,6 +221,7 @@ class Scheduler:
         self.waiting.popleft()
         sequence.row = heapq.heappop(self._free_rows)
         self.running.append(sequence)
+        self.admitted.append(sequence)
         self.blocks.share(shared)
         self._page_updates += [(sequence.row, index, page) for index, page in enumerate(shared)]
         sequence.pages = shared

@@ -9,7 +9,7 @@ from llama_tp.engine.request import Request
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One output of a request in progress: the one mutable type. Only the scheduler changes it."""
+    """One output of a request in progress: the one mutable type. Only the scheduler changes it (and `Timing`)."""
 
     request: Request
     tokens: list[int]
@@ -29,6 +29,8 @@ class Sequence:
     """Leading pages that it found in the cache."""
     num_registered: int = 0
     """Leading pages that prompts with a common prefix can find."""
+    sampled_at: float | None = None
+    """When its newest token was sampled, as measured by the engine's `Timing`."""
 
     @property
     def num_prompt(self) -> int:

@@ -77,7 +77,8 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
             config.num_pages * memory.page / 2**20,
             f"; {step / 2**20:.0f} MiB reserved for a step" if step else "",
         )
-    return Engine(runner, group.comm, config)
+    quantization = sorted({one.name for one in stored.formats.values()})
+    return Engine(runner, group.comm, config, quantization=quantization)
 
 
 def _ranks(args: ModelArgs, config: EngineConfig, group: Group) -> Ranks:

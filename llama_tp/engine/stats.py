@@ -5,14 +5,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Upper bounds of the histogram buckets, in seconds; the last bucket is unbounded."""
+STEP_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Upper bounds of histogram buckets for the durations of steps, in seconds."""
+REQUEST_BOUNDS = (*STEP_BOUNDS[3:], 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+"""The same for the durations of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
+    bounds: tuple[float, ...]
+    """Upper bounds of the buckets, in seconds."""
     counts: tuple[int, ...]
-    """Per bucket of BOUNDS, then above all of them."""
+    """Per bucket, then above all bounds. A value equal to a bound belongs to its bucket."""
     total: float
     """Sum of all values, in seconds."""
 
@@ -20,16 +24,18 @@ class HistogramSnapshot:
 class Histogram:
     """Counts durations. One thread adds; others may read at any time."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS) + 1)
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
-    def add(self, seconds: float) -> None:
-        self._counts[bisect_left(BOUNDS, seconds)] += 1
-        self._total += seconds
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count a duration, `count` times."""
+        self._counts[bisect_left(self._bounds, seconds)] += count
+        self._total += seconds * count
 
     def snapshot(self) -> HistogramSnapshot:
-        return HistogramSnapshot(tuple(self._counts), self._total)
+        return HistogramSnapshot(self._bounds, tuple(self._counts), self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +58,7 @@ class EngineStats:
     """Generated tokens."""
     step_seconds: HistogramSnapshot
     """Durations of steps that computed something."""
+    queue_seconds: HistogramSnapshot
+    """Per request: from its arrival until it first held KV cache."""
+    inter_token_seconds: HistogramSnapshot
+    """Per generated token but an output's first: since the output's previous one."""

@@ -10,14 +10,16 @@ import logging
 from dataclasses import dataclass
 from time import monotonic
 
+from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
-from llama_tp.engine.request import Request, TokenEvent
+from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.admission import Admission, Limits
 from llama_tp.serving.dialects.base import Dialect, Replies
 from llama_tp.serving.dialects.native import NativeDialect
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
+from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
 from llama_tp.serving.reply import Reply
 from llama_tp.text.chat import ChatFormat
@@ -36,6 +38,7 @@ class _Active:
     """Its id in the engine, never reused: the engine is ahead of us, and late events must not reach another request."""
     num_prompt: int
     outputs: list[Output]
+    record: RequestRecord
 
     @property
     def has_ended(self) -> bool:
@@ -74,6 +77,11 @@ class LlamaService:
         self._id_of: dict[str, str] = {}
         self._num_started = 0
         self._immediate: list[Reply] = []
+        self.metrics = RequestMetrics()
+
+    @property
+    def engine(self) -> Engine:
+        return self._loop.engine
 
     @property
     def open_ids(self) -> set[str]:
@@ -104,6 +112,7 @@ class LlamaService:
     def refuse(self, request_id: str, error: ApiError, dialect: Dialect | None = None) -> None:
         """Answer a request with an error, in the dialect of its route if that is known."""
         log.info("request %s refused: %s", request_id, error)
+        self.metrics.failed(error)
         body = dialect.error(error) if dialect else error.body()
         self._immediate.append(Reply(request_id, body, status=error.status))
 
@@ -113,6 +122,9 @@ class LlamaService:
         if (active := self._active.pop(request_id, None)) is not None:
             del self._id_of[active.key]
             self._loop.cancel(active.key)
+            for output in active.outputs:
+                if output.finish_reason is None:
+                    active.record.output_ended(FinishReason.CANCELLED)
 
     def poll(self, timeout_s: float) -> list[Reply]:
         """All pending replies, at most one per request; waits up to timeout_s for the first."""
@@ -129,6 +141,7 @@ class LlamaService:
                 return replies
 
     def _start(self, request_id: str, dialect: Dialect, body: object, can_stream: bool) -> None:
+        opened = self.metrics.clock()
         request = dialect.parse(body)
         if request.stream and not can_stream:
             message = "stream=true is possible over HTTP only; leave it out, or POST to /predictions/<model>"
@@ -140,7 +153,8 @@ class LlamaService:
         continued = admitted.prompt if request.continues_text else []
         outputs = [Output(self._tokenizer, request, index, continued) for index in range(admitted.params.n)]
         replies = dialect.replies(request, self._tokenizer, self._longest_token)
-        self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs)
+        record = RequestRecord(self.metrics, len(admitted.prompt), opened)
+        self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs, record)
         self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, request.timeout_s))
 
     def _dispatch(self, event: TokenEvent) -> None:
@@ -151,6 +165,11 @@ class LlamaService:
         if output.finish_reason is not None:
             return  # ended by a stop string while the engine was ahead of us
         output.push(event)
+        if event.token_id is not None:
+            active.record.token()
+        if output.finish_reason is not None:
+            cancelled = event.finish_reason is FinishReason.CANCELLED
+            active.record.output_ended(FinishReason.CANCELLED if cancelled else output.finish_reason)
         if output.finish_reason is not None and event.finish_reason is None:
             self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings
 
@@ -159,11 +178,13 @@ class LlamaService:
         try:
             return self._reply(request_id, active)
         except ApiError as error:
+            self.metrics.failed(error)
             return Reply(request_id, active.replies.error(error), status=error.status)
         except Exception as error:
             log.error("replying to request %s failed: %s", request_id, type(error).__name__)
             self.close(request_id)
             failure = ApiError(500, "internal_error", "the server failed to build the response")
+            self.metrics.failed(failure)
             return Reply(request_id, active.replies.error(failure), status=500)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
@@ -178,6 +199,7 @@ class LlamaService:
         errors = [output.error for output in active.outputs if output.error is not None]
         if len(errors) == len(active.outputs):
             raise errors[0]
+        active.record.answered()
         if is_stream:
             return Reply(request_id, replies.chunk(deltas, active.usage), content_type=replies.chunk_type)
         return Reply(request_id, replies.answer(deltas, active.usage))

@@ -142,6 +142,13 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", one, text)
 
 
+def escaped(text: str) -> str:
+    """Text as a value in a properties file."""
+    units = text.encode("utf-16-be").hex()
+    codes = (int(units[at : at + 4], 16) for at in range(0, len(units), 4))
+    return "".join(chr(code) if 32 < code < 127 and code != ord("\\") else f"\\u{code:04x}" for code in codes)
+
+
 def valid_port(port: object, said: str) -> int:
     """ServerError, quoting `said`, if it is not a port."""
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= MAX_PORT:

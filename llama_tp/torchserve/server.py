@@ -12,13 +12,14 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from llama_tp.config_error import ConfigError
+from llama_tp.resources import METRICS_CONFIG, resource
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, is_private_folder, private_folder
 from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import end_tree, environment_of, find_frontend, is_alive, reap
 from llama_tp.torchserve.programs import program
 from llama_tp.torchserve.progress import LogTail, StartupProgress
-from llama_tp.torchserve.properties import Address, Listeners, Properties, check_free
+from llama_tp.torchserve.properties import Address, Listeners, Properties, check_free, escaped
 
 STOP_S = 20.0
 """How long to wait for TorchServe to exit before killing it."""
@@ -29,6 +30,8 @@ _DISTRIBUTION_PORT = 29500
 
 class TorchServe:
     """A TorchServe that serves one model. It writes only to `run_dir`; several can run on one host.
+
+    Its metrics are those of configs/metrics.yaml, unless `properties` has a metrics_config.
 
     It listens at the addresses in `properties`. Defaults: the inference API on `host` and `port` (127.0.0.1 and 8080),
     management and metrics on the next two ports of 127.0.0.1.
@@ -171,6 +174,7 @@ class TorchServe:
             "inference_address": self.listeners.inference,
             "management_address": self.listeners.management,
             "metrics_address": self.listeners.metrics,
+            "metrics_config": escaped(str(resource(METRICS_CONFIG).resolve())),
         }
         ports = free_ports(3)
         for key, port in zip(("grpc_inference_port", "grpc_management_port"), ports, strict=False):

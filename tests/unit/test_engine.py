@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
 
 import pytest
@@ -390,6 +391,25 @@ def test_the_statistics_are_those_of_what_was_done(model):
     assert (stats.prompt_tokens, stats.tokens_out, stats.pages_total) == (9, 36, engine.config.num_pages)
     assert sum(stats.step_seconds.counts) == 24
     assert stats.step_seconds.total > 0
+    assert sum(stats.inter_token_seconds.counts) == 36 - 3, "all but the first of each"
+    assert stats.inter_token_seconds.total <= 2 * stats.step_seconds.total + 1.0, "two at once"
+    assert sum(stats.queue_seconds.counts) == 3
+
+
+def test_a_stop_id_is_no_token_and_has_no_inter_token_time(model, alone):
+    *before, stop = alone[0].token_ids[:4]
+    assert stop not in before
+    engine = engine_of(model)
+    (completion,) = engine.generate(PROMPTS[:1], GREEDY.but(stop_ids=frozenset({stop})))
+    assert completion.token_ids == before
+    assert sum(engine.stats().inter_token_seconds.counts) == len(before) - 1
+
+
+def test_the_queue_time_of_a_request_begins_when_it_arrived(model):
+    engine = engine_of(model)
+    engine.add(Request("a", (1, 2, 3), GREEDY), arrival=time.monotonic() - 7.0)
+    engine.step()
+    assert 7.0 <= engine.stats().queue_seconds.total < 60.0
 
 
 def test_a_follower_whose_page_table_is_empty_again_has_heard_it_from_the_plans(model):

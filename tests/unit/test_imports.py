@@ -113,7 +113,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.engine.memory",
         "llama_tp.engine.sampling_params",
         *(f"llama_tp.serving.{name}" for name in ("encoding", "errors", "fields", "strict_json", "strict_model")),
-        *(f"llama_tp.serving.{name}" for name in ("generation", "admission", "output")),
+        *(f"llama_tp.serving.{name}" for name in ("generation", "admission", "output", "metrics")),
         *modules_below("llama_tp.serving.dialects"),
         "llama_tp.resources",
         *modules_below("llama_tp.checkpoint.hub"),
@@ -150,7 +150,7 @@ LAYERS = {
     "engine": (*CONFIG, "control_groups", "threads", "model", "parallel", "checkpoint"),
     "planning": (*CONFIG, "control_groups", "threads", "resources", "model", "parallel", "engine"),
     "serving": (*CONFIG, "text", "engine"),
-    "torchserve": (*CONFIG, "threads", "text", "parallel", "checkpoint", "engine", "serving"),
+    "torchserve": (*CONFIG, "resources", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
     "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
     "cli": (
         *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
@@ -195,6 +195,8 @@ def test_one_module_knows_each_foreign_format():
         ("sampling_params", set()),
         ("request", {"sampling_params"}),
         ("sequence", {"request"}),
+        ("stats", set()),
+        ("timing", {"sequence", "stats"}),
         ("step", set()),
         ("block_manager", set()),
         ("codec", {"step"}),
@@ -224,7 +226,10 @@ def test_text_api_and_engine_meet_only_where_a_service_is_made():
 def test_dialects_and_admission_know_of_the_engine_only_the_types_that_travel():
     for module in set(modules_below("llama_tp.serving")) - {"llama_tp.serving.service"}:
         engine = {name for name in imports_of(module, also_inside_functions=True) if name.startswith("llama_tp.engine")}
-        assert engine <= {"llama_tp.engine.request", "llama_tp.engine.sampling_params"}, module
+        travelling = {"llama_tp.engine.request", "llama_tp.engine.sampling_params"}
+        if module == "llama_tp.serving.metrics":
+            travelling.add("llama_tp.engine.stats")
+        assert engine <= travelling, module
 
 
 @pytest.mark.parametrize("module", modules_below("llama_tp.serving.dialects"))

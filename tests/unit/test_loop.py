@@ -344,7 +344,7 @@ from llama_tp.engine.sampling_params import SamplingParams
 class Broken:
     config = SimpleNamespace(heartbeat_s=1.0)
     num_requests = 0
-    def add(self, request): self.num_requests = 1
+    def add(self, request, arrival): self.num_requests = 1
     def step(self): raise RuntimeError("an all-reduce failed")
 
 logging.basicConfig(stream=sys.stderr)

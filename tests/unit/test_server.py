@@ -122,6 +122,7 @@ def test_what_the_properties_say_reaches_torchserve(make, started):
         "grpc_inference_port": "7777",
         "grpc_management_port": "7778",
         "initial_distribution_port": "7779",
+        "metrics_config": "/srv/metrics.yaml",
     }
     server = make(*(f"{key}={value}" for key, value in own.items()), "number_of_netty_threads=3")
     assert properties_of(server, started) == {**own, "number_of_netty_threads": "3"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama_tp.engine.loop import EngineLoop
+from llama_tp.engine.request import FinishReason
 from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.model_args import ModelArgs
 from llama_tp.serving.dialects import native
@@ -598,6 +599,47 @@ def test_closing_a_request_cancels_it_and_frees_its_pages(make_service):
     assert engine.scheduler.blocks.num_free == engine.config.num_pages
     assert service.poll(0.01) == []
     assert ask(service, prompt=PROMPT)[0] == 200
+
+
+def test_the_metrics_are_the_sums_of_what_clients_were_told(service):
+    asked = [{"prompt": PROMPT}, {"prompt": PROMPT, "n": 3, "max_new_tokens": 5}, {"dialog": DIALOG, "stop": ["e"]}]
+    usage = [ask(service, **one)[1]["usage"] for one in asked]
+    refusal(service, prompt=PROMPT, temperature=-1)
+    refusal(service, prompt=PROMPT, temperature=-2)
+    open_one(service, "left", prompt=PROMPT, max_new_tokens=400, n=2, stream=True)
+    while not service.is_generating("left"):
+        service.poll(0.1)
+    before = service.metrics.snapshot()
+    service.close("left")
+    stats = service.metrics.snapshot()
+    prompts = [one["prompt_tokens"] for one in usage]
+    assert stats.prompt_tokens == sum(prompts) + prompts[0]
+    assert before.generation_tokens > sum(one["completion_tokens"] for one in usage)
+    finished = {reason.value: count for reason, count in stats.finished.items() if count}
+    assert finished["cancelled"] == 2
+    assert finished.get("stop", 0) + finished["length"] == 1 + 3 + 1
+    assert {key: count for key, count in stats.errors.items() if count} == {(400, "invalid_value"): 2}
+    assert sum(stats.first_token_seconds.counts) == 4
+    assert sum(stats.request_seconds.counts) == 3
+
+
+def test_an_output_that_has_ended_is_not_cancelled_when_its_request_is(service):
+    poison(service, 1)
+    open_one(service, "left", prompt=[1, 2, 3], n=2, stream=True, **{**SAMPLED, "max_new_tokens": 400})
+    assert wait_until(lambda: service.poll(0.01) and service.metrics.snapshot().finished[FinishReason.ERROR])
+    service.close("left")
+    finished = {reason: count for reason, count in service.metrics.snapshot().finished.items() if count}
+    assert finished == {FinishReason.ERROR: 1, FinishReason.CANCELLED: 1}
+
+
+def test_errors_that_the_engine_or_a_dialect_raises_are_counted(service, monkeypatch):
+    monkeypatch.setattr(LlamaService, "_reply", lambda *_: 1 / 0)
+    assert ask(service, prompt=PROMPT)[0] == 500
+    monkeypatch.undo()
+    monkeypatch.setattr(LlamaService, "_start", lambda *_: 1 / 0)
+    assert ask(service, prompt=PROMPT)[0] == 500
+    assert service.metrics.snapshot().errors[500, "internal_error"] == 2
+    assert not any(service.metrics.snapshot().request_seconds.counts)
 
 
 def test_a_request_that_is_closed_before_its_refusal_was_read_gets_none(service):
