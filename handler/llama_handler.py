@@ -44,6 +44,7 @@ class LlamaHandler:
         self.batch_size = context.system_properties["batch_size"]
         self.service = start_service(
             context.model_yaml_config,
+            model_name=context.model_name,
             model_dir=context.system_properties["model_dir"],
             lead=int(os.environ.get("LOCAL_RANK", "0")) == 0,
         )

@@ -9,6 +9,9 @@ from typing import Any
 MAX_ECHO = 64
 """Maximum characters of user text quoted in an error."""
 
+MIN_LOGPROB = -9999.0
+"""Replaces minus infinity, which JSON lacks, as in OpenAI's API."""
+
 Path = tuple[str | int, ...]
 """Keys and indices that lead from the body to a value."""
 

@@ -198,6 +198,7 @@ class ModelConfig(_Section):
             max_new_tokens=handler.max_new_tokens,
             seed=handler.manual_seed,
             sampling={name: getattr(handler, name) for name in KNOB_TYPES},
+            configured=frozenset({"max_new_tokens", *KNOB_TYPES} & handler.model_fields_set),
         )
 
     def _disagreements(self) -> list[str]:

@@ -41,7 +41,7 @@ class LoadedRank:
     """The chat format, or why there is none."""
 
 
-def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaService | None:
+def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead: bool) -> LlamaService | None:
     """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
 
     RuntimeError with the same text on every rank if any of them failed; it has been logged.
@@ -53,7 +53,8 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
     loop.start()
-    return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.request_defaults())
+    defaults = rank.config.request_defaults()
+    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name)
 
 
 def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:

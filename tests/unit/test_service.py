@@ -15,7 +15,7 @@ import torch
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.model_args import ModelArgs
-from llama_tp.serving.dialects import native
+from llama_tp.serving import reply_size
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import RequestDefaults
 from llama_tp.serving.service import LlamaService
@@ -57,7 +57,7 @@ def make_service(model, tokenizer):
         engine = engine_of(model, **{"max_seq_len": MAX_SEQ_LEN, **config})
         loops.append(EngineLoop(engine, abandon_after_s=abandon_after_s))
         loops[-1].start()
-        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS)
+        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS, model_name="llama")
 
     yield make
     for loop in loops:
@@ -304,11 +304,11 @@ def test_a_backlog_with_logprobs_is_sent_in_smaller_chunks(service):
     assert 1 <= sizes[0] < 64
     assert set(sizes[:-1]) == {sizes[0]}
     assert sum(sizes) == 200
-    assert max(len(reply.body) for reply in replies) <= native.MAX_CHUNK_BYTES
+    assert max(len(reply.body) for reply in replies) <= reply_size.MAX_CHUNK_BYTES
 
 
 def test_an_answer_too_large_to_be_sent_is_refused_with_the_remedy(service, monkeypatch):
-    monkeypatch.setattr(native, "MAX_ANSWER_BYTES", 100)
+    monkeypatch.setattr(reply_size, "MAX_ANSWER_BYTES", 100)
     assert refusal(service, prompt=PROMPT, **SAMPLED) == (400, "answer_too_large", "stream")
     assert service.open_ids == set()
     assert stream(service, prompt=PROMPT, **SAMPLED)[-1]["finish_reason"] == "length"
