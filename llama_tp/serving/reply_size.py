@@ -13,13 +13,14 @@ MAX_ANSWER_BYTES = 6 * 2**20
 """Maximum bytes of a non-streaming answer: one above max_response_size would end TorchServe's worker."""
 
 
-def chunk_tokens(request: GenerationRequest, longest_token: int) -> int:
+def chunk_tokens(request: GenerationRequest, longest_token: int, *, more_records: int = 0) -> int:
     """How many tokens of up to `longest_token` bytes are sure to fit into a line of a stream.
 
     At worst, a byte becomes a control character's \\u0000 in a text and a three-digit number in a list. Space is left
-    for text held back as a possible stop string.
+    for text held back as a possible stop string. `more_records`: of log probabilities, for each token that has any,
+    besides its own and those of the most probable ones.
     """
-    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs
+    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs + more_records
     num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
     return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
 

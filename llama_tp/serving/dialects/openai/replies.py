@@ -20,7 +20,7 @@ from llama_tp.text.tokenizer import Tokenizer
 _DONE = b"data: [DONE]\n\n"
 _ECHO_CHARACTERS = 8192
 """Characters of the prompt per event: at worst, each is an escape of six bytes."""
-_MAX_STREAMED_PROMPT_IDS = 6000
+_MAX_STREAMED_PROMPT_IDS = 5800
 """Ids of a prompt in one event. With up to ten digits each, they take less than MAX_CHUNK_BYTES."""
 
 
@@ -151,6 +151,8 @@ class CompletionReplies(_Replies):
 
     def __init__(self, accepted: Accepted, model_name: str, tokenizer: Tokenizer, longest_token: int) -> None:
         super().__init__(accepted, model_name, tokenizer, longest_token)
+        # Beside its place in each list, a token is always among the most probable ones.
+        self.chunk_tokens = chunk_tokens(accepted.request, longest_token, more_records=1)
         sampling = accepted.request.sampling
         self._logprobs = (
             None
