@@ -118,6 +118,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Those of the prompt that were found in the prefix cache."""
 
     def fields(self) -> dict[str, int]:
         """As all dialects report it, with OpenAI's names."""

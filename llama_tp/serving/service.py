@@ -37,6 +37,7 @@ class _Active:
     """Its id in the engine, never reused: the engine is ahead of us, and late events must not reach another request."""
     num_prompt: int
     outputs: list[Output]
+    num_cached: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -48,7 +49,7 @@ class _Active:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.num_prompt, sum(output.num_tokens for output in self.outputs))
+        return Usage(self.num_prompt, sum(output.num_tokens for output in self.outputs), self.num_cached)
 
 
 class LlamaService:
@@ -162,6 +163,7 @@ class LlamaService:
         output = active.outputs[event.index]
         if output.finish_reason is not None:
             return  # ended by a stop string while the engine was ahead of us
+        active.num_cached += event.num_cached
         output.push(event)
         if output.finish_reason is not None and event.finish_reason is None:
             self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings

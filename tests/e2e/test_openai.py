@@ -104,7 +104,12 @@ def test_a_streamed_chat_is_the_whole_answer(client: Any) -> None:
     assert texts == {choice.index: choice.message.content for choice in whole.choices}
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
     assert [chunk.choices[0].delta.role for chunk in chunks[:3]] == ["assistant", "assistant", None]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    usage = chunks[-1].usage
+    assert (chunks[-1].choices, usage.total_tokens, usage.completion_tokens) == (
+        *([], whole.usage.total_tokens),
+        whole.usage.completion_tokens,
+    )
+    assert usage.prompt_tokens_details.cached_tokens > 0, "the same prompt was asked before"
     assert len({chunk.id for chunk in chunks}) == 1
 
 

@@ -390,7 +390,13 @@ def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(route: str, d
 # --- replies
 
 TOKENIZER = tiny("sentencepiece")
-USAGE = Usage(prompt_tokens=3, completion_tokens=2)
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+OPENAI_USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 1},
+}
 
 
 def replies(route: str, prompt: list[int] | None = None, longest: int = 16, **fields: Any) -> Any:
@@ -434,7 +440,7 @@ def test_a_chat_s_answer_is_a_chat_completion() -> None:
             }
             for index, text in enumerate("ab")
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "usage": OPENAI_USAGE,
     }
 
 
@@ -451,7 +457,7 @@ def test_a_chat_s_stream_begins_with_the_role_and_ends_with_the_usage() -> None:
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, "stop"]
     assert chunks[-1]["choices"] == []
-    assert [chunk["usage"] for chunk in chunks] == [None, None, None, USAGE.fields()]
+    assert [chunk["usage"] for chunk in chunks] == [None, None, None, OPENAI_USAGE]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -564,8 +570,9 @@ def test_one_failed_output_fails_the_request(route: str) -> None:
         replies(route, n=2).answer(outputs, USAGE)
     assert caught.value is error
     with pytest.raises(ApiError) as caught:
-        replies(route, n=2, stream=True).chunk(outputs, None)
+        (formatter := replies(route, n=2, stream=True)).chunk(outputs, None)
     assert caught.value is error
+    assert json.loads(formatter.error(error)) == {"error": error.fields()}, "nothing of the stream has been sent"
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -61,24 +61,21 @@ class _Replies:
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
         """An event for each delta. The stream begins with `_opening` and ends with the usage, if requested."""
+        _raise_first_error(deltas)
         events = [] if self._has_begun else [self._event(choice, **fields) for choice, fields in self._opening()]
         self._has_begun = True
-        for delta in deltas:
-            if delta.error is not None:
-                raise delta.error
-            events.append(self._event(self._delta(delta)))
+        events += [self._event(self._delta(delta)) for delta in deltas]
         if usage is not None:
             if self._request.reply.usage_in_stream:
-                last = to_json({**self._fields, "choices": [], "usage": usage.fields()})
+                last = to_json({**self._fields, "choices": [], "usage": _usage(usage)})
                 events.append(b"data: " + last + b"\n\n")
             events.append(_DONE)
         return b"".join(events)
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
-        if failed := next((output.error for output in outputs if output.error is not None), None):
-            raise failed
+        _raise_first_error(outputs)
         choices = [self._choice(output) for output in outputs]
-        body = to_json({**self._fields, "choices": choices, "usage": usage.fields(), **self._also()}) + b"\n"
+        body = to_json({**self._fields, "choices": choices, "usage": _usage(usage), **self._also()}) + b"\n"
         check_answer(body)
         return body
 
@@ -198,3 +195,14 @@ class CompletionReplies(_Replies):
 
 def _completion(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _raise_first_error(deltas: Sequence[OutputDelta]) -> None:
+    """One failed output fails the request: these APIs have no finish_reason for it."""
+    for delta in deltas:
+        if delta.error is not None:
+            raise delta.error
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {**usage.fields(), "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
