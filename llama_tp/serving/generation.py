@@ -93,8 +93,8 @@ class RequestDefaults:
     sampling: Mapping[str, float]
     """A value for each of the KNOBS of `SamplingParams`, by name."""
     configured: frozenset[str] = frozenset()
-    """Which of max_new_tokens and the KNOBS the configuration sets itself. The others have the native dialect's
-    defaults, which may differ from another API's."""
+    """Which of max_new_tokens and the KNOBS are set by the configuration, or recommended by the model's publisher. The
+    others have the native dialect's defaults, which may differ from another API's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -531,6 +531,20 @@ def test_a_chat_s_logprobs_are_an_object_per_token() -> None:
         assert record.keys() - {"top_logprobs"} == record["top_logprobs"][0].keys() == {"token", "logprob", "bytes"}
 
 
+def test_a_completion_s_logprobs_are_parallel_lists_with_each_token_among_the_most_probable_ones() -> None:
+    first, second, other = TOKENIZER.encode("quick fox and")[:3]
+    logprobs = [Logprobs(-0.5, ((other, -0.25), (second, -0.75))), Logprobs(-math.inf, ())]
+    outputs = [delta(text="quick fox", ids=[first, second], logprobs=logprobs, **END)]
+    (choice,) = json.loads(replies(COMPLETIONS, logprobs=2).answer(outputs, USAGE))["choices"]
+    names = [TOKENIZER.token_bytes(token).decode() for token in (first, second, other)]
+    assert choice["logprobs"] == {
+        "tokens": names[:2],
+        "token_logprobs": [-0.5, -9999.0],
+        "top_logprobs": [{names[0]: -0.5, names[2]: -0.25, names[1]: -0.75}, {names[1]: -9999.0}],
+        "text_offset": [0, len(names[0])],
+    }
+
+
 @pytest.mark.parametrize("text", ["The quick fox", "é€🐳 ok", "tab\tand\nline"])
 @pytest.mark.parametrize("prompt", ["Hi", ""])
 @pytest.mark.parametrize("size", [1, 3, 100])
