@@ -28,10 +28,8 @@ def published_sampling(tokenizer: Path) -> dict[str, float]:
     usable = {knob.name: _number(knob, value) for knob, value in given.items()}
     for knob, value in given.items():
         if usable[knob.name] is None:
-            problem = (
-                f"generation_config.json: {knob.name}={shown(value)} is not used; it must be a number in {knob.api}"
-            )
-            log.warning("%s", problem)
+            problem = f"{knob.name}={shown(value)} is not used; it must be a number in {knob.api}"
+            log.warning("generation_config.json: %s", problem)
     return {name: number for name, number in usable.items() if number is not None}
 
 
