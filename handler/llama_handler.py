@@ -46,6 +46,7 @@ class LlamaHandler:
         started = time.monotonic()
         self.service = start_service(
             context.model_yaml_config,
+            model_name=context.model_name,
             model_dir=context.system_properties["model_dir"],
             lead=int(os.environ.get("LOCAL_RANK", "0")) == 0,
         )

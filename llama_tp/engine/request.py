@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from llama_tp.engine.sampling_params import SamplingParams
@@ -62,3 +62,6 @@ class TokenEvent:
     """Which of the request's n outputs this belongs to."""
     logprobs: Logprobs | None = None
     """Those of token_id, if requested."""
+    num_cached: int = field(default=0, compare=False)
+    """How many of the prompt's tokens were found in the prefix cache; in the first event of output 0 only. Not what an
+    event means, so not compared."""

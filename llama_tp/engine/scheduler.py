@@ -171,15 +171,20 @@ class Scheduler:
         if token_id is None:
             self._end(sequence)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits", index)
+        num_cached = self._num_cached(sequence) if index == 0 and sequence.num_generated == 0 else 0
         if token_id in request.params.stop_ids:
             self._end(sequence)
-            return TokenEvent(request.id, None, FinishReason.STOP, index=index)
+            return TokenEvent(request.id, None, FinishReason.STOP, index=index, num_cached=num_cached)
         sequence.tokens.append(token_id)
         reason = None
         if sequence.num_generated >= request.params.max_new_tokens:
             self._end(sequence)
             reason = FinishReason.LENGTH
-        return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs)
+        return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs, num_cached=num_cached)
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that were not computed when it was admitted."""
+        return sequence.num_shared * self.config.page_size
 
     def _queue_forks(self, sequence: Sequence) -> None:
         """Queue the request's outputs that have waited for this one."""

@@ -51,8 +51,7 @@ class Admission:
         check_vocabulary(request, limits.vocab_size)
         check_outputs(request, limits.max_waiting)
         prompt, stop_ids = self._encode(request)
-        max_new_tokens = fit_context(request, len(prompt), limits.max_seq_len)
-        check_answer_size(request, max_new_tokens)
+        max_new_tokens = fit_answer(request, fit_context(request, len(prompt), limits.max_seq_len))
         end_ids = frozenset() if request.ignore_eos else stop_ids
         params = request.sampling.but(
             max_new_tokens=max_new_tokens, stop_ids=end_ids | frozenset(request.stop_token_ids)
@@ -138,16 +137,20 @@ def _check_token_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
         raise ApiError(400, "token_out_of_range", message, f"{name}[{at}]")
 
 
-def check_answer_size(request: GenerationRequest, max_new_tokens: int) -> None:
-    """ApiError if a non-streaming answer could hold too many log probabilities."""
+def fit_answer(request: GenerationRequest, max_new_tokens: int) -> int:
+    """The max_new_tokens to use. ApiError if a non-streaming answer could hold too many log probabilities; a default is
+    clipped instead, to no less than min_new_tokens."""
     n, top, names = request.sampling.n, request.sampling.logprobs, request.names
     if request.stream or top is None:
-        return
-    most = n * max_new_tokens * (1 + top)
-    if most > MAX_LOGPROBS:
+        return max_new_tokens
+    if not request.max_new_tokens_explicit:
+        most = max(1, MAX_LOGPROBS // (n * (1 + top)))
+        max_new_tokens = max(request.sampling.min_new_tokens, min(max_new_tokens, most))
+    if (most := n * max_new_tokens * (1 + top)) > MAX_LOGPROBS:
         message = (
             f"{names.n}={n} outputs of {names.max_new_tokens}={max_new_tokens} tokens with {names.top_logprobs}={top} "
             f"are up to {most} log probabilities, but one answer holds at most {MAX_LOGPROBS}; set stream, or ask for "
             "fewer"
         )
         raise ApiError(400, "answer_too_large", message, names.logprobs)
+    return max_new_tokens

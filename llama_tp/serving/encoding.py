@@ -9,6 +9,9 @@ from typing import Any
 MAX_ECHO = 64
 """Maximum characters of user text quoted in an error."""
 
+MIN_LOGPROB = -9999.0
+"""Replaces minus infinity, which JSON lacks, as in OpenAI's API."""
+
 Path = tuple[str | int, ...]
 """Keys and indices that lead from the body to a value."""
 
@@ -32,8 +35,12 @@ def shown(value: object) -> str:
         text = _beginning_of_json(value[: MAX_ECHO + 1] if isinstance(value, str) else value)
     except (TypeError, ValueError):  # YAML has values that JSON lacks, such as dates
         text = repr(value)
-    escaped = (char if char.isprintable() else json.dumps(char)[1:-1] for char in text[: MAX_ECHO + 1])
-    return cut("".join(escaped), MAX_ECHO)
+    return cut(_printable(text[: MAX_ECHO + 1]), MAX_ECHO)
+
+
+def _printable(text: str) -> str:
+    """The text on one line, its unprintable characters escaped."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def _beginning_of_json(value: object) -> str:
@@ -54,5 +61,5 @@ def in_json_words(expected: str) -> str:
 
 def param_of(path: Path) -> str:
     """A path as users write it: dialog[1].role"""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{cut(part, MAX_ECHO)}" for part in path)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(cut(part, MAX_ECHO))}" for part in path)
     return cut("".join(parts).removeprefix("."), MAX_ECHO)

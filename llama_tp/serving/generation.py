@@ -29,6 +29,17 @@ class FieldNames:
     n: str = "n"
 
 
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """What the replies hold, in dialects that leave it to the client."""
+
+    echo: bool = False
+    """The prompt's text before the answer's."""
+    usage_in_stream: bool = False
+    token_ids: bool = False
+    """Ids of the prompt's and the answer's tokens."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """A request with every default filled in. Exactly one of prompt and dialog is set.
@@ -55,6 +66,7 @@ class GenerationRequest:
     """Whether the model's own end tokens are ignored: only stop_token_ids end the answer."""
     timeout_s: float | None = None
     stream: bool = False
+    reply: ReplyOptions = field(default_factory=ReplyOptions)
     names: FieldNames = field(default_factory=FieldNames)
 
     @property
@@ -80,6 +92,9 @@ class RequestDefaults:
     seed: int | None
     sampling: Mapping[str, float]
     """A value for each of the KNOBS of `SamplingParams`, by name."""
+    configured: frozenset[str] = frozenset()
+    """Which of max_new_tokens and the KNOBS are set by the configuration, or recommended by the model's publisher. The
+    others have the native dialect's defaults, which may differ from another API's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +118,13 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Those of the prompt that were found in the prefix cache."""
+
+    def fields(self) -> dict[str, int]:
+        """As all dialects report it, with OpenAI's names."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }

@@ -14,8 +14,9 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.admission import Admission, Limits
-from llama_tp.serving.dialects.base import Dialect, Replies
+from llama_tp.serving.dialects.base import Accepted, Dialect, Replies
 from llama_tp.serving.dialects.native import NativeDialect
+from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
@@ -39,6 +40,7 @@ class _Active:
     num_prompt: int
     outputs: list[Output]
     record: RequestRecord
+    num_cached: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -50,13 +52,13 @@ class _Active:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.num_prompt, sum(output.num_tokens for output in self.outputs))
+        return Usage(self.num_prompt, sum(output.num_tokens for output in self.outputs), self.num_cached)
 
 
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or why it has none.
+    `chat` is the model's chat format, or why it has none. `model_name` is its name in the URL.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class LlamaService:
         tokenizer: Tokenizer,
         chat: ChatFormat | str,
         defaults: RequestDefaults,
+        *,
+        model_name: str,
     ) -> None:
         self._loop = loop
         self._tokenizer = tokenizer
@@ -72,7 +76,8 @@ class LlamaService:
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token)
-        self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults)}
+        self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
+        self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}
         self._num_started = 0
@@ -95,8 +100,15 @@ class LlamaService:
 
     def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
         """Accept a request to a route below the model's own. An error becomes its only reply."""
+        if (document := self._documents.get(route)) is not None:
+            self._immediate.append(Reply(request_id, document))
+            return
         if (dialect := self._dialects.get(route)) is None:
-            message = f"there is no route {shown(route)}; POST to /predictions/<model> itself"
+            routes = ", ".join(filter(None, [*self._dialects, *self._documents]))
+            message = (
+                f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
+                f"/predictions/<model>/<version>/ to one of: {routes}"
+            )
             self.refuse(request_id, ApiError(404, "unknown_route", message))
             return
         try:
@@ -147,12 +159,13 @@ class LlamaService:
             message = "stream=true is possible over HTTP only; leave it out, or POST to /predictions/<model>"
             raise ApiError(400, "stream_not_supported", message, "stream")
         admitted = self._admission.admit(request)
+        accepted = Accepted(request_id, request, admitted.prompt)
+        replies = dialect.replies(accepted, self._tokenizer, self._longest_token)
         self._num_started += 1
         key = f"{request_id}#{self._num_started}"
         self._id_of[key] = request_id
         continued = admitted.prompt if request.continues_text else []
         outputs = [Output(self._tokenizer, request, index, continued) for index in range(admitted.params.n)]
-        replies = dialect.replies(request, self._tokenizer, self._longest_token)
         record = RequestRecord(self.metrics, len(admitted.prompt), opened)
         self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs, record)
         self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, request.timeout_s))
@@ -164,6 +177,7 @@ class LlamaService:
         output = active.outputs[event.index]
         if output.finish_reason is not None:
             return  # ended by a stop string while the engine was ahead of us
+        active.num_cached += event.num_cached
         output.push(event)
         if event.token_id is not None:
             active.record.token()
@@ -179,6 +193,7 @@ class LlamaService:
             return self._reply(request_id, active)
         except ApiError as error:
             self.metrics.failed(error)
+            self.close(request_id)
             return Reply(request_id, active.replies.error(error), status=error.status)
         except Exception as error:
             log.error("replying to request %s failed: %s", request_id, type(error).__name__)

@@ -61,7 +61,7 @@ class Siblings:
         self.tokenizer_config = _read_json(self._config_path)
         self._special_tokens_map = _read_json(folder / "special_tokens_map.json")
         self._generation_path = folder / "generation_config.json"
-        self._generation_config = _read_json(self._generation_path)
+        self._generation_config = read_generation_config(folder)
         self.template_variables = self._named_tokens()
         """bos_token, pad_token and so on, as named in templates."""
         self.special_pieces = self._special_pieces()
@@ -155,6 +155,11 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} is not a JSON object; download it again")
     return parsed
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a tokenizer's folder, {} if there is none. ValueError if it is damaged."""
+    return _read_json(folder / "generation_config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

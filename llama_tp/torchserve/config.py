@@ -191,13 +191,16 @@ class ModelConfig(_Section):
             heartbeat_s=handler.heartbeat_s,
         )
 
-    def request_defaults(self) -> RequestDefaults:
+    def request_defaults(self, published: Mapping[str, float]) -> RequestDefaults:
+        """What requests that omit a field get. `published`: the publisher's values, for what `handler` leaves open."""
         handler = self.handler
+        own = {name: getattr(handler, name) for name in KNOB_TYPES if name in handler.model_fields_set}
         return RequestDefaults(
             mode=handler.mode,
             max_new_tokens=handler.max_new_tokens,
             seed=handler.manual_seed,
-            sampling={name: getattr(handler, name) for name in KNOB_TYPES},
+            sampling={name: getattr(handler, name) for name in KNOB_TYPES} | dict(published) | own,
+            configured=frozenset({*own, *published} | {"max_new_tokens"} & handler.model_fields_set),
         )
 
     def _disagreements(self) -> list[str]:

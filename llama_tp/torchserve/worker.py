@@ -24,6 +24,7 @@ from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 from llama_tp.torchserve.config import ModelConfig
 from llama_tp.torchserve.failure_marker import FailureMarker
+from llama_tp.torchserve.published_sampling import published_sampling
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class LoadedRank:
     """The chat format, or why there is none."""
 
 
-def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaService | None:
+def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead: bool) -> LlamaService | None:
     """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
 
     RuntimeError with the same text on every rank if any of them failed; it has been logged.
@@ -53,7 +54,9 @@ def start_service(yaml_config: object, *, model_dir: str, lead: bool) -> LlamaSe
     sys.setswitchinterval(0.0005)  # the engine thread often waits in Python; the server's thread should not wait for it
     loop = EngineLoop(rank.engine, abandon_after_s=rank.config.handler.abandon_after_s, thread=rank.thread)
     loop.start()
-    return LlamaService(loop, rank.tokenizer, rank.chat, rank.config.request_defaults())
+    published = published_sampling(Path(model_dir) / rank.config.handler.tokenizer_path)
+    defaults = rank.config.request_defaults(published)
+    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name)
 
 
 def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:

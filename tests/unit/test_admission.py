@@ -12,8 +12,8 @@ from llama_tp.serving.admission import (
     MAX_LOGPROBS,
     Admission,
     Limits,
-    check_answer_size,
     check_vocabulary,
+    fit_answer,
     fit_context,
 )
 from llama_tp.serving.errors import ApiError
@@ -117,13 +117,22 @@ def test_an_id_anywhere_outside_the_vocabulary_is_refused(fields: dict[str, Any]
 def test_an_answer_in_one_piece_holds_a_limited_number_of_logprobs() -> None:
     fields: dict[str, Any] = {"logprobs": 15, "n": 2}
     most = MAX_LOGPROBS // (2 * 16)
-    check_answer_size(request_for(most, False, **fields), most)
-    check_answer_size(request_for(most, False, **fields, stream=True), most + 1)
-    check_answer_size(request_for(most, False, n=16), 2**24)
+    assert fit_answer(request_for(most, True, **fields), most) == most
+    assert fit_answer(request_for(most, True, **fields, stream=True), most + 1) == most + 1
+    assert fit_answer(request_for(most, True, n=16), 2**24) == 2**24
     with pytest.raises(ApiError) as caught:
-        check_answer_size(request_for(most, False, **fields), most + 1)
+        fit_answer(request_for(most, True, **fields), most + 1)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "answer_too_large", "logprobs")
     assert all(number in caught.value.message for number in ("n=2", str(most + 1), "top_logprobs=15", "stream"))
+
+
+def test_a_default_is_clipped_to_the_logprobs_that_an_answer_holds_but_to_no_less_than_min_new_tokens() -> None:
+    fields: dict[str, Any] = {"logprobs": 15, "n": 2}
+    most = MAX_LOGPROBS // (2 * 16)
+    assert fit_answer(request_for(2**24, False, **fields), 2**24) == most
+    assert fit_answer(request_for(2**24, False, **fields, min_new_tokens=most), 2**24) == most
+    with pytest.raises(ApiError):
+        fit_answer(request_for(2**24, False, **fields, min_new_tokens=most + 1), 2**24)
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from llama_tp.engine.request import FinishReason, Logprobs
 from llama_tp.engine.sampling_params import KNOBS, SamplingParams
 from llama_tp.serving.dialects import native
-from llama_tp.serving.dialects.native import (
-    MAX_ANSWER_BYTES,
-    MAX_CHUNK_BYTES,
-    MAX_CHUNK_TOKENS,
-    NativeReplies,
-    chunk_tokens,
-    parse_native,
-    token_logprobs,
-)
+from llama_tp.serving.dialects.native import NativeReplies, parse_native, token_logprobs
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.reply_size import MAX_ANSWER_BYTES, MAX_CHUNK_BYTES, MAX_CHUNK_TOKENS, chunk_tokens
 from llama_tp.text.dialog import Message
 
 

@@ -16,7 +16,7 @@ from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason
 from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.model_args import ModelArgs
-from llama_tp.serving.dialects import native
+from llama_tp.serving import reply_size
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import RequestDefaults
 from llama_tp.serving.service import LlamaService
@@ -58,7 +58,7 @@ def make_service(model, tokenizer):
         engine = engine_of(model, **{"max_seq_len": MAX_SEQ_LEN, **config})
         loops.append(EngineLoop(engine, abandon_after_s=abandon_after_s))
         loops[-1].start()
-        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS)
+        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS, model_name="llama")
 
     yield make
     for loop in loops:
@@ -305,11 +305,11 @@ def test_a_backlog_with_logprobs_is_sent_in_smaller_chunks(service):
     assert 1 <= sizes[0] < 64
     assert set(sizes[:-1]) == {sizes[0]}
     assert sum(sizes) == 200
-    assert max(len(reply.body) for reply in replies) <= native.MAX_CHUNK_BYTES
+    assert max(len(reply.body) for reply in replies) <= reply_size.MAX_CHUNK_BYTES
 
 
 def test_an_answer_too_large_to_be_sent_is_refused_with_the_remedy(service, monkeypatch):
-    monkeypatch.setattr(native, "MAX_ANSWER_BYTES", 100)
+    monkeypatch.setattr(reply_size, "MAX_ANSWER_BYTES", 100)
     assert refusal(service, prompt=PROMPT, **SAMPLED) == (400, "answer_too_large", "stream")
     assert service.open_ids == set()
     assert stream(service, prompt=PROMPT, **SAMPLED)[-1]["finish_reason"] == "length"
@@ -862,3 +862,164 @@ def test_the_assistant_s_last_message_is_continued_on_request_with_the_space_tha
     )
     assert refusal(service, dialog=begun) == (400, "invalid_role_order", "dialog[1].role")
     assert refusal(service, dialog=DIALOG, continue_final_message=True)[:2] == (400, "cannot_continue_message")
+
+
+CHAT, COMPLETIONS = "v1/chat/completions", "v1/completions"
+OPENAI = [(CHAT, {"messages": DIALOG}), (COMPLETIONS, {"prompt": PROMPT}), (COMPLETIONS, {"prompt": [1, 5, 9]})]
+
+
+def sse(service, route, **body):
+    """The data of a stream's events, [DONE] excluded, and the last reply."""
+    request_id = f"streamed {next(_counter)}"
+    open_one(service, request_id, route, stream=True, **body)
+    replies = collect(service, request_id)[request_id]
+    assert {reply.content_type for reply in replies[:-1]} <= {"text/event-stream"}
+    *events, done, rest = b"".join(reply.body for reply in replies).split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    return [json.loads(event.removeprefix(b"data: ")) for event in events], replies[-1]
+
+
+def without_details(usage):
+    """What was cached depends on earlier requests."""
+    return {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
+
+
+def text_of(choice):
+    return choice["text"] if "text" in choice else choice.get("message", choice.get("delta"))["content"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"n": 3}, {"stop": ["e", "zz"]}, {"min_tokens": 20, "stop": "e"}], ids=str)
+@pytest.mark.parametrize("seed", [7, 8])
+@pytest.mark.parametrize(("route", "asked"), OPENAI)
+def test_an_openai_stream_joined_is_the_answer_in_one_piece(service, route, asked, seed, extra):
+    body = {**asked, "temperature": 1.0, "top_k": 30, "seed": seed, "max_tokens": 60, **extra}
+    status, answer = ask(service, route, **body)
+    chunks, _ = sse(service, route, **body, stream_options={"include_usage": True})
+    assert status == 200
+    texts, reasons = {}, {}
+    for chunk in chunks[:-1]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + text_of(choice)
+            if choice["finish_reason"]:
+                reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == {choice["index"]: text_of(choice) for choice in answer["choices"]}
+    assert reasons == {choice["index"]: choice["finish_reason"] for choice in answer["choices"]}
+    assert without_details(chunks[-1]["usage"]) == without_details(answer["usage"])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_openai_s_routes_give_the_native_route_s_text(service, streaming):
+    """Which is checked against the tokenizer and the engine."""
+    native = {"temperature": 1.0, "seed": 7, "max_new_tokens": 20, "logprobs": True, "top_logprobs": 2}
+    openai = {"temperature": 1.0, "seed": 7, "max_tokens": 20}
+    _, expected = ask(service, prompt=PROMPT, **native)
+    _, answer = ask(service, COMPLETIONS, prompt=PROMPT, **openai, logprobs=2)
+    (choice,) = answer["choices"]
+    assert (choice["text"], without_details(answer["usage"])) == (expected["text"], expected["usage"])
+    assert choice["logprobs"]["token_logprobs"] == [one["logprob"] for one in expected["logprobs"]]
+    _, expected = ask(service, dialog=DIALOG, **native)
+    _, answer = ask(service, CHAT, messages=DIALOG, **openai, logprobs=True, top_logprobs=2)
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], without_details(answer["usage"])) == (expected["text"], expected["usage"])
+    records = [
+        {"token": one["token"], "logprob": one["logprob"], "bytes": one["bytes"]} for one in expected["logprobs"]
+    ]
+    assert [{**one, "top_logprobs": None} for one in choice["logprobs"]["content"]] == [
+        {**one, "top_logprobs": None} for one in records
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_usage_tells_how_much_of_the_prompt_was_cached(make_service, n):
+    """Whole pages, without the last token of the prompt, which is always computed."""
+    service = make_service(page_size=16)
+    body = {"prompt": [1, *range(5, 44)], "temperature": 0, "n": n}  # 40 tokens
+    cached = []
+    for _ in range(2):
+        _, answer = ask(service, COMPLETIONS, **body)
+        chunks, _ = sse(service, COMPLETIONS, **body, stream_options={"include_usage": True})
+        cached += [usage["prompt_tokens_details"]["cached_tokens"] for usage in (answer["usage"], chunks[-1]["usage"])]
+    assert cached == [0, 32, 32, 32]
+    _, answer = ask(make_service(prefix_cache=False), COMPLETIONS, **body)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_a_chat_without_a_length_may_fill_the_context(make_service):
+    service = make_service(max_seq_len=64)
+    _, answer = ask(service, CHAT, messages=DIALOG, temperature=0)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 64
+    _, answer = ask(service, COMPLETIONS, prompt=PROMPT, temperature=0)
+    assert answer["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "code", "param"),
+    [
+        (CHAT, {"messages": DIALOG, "max_completion_tokens": 512}, "context_length_exceeded", "max_completion_tokens"),
+        (CHAT, {"messages": DIALOG, "max_tokens": 512}, "context_length_exceeded", "max_tokens"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "fox " * 225_000}]},
+            *("context_length_exceeded", "messages"),
+        ),
+        (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, "invalid_role", "messages[0].role"),
+        (CHAT, {"messages": [*DIALOG, *DIALOG]}, "invalid_role_order", "messages[1].role"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "[INST]"}]},
+            *("special_tags_not_allowed", "messages[0].content"),
+        ),
+        (COMPLETIONS, {"prompt": [1] * 512}, "context_length_exceeded", "prompt"),
+        (COMPLETIONS, {"prompt": "fox " * 225_000}, "context_length_exceeded", "prompt"),
+        (COMPLETIONS, {"prompt": [1, 10**6]}, "token_out_of_range", "prompt[1]"),
+        (COMPLETIONS, {"prompt": PROMPT, "logit_bias": {"1000000": 1}}, "token_out_of_range", "logit_bias.1000000"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_what_cannot_run_is_refused_in_openai_s_words(service, route, body, code, param, streaming):
+    status, reply = ask(service, route, **body, stream=streaming)
+    assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, code, param)
+    assert "max_new_tokens" not in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(("route", "asked"), OPENAI[:2])
+def test_a_full_queue_is_a_429_in_json_even_for_a_stream(make_service, route, asked):
+    service = make_service(max_seq_len=32_768, max_batch_size=1, max_waiting=1)
+    long = {"prompt": PROMPT, **SAMPLED, "max_new_tokens": 30_000}
+    open_one(service, "running", **long)
+    assert wait_until(lambda: service._loop.engine.scheduler.running)
+    open_one(service, "waiting", **long)
+    for streaming in (False, True):
+        status, reply = ask(service, route, **asked, stream=streaming)
+        assert (status, reply["error"]["code"]) == (429, "queue_full")
+    service.close("running")
+    service.close("waiting")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_an_openai_request_fails_with_its_first_failed_output(service, n, streaming):
+    """In mid-stream, the client gets an event with the error; nothing more is computed."""
+    poison(service, n - 1)
+    body = {"prompt": [1, 2, 3], "n": n, "temperature": 1.0, "top_k": 30, "seed": 7, "max_tokens": 400}
+    open_one(service, "bad", COMPLETIONS, **body, stream=streaming)
+    *others, last = collect(service, "bad")["bad"]
+    data, *done = last.body.removesuffix(b"\n\n").split(b"\n\n")
+    assert done == ([b"data: [DONE]"] if others else [])  # all of it may have happened before the first reply
+    error = json.loads(data.removeprefix(b"data: ") if others else data)["error"]
+    assert (last.status, error["code"], error["type"]) == (500, "nan_logits", "server_error")
+    assert service.open_ids == set()
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", {}])
+def test_the_model_is_described_whatever_the_method(service, body):
+    service.open("list", body, "v1/models")
+    service.open("one", body, "v1/models/llama")
+    service.open("other", body, "v1/models/gpt-4o")
+    assert service.open_ids == {"list", "one", "other"}
+    replies = {reply.request_id: reply for reply in service.poll(0)}
+    assert json.loads(replies["list"].body)["data"] == [json.loads(replies["one"].body)]
+    assert json.loads(replies["one"].body)["max_model_len"] == MAX_SEQ_LEN
+    assert [replies[one].status for one in ("list", "one", "other")] == [200, 200, 404]

@@ -380,7 +380,7 @@ def test_stop_token_ids_are_a_list_of_ids() -> None:
         ("logit_bias", {"-1": 1}, "invalid_value", ".-1"),
         ("logit_bias", {"07": 1}, "invalid_value", ".07"),
         ("logit_bias", {"7 ": 1}, "invalid_value", ".7 "),
-        ("logit_bias", {"7\n": 1}, "invalid_value", ".7\n"),
+        ("logit_bias", {"7\n": 1}, "invalid_value", ".7\\n"),
         ("logit_bias", {"٧": 1}, "invalid_value", ".٧"),
         ("logit_bias", {"1.5": 1}, "invalid_value", ".1.5"),
         ("logit_bias", {"9" * 50: 1}, "invalid_value", "." + "9" * 50),
@@ -436,6 +436,7 @@ def test_a_bad_value_is_refused_naming_field_value_and_constraint(
     assert (error.status, error.code, error.param) == (400, code, name + param)
     assert error.message.startswith(name)
     assert " must " in error.message or code == "unknown_field" or error.message.endswith(" is missing")
+    assert error.message.isprintable()
     assert len(error.message) < 300
 
 

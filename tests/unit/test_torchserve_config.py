@@ -88,9 +88,10 @@ def test_what_the_default_configuration_sets_is_what_a_request_gets_by_default(v
     sampling |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     assert list(sampling) == [knob.name for knob in KNOBS]
     values["handler"].update(max_new_tokens=7, manual_seed=11, mode="chat", **sampling)
-    defaults = ModelConfig.of(values).request_defaults()
+    defaults = ModelConfig.of(values).request_defaults(published=dict.fromkeys(sampling, 0))
     assert (defaults.mode, defaults.max_new_tokens, defaults.seed) == ("chat", 7, 11)
     assert defaults.sampling == sampling
+    assert defaults.configured == {"max_new_tokens", *sampling}
 
 
 def test_the_model_s_own_limits_hold_where_the_handler_sets_none(values):

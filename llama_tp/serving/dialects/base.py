@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, OutputDelta, Usage
 from llama_tp.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An admitted request."""
+
+    id: str
+    """TorchServe's, which clients get as X-Request-Id."""
+    request: GenerationRequest
+    prompt: Sequence[int]
+    """Its token ids."""
 
 
 class Replies(Protocol):
@@ -19,7 +31,7 @@ class Replies(Protocol):
     """Content type of a stream."""
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
-        """The next chunk of a stream. The last one has `usage`."""
+        """The next chunk of a stream. The last one has `usage`. ApiError ends the request."""
         ...
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
@@ -38,8 +50,9 @@ class Dialect(Protocol):
         """The request in a body: bytes, text, or parsed JSON. ApiError with status 400 if it is invalid."""
         ...
 
-    def replies(self, request: GenerationRequest, tokenizer: Tokenizer, longest_token: int) -> Replies:
-        """The formatter of its replies. `longest_token`: bytes of the longest token."""
+    def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> Replies:
+        """The formatter of its replies. `longest_token`: bytes of the longest token. ApiError if a reply would be too
+        large."""
         ...
 
     def error(self, error: ApiError) -> bytes:

@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.request import Logprobs
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.serving.encoding import shown, to_json
+from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.encoding import MIN_LOGPROB, shown, to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
     ABSENT,
@@ -34,19 +35,11 @@ from llama_tp.serving.fields import (
     token_ids,
 )
 from llama_tp.serving.generation import GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.reply_size import MAX_CHUNK_BYTES, check_answer, chunk_tokens
 from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel, validate
 from llama_tp.text.dialog import Message
 from llama_tp.text.tokenizer import Tokenizer
-
-MAX_CHUNK_BYTES = 64 * 1024
-"""Maximum bytes per line of a stream."""
-MAX_CHUNK_TOKENS = 64
-"""Maximum tokens per line of a stream; fewer if tokens take many bytes."""
-MAX_ANSWER_BYTES = 6 * 2**20
-"""Maximum bytes of a non-streaming answer: one above max_response_size would end TorchServe's worker."""
-MIN_LOGPROB = -9999.0
-"""Replaces minus infinity, which JSON lacks, as in OpenAI's API."""
 
 
 class NativeDialect:
@@ -58,8 +51,8 @@ class NativeDialect:
     def parse(self, body: object) -> GenerationRequest:
         return parse_native(body, self._defaults)
 
-    def replies(self, request: GenerationRequest, tokenizer: Tokenizer, longest_token: int) -> NativeReplies:
-        return NativeReplies(request, tokenizer.token_bytes, longest_token)
+    def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> NativeReplies:
+        return NativeReplies(accepted.request, tokenizer.token_bytes, longest_token)
 
     def error(self, error: ApiError) -> bytes:
         return error.body()
@@ -199,17 +192,16 @@ class NativeReplies:
         the last."""
         records = [self._record(delta) for delta in deltas]
         if usage is not None:
-            records[-1]["usage"] = _usage(usage)
+            records[-1]["usage"] = usage.fields()
         return b"".join(map(_line, records))
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
         choices = [self._record(output) for output in outputs]
         for choice in choices:
             del choice["ids"]
-        body = to_json({**({"choices": choices} if self._has_index else choices[0]), "usage": _usage(usage)}) + b"\n"
-        if len(body) > MAX_ANSWER_BYTES:
-            message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; set stream to get it"
-            raise ApiError(400, "answer_too_large", message, "stream")
+        answer = {"choices": choices} if self._has_index else choices[0]
+        body = to_json({**answer, "usage": usage.fields()}) + b"\n"
+        check_answer(body)
         return body
 
     def error(self, error: ApiError) -> bytes:
@@ -233,17 +225,6 @@ class NativeReplies:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def chunk_tokens(request: GenerationRequest, longest_token: int) -> int:
-    """How many tokens of up to `longest_token` bytes are sure to fit into a line of a stream.
-
-    At worst, a byte becomes a control character's \\u0000 in a text and a three-digit number in a list. Space is left
-    for text held back as a possible stop string.
-    """
-    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs
-    num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
-    return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
-
-
 def token_logprobs(token_id: int, logprobs: Logprobs, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
     """A token's log probabilities in a reply, with the field names of OpenAI's chat API."""
 
@@ -253,14 +234,6 @@ def token_logprobs(token_id: int, logprobs: Logprobs, token_bytes: Callable[[int
         return {"id": token_id, "token": text, "bytes": list(raw), "logprob": max(logprob, MIN_LOGPROB)}
 
     return {**record(token_id, logprobs.chosen), "top_logprobs": [record(*one) for one in logprobs.top]}
-
-
-def _usage(usage: Usage) -> dict[str, int]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
 
 
 def _line(record: dict[str, Any]) -> bytes:

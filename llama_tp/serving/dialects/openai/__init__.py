@@ -1,0 +1,1 @@
+"""OpenAI's API below /predictions/<model>/<version>/v1/, with vLLM's extensions."""

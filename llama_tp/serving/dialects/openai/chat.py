@@ -1,0 +1,138 @@
+"""The dialect of v1/chat/completions.
+
+{"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 50, "stream": true}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, FailFast, create_model
+from pydantic_core import PydanticCustomError
+
+from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.dialects.openai.replies import ChatReplies
+from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
+from llama_tp.serving.dialects.openai.unsupported import CHAT, IGNORED, only
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
+from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
+from llama_tp.serving.strict_model import StrictModel
+from llama_tp.text.dialog import Message
+from llama_tp.text.tokenizer import Tokenizer
+
+_NAMES = FieldNames(dialog="messages", max_new_tokens="max_tokens", min_new_tokens="min_tokens")
+_NEWER_NAMES = replace(_NAMES, max_new_tokens="max_completion_tokens")
+_ROLES = {"developer": "system"}
+"""Roles that chat formats know by another name."""
+
+
+class ChatDialect:
+    """The Dialect of v1/chat/completions."""
+
+    def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
+        self._route = Route.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits the context
+
+    def parse(self, body: object) -> GenerationRequest:
+        fields = self._route.validate(_Body, body)
+        given = given_in(fields)
+        _check_pairs(given)
+        names = _NEWER_NAMES if "max_completion_tokens" in given else _NAMES
+        return self._route.request(
+            given,
+            names,
+            logprobs=given.get("top_logprobs", 0) if given.get("logprobs") else None,
+            dialog=given["messages"],
+            continue_final_message=given.get("continue_final_message", False),
+        )
+
+    def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> ChatReplies:
+        return ChatReplies(accepted, self._route.model_name, tokenizer, longest_token)
+
+    def error(self, error: ApiError) -> bytes:
+        return error.body()
+
+
+def _text(content: object) -> str:
+    """Parts of a content are joined by newlines, as in vLLM."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of parts of type text")
+    texts = []
+    for at, part in enumerate(content):
+        try:
+            texts.append(text_or_refusal(part))
+        except PydanticCustomError as error:
+            raise PydanticCustomError(error.type, error.message_template, {"at": at}) from None
+    return "\n".join(texts)
+
+
+class _Message(StrictModel):
+    role: str
+    content: Annotated[Any, AfterValidator(_text)]
+    name: str = ABSENT
+    tool_call_id: str = ABSENT
+    reasoning_content: str = ABSENT
+    # An answer that is sent back has all of these.
+    tool_calls: only([]) = ABSENT  # type: ignore[valid-type]
+    function_call: only() = ABSENT  # type: ignore[valid-type]
+    refusal: only() = ABSENT  # type: ignore[valid-type]
+    audio: only() = ABSENT  # type: ignore[valid-type]
+    annotations: IGNORED = ABSENT
+
+
+def _dialog(messages: list[_Message]) -> tuple[Message, ...]:
+    if not messages:
+        raise PydanticCustomError("empty_messages", "must hold at least one message")
+    return tuple(
+        Message(
+            _ROLES.get(message.role, message.role),
+            message.content,
+            tool_call_id=message.tool_call_id,
+            name=message.name,
+            reasoning_content=message.reasoning_content,
+        )
+        for message in messages
+    )
+
+
+class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
+    hints: ClassVar[Mapping[str, str]] = {
+        "prompt": 'send it as messages, as in {"messages": [{"role": "user", "content": "Hi"}]}',
+        "dialog": "send it as messages",
+        "max_new_tokens": "did you mean max_completion_tokens?",
+        "min_new_tokens": "did you mean min_tokens?",
+    }
+
+    messages: Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
+    max_completion_tokens: MaxNewTokens = ABSENT
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+_unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}
+_Body = create_model("_Body", __base__=_Fields, **_unsupported)
+
+
+def _check_pairs(given: Given) -> None:
+    """ApiError where two fields contradict each other."""
+    newer, older = given.get("max_completion_tokens"), given.get("max_tokens")
+    if newer is not None and older is not None and newer != older:
+        message = f"max_tokens={older} contradicts max_completion_tokens={newer}; send one of them"
+        raise ApiError(400, "conflicting_fields", message, "max_tokens")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
+        raise ApiError(400, "conflicting_fields", message, "top_logprobs")
+    continues = given.get("continue_final_message", False)
+    adds_prompt = given.get("add_generation_prompt", not continues)
+    if continues and adds_prompt:
+        message = "continue_final_message=true contradicts add_generation_prompt=true; leave one of them out"
+        raise ApiError(400, "conflicting_fields", message, "add_generation_prompt")
+    if not continues and not adds_prompt:
+        message = "add_generation_prompt=false is supported with continue_final_message=true only; leave it out"
+        raise ApiError(400, "unsupported_value", message, "add_generation_prompt")

@@ -1,0 +1,208 @@
+"""Formats the replies of OpenAI's completion routes: one JSON object, or a stream of server-sent events.
+
+An event is `data: {...}` and an empty line; the last one is `data: [DONE]`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.dialects.openai.logprobs import CompletionLogprobs, chat_logprobs
+from llama_tp.serving.encoding import to_json
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import OutputDelta, Usage
+from llama_tp.serving.reply_size import MAX_CHUNK_BYTES, check_answer, chunk_tokens
+from llama_tp.text.tokenizer import Tokenizer
+
+_DONE = b"data: [DONE]\n\n"
+_ECHO_CHARACTERS = 8192
+"""Characters of the prompt per event: at worst, each is an escape of six bytes."""
+_MAX_STREAMED_PROMPT_IDS = 5800
+"""Ids of a prompt in one event. With up to ten digits each, they take less than MAX_CHUNK_BYTES."""
+
+
+class _Replies:
+    """What the Replies of both routes have in common."""
+
+    chunk_type = "text/event-stream"
+    prefix: ClassVar[str]
+    """Of ids."""
+    object_name: ClassVar[str]
+    """Of a whole answer."""
+    chunk_name: ClassVar[str]
+    """Of a part of a stream."""
+
+    def __init__(self, accepted: Accepted, model_name: str, tokenizer: Tokenizer, longest_token: int) -> None:
+        request = accepted.request
+        self.chunk_tokens = chunk_tokens(request, longest_token)
+        self._tokenizer = tokenizer
+        self._request = request
+        self._prompt = accepted.prompt
+        self._has_ids = request.reply.token_ids
+        if self._has_ids and request.stream and len(accepted.prompt) > _MAX_STREAMED_PROMPT_IDS:
+            message = (
+                f"return_token_ids=true sends the prompt's {len(accepted.prompt)} ids in one event, which holds "
+                f"{_MAX_STREAMED_PROMPT_IDS}; leave out one of return_token_ids and stream"
+            )
+            raise ApiError(400, "answer_too_large", message, "return_token_ids")
+        self._fields = {
+            "id": f"{self.prefix}-{accepted.id}",
+            "object": self.chunk_name if request.stream else self.object_name,
+            "created": int(time.time()),
+            "model": model_name,
+        }
+        # An event is the same for every token but for its choice.
+        self._before = b"data: " + to_json(self._fields)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if request.reply.usage_in_stream else b"]}\n\n"
+        self._has_begun = False
+
+    def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
+        """An event for each delta. The stream begins with `_opening` and ends with the usage, if requested."""
+        _raise_first_error(deltas)
+        events = [] if self._has_begun else [self._event(choice, **fields) for choice, fields in self._opening()]
+        self._has_begun = True
+        events += [self._event(self._delta(delta)) for delta in deltas]
+        if usage is not None:
+            if self._request.reply.usage_in_stream:
+                last = to_json({**self._fields, "choices": [], "usage": _usage(usage)})
+                events.append(b"data: " + last + b"\n\n")
+            events.append(_DONE)
+        return b"".join(events)
+
+    def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
+        _raise_first_error(outputs)
+        choices = [self._choice(output) for output in outputs]
+        body = to_json({**self._fields, "choices": choices, "usage": _usage(usage), **self._also()}) + b"\n"
+        check_answer(body)
+        return body
+
+    def error(self, error: ApiError) -> bytes:
+        """An object, or an event at the end of a stream that fails after its status was sent."""
+        body = error.body()
+        return b"data: " + body + b"\n\n" + _DONE if self._has_begun else body + b"\n"
+
+    def _event(self, choice: dict[str, Any], **fields: Any) -> bytes:
+        after = b"]," + to_json(fields)[1:-1] + self._after[1:] if fields else self._after
+        event = self._before + to_json(choice) + after
+        assert len(event) <= MAX_CHUNK_BYTES, f"an event of {len(event)} bytes: the text layer must emit sooner"
+        return event
+
+    def _opening(self) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+        """The choices of the first events, and further fields of each event."""
+        raise NotImplementedError
+
+    def _delta(self, delta: OutputDelta) -> dict[str, Any]:
+        """A part of an output, in a stream."""
+        raise NotImplementedError
+
+    def _choice(self, output: OutputDelta) -> dict[str, Any]:
+        """A whole output."""
+        raise NotImplementedError
+
+    def _also(self) -> dict[str, Any]:
+        """Further fields of an answer."""
+        return {}
+
+
+class ChatReplies(_Replies):
+    """The Replies to a request to v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def _opening(self) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+        for index in range(self._request.sampling.n):
+            delta = {"role": "assistant", "content": ""}
+            yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, self._also()
+
+    def _delta(self, delta: OutputDelta) -> dict[str, Any]:
+        return self._with_details(delta, {"index": delta.index, "delta": {"content": delta.text}})
+
+    def _choice(self, output: OutputDelta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        return self._with_details(output, {"index": output.index, "message": message})
+
+    def _with_details(self, delta: OutputDelta, choice: dict[str, Any]) -> dict[str, Any]:
+        logprobs = delta.logprobs
+        choice["logprobs"] = (
+            None if logprobs is None else chat_logprobs(delta.ids, logprobs, self._tokenizer.token_bytes)
+        )
+        choice["finish_reason"] = delta.finish_reason
+        if self._has_ids:
+            choice["token_ids"] = delta.ids
+        return choice
+
+    def _also(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt} if self._has_ids else {}
+
+
+class CompletionReplies(_Replies):
+    """The Replies to a request to v1/completions."""
+
+    prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
+
+    def __init__(self, accepted: Accepted, model_name: str, tokenizer: Tokenizer, longest_token: int) -> None:
+        super().__init__(accepted, model_name, tokenizer, longest_token)
+        # Beside its place in each list, a token is always among the most probable ones.
+        self.chunk_tokens = chunk_tokens(accepted.request, longest_token, more_records=1)
+        sampling = accepted.request.sampling
+        self._logprobs = (
+            None
+            if sampling.logprobs is None
+            else [CompletionLogprobs(tokenizer, accepted.prompt) for _ in range(sampling.n)]
+        )
+
+    def _opening(self) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+        text = self._echo()
+        ids = {"prompt_token_ids": self._prompt} if self._has_ids else {}
+        pieces = [text[at : at + _ECHO_CHARACTERS] for at in range(0, len(text), _ECHO_CHARACTERS)]
+        if ids:
+            pieces.insert(0, "")
+        for index in range(self._request.sampling.n):
+            for at, piece in enumerate(pieces):
+                yield _completion(index, piece, None, None) | (ids if at == 0 else {}), {}
+
+    def _delta(self, delta: OutputDelta) -> dict[str, Any]:
+        choice = _completion(delta.index, delta.text, self._logprobs_of(delta), delta.finish_reason)
+        if self._has_ids:
+            choice["token_ids"] = delta.ids
+        return choice
+
+    def _choice(self, output: OutputDelta) -> dict[str, Any]:
+        choice = self._delta(output)
+        choice["text"] = self._echo() + output.text
+        if self._has_ids:
+            choice["prompt_token_ids"] = self._prompt
+        return choice
+
+    def _logprobs_of(self, delta: OutputDelta) -> dict[str, Any] | None:
+        if self._logprobs is None or delta.logprobs is None:
+            return None
+        return self._logprobs[delta.index].next(delta.ids, delta.logprobs)
+
+    def _echo(self) -> str:
+        """The prompt's text, if the answer begins with it."""
+        if not self._request.reply.echo:
+            return ""
+        prompt = self._request.prompt
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(self._prompt)
+
+
+def _completion(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _raise_first_error(deltas: Sequence[OutputDelta]) -> None:
+    """One failed output fails the request: these APIs have no finish_reason for it."""
+    for delta in deltas:
+        if delta.error is not None:
+            raise delta.error
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {**usage.fields(), "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}

@@ -1,0 +1,32 @@
+"""How large replies may be, in any dialect."""
+
+from __future__ import annotations
+
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import GenerationRequest
+
+MAX_CHUNK_BYTES = 64 * 1024
+"""Maximum bytes per line of a stream."""
+MAX_CHUNK_TOKENS = 64
+"""Maximum tokens per line of a stream; fewer if tokens take many bytes."""
+MAX_ANSWER_BYTES = 6 * 2**20
+"""Maximum bytes of a non-streaming answer: one above max_response_size would end TorchServe's worker."""
+
+
+def chunk_tokens(request: GenerationRequest, longest_token: int, *, more_records: int = 0) -> int:
+    """How many tokens of up to `longest_token` bytes are sure to fit into a line of a stream.
+
+    At worst, a byte becomes a control character's \\u0000 in a text and a three-digit number in a list. Space is left
+    for text held back as a possible stop string. `more_records`: of log probabilities, for each token that has any,
+    besides its own and those of the most probable ones.
+    """
+    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs + more_records
+    num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
+    return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
+
+
+def check_answer(body: bytes) -> None:
+    """ApiError for a non-streaming answer over MAX_ANSWER_BYTES."""
+    if len(body) > MAX_ANSWER_BYTES:
+        message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; set stream to get it"
+        raise ApiError(400, "answer_too_large", message, "stream")

@@ -1,0 +1,204 @@
+"""The official openai client against a real TorchServe with the demo's model."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_tp.text import Tokenizer, load_tokenizer
+from tests.e2e.demo_answers import ANSWER, QUESTION
+from tests.e2e.torchserve_rig import TorchServe, package, serve
+from tests.waiting import PATIENCE_S
+
+openai = pytest.importorskip("openai")
+
+pytestmark = pytest.mark.e2e
+
+ASKED = [{"role": "user", "content": QUESTION}]
+PROMPT = "Once upon a time"
+SAMPLED = {"temperature": 1.0, "seed": 5, "max_tokens": 24}
+MAX_WAITING = 4
+NUM_SLOTS = 8
+
+
+@pytest.fixture(scope="module")
+def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    work = tmp_path_factory.mktemp("model")
+    converted = demo_folder / "converted_checkpoints"
+    shutil.copytree(converted, work / "converted_checkpoints")
+    shutil.copy(converted / "tokenizer.json", work / "tokenizer.model")  # `package` expects it; it is not used
+    shutil.copy(converted / "model_args.json", work)
+    handler = {
+        "tokenizer_path": "converted_checkpoints",
+        "kv_cache_memory": "384MiB",
+        "dtype": "float32",
+        "max_waiting": MAX_WAITING,
+        "max_batch_size": NUM_SLOTS,
+    }
+    store = package(work, config={"batchSize": NUM_SLOTS}, handler=handler)
+    with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
+        yield running
+
+
+def options(server: TorchServe) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{server.inference_port}/predictions/llama/1.0/v1"
+    return {"base_url": url, "api_key": "none", "timeout": PATIENCE_S, "max_retries": 0}
+
+
+@pytest.fixture(scope="module")
+def client(server: TorchServe) -> Iterator[Any]:
+    with openai.OpenAI(**options(server)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_folder: Path) -> Tokenizer:
+    return load_tokenizer(demo_folder / "converted_checkpoints")
+
+
+def chat(client: Any, **fields: Any) -> Any:
+    return client.chat.completions.create(**{"model": "llama", "messages": ASKED, **fields})
+
+
+def complete(client: Any, **fields: Any) -> Any:
+    return client.completions.create(**{"model": "llama", "prompt": PROMPT, **fields})
+
+
+def test_the_model_is_listed_and_retrieved(client: Any) -> None:
+    (listed,) = client.models.list()
+    assert (listed.id, listed.object, listed.max_model_len) == ("llama", "model", 2048)
+    assert client.models.retrieve("llama") == listed
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4o")
+
+
+def test_a_question_is_answered(client: Any, tokenizer: Tokenizer) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="llama", messages=ASKED, temperature=0)
+    answer = raw.parse()
+    assert answer.id == f"chatcmpl-{raw.headers['x-request-id']}"
+    assert (answer.object, answer.model) == ("chat.completion", "llama")
+    (choice,) = answer.choices
+    assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
+    assert (choice.message.role, choice.message.content) == ("assistant", ANSWER)
+    assert answer.usage.completion_tokens == len(tokenizer.encode(ANSWER))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert complete(client, temperature=0, max_tokens=3).object == "text_completion"
+
+
+def test_a_streamed_chat_is_the_whole_answer(client: Any) -> None:
+    whole = chat(client, n=2, **SAMPLED)
+    chunks = list(chat(client, n=2, **SAMPLED, stream=True, stream_options={"include_usage": True}))
+    texts, reasons = {0: "", 1: ""}, {}
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content
+        reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+        assert chunk.usage is None
+    assert texts == {choice.index: choice.message.content for choice in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert [chunk.choices[0].delta.role for chunk in chunks[:3]] == ["assistant", "assistant", None]
+    usage = chunks[-1].usage
+    assert (chunks[-1].choices, usage.total_tokens, usage.completion_tokens) == (
+        *([], whole.usage.total_tokens),
+        whole.usage.completion_tokens,
+    )
+    assert usage.prompt_tokens_details.cached_tokens > 0, "the same prompt was asked before"
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_streamed_completion_is_the_whole_text(client: Any) -> None:
+    whole = complete(client, **SAMPLED)
+    chunks = list(complete(client, **SAMPLED, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_the_asynchronous_client_gets_the_same(server: TorchServe, client: Any) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(**options(server)) as made:
+            whole = await chat(made, **SAMPLED)
+            parts = [chunk.choices[0].delta.content async for chunk in await chat(made, **SAMPLED, stream=True)]
+            text = await complete(made, **SAMPLED)
+            return [whole.choices[0].message.content, "".join(parts), text.choices[0].text]
+
+    whole, streamed, text = asyncio.run(ask())
+    assert whole == streamed == chat(client, **SAMPLED).choices[0].message.content
+    assert text == complete(client, **SAMPLED).choices[0].text
+
+
+def test_logprobs_are_in_the_form_of_each_route(client: Any, tokenizer: Tokenizer) -> None:
+    (choice,) = chat(client, temperature=0, logprobs=True, top_logprobs=2).choices
+    assert "".join(one.token for one in choice.logprobs.content) == ANSWER
+    assert all(
+        one.top_logprobs[0].logprob == one.logprob and len(one.top_logprobs) == 2 for one in choice.logprobs.content
+    )
+    (choice,) = complete(client, temperature=0, logprobs=2, max_tokens=5).choices
+    tokens = choice.logprobs.tokens
+    assert "".join(tokens) == choice.text
+    assert choice.logprobs.text_offset == [len("".join(tokens[:at])) for at in range(5)]
+    assert [top[token] for top, token in zip(choice.logprobs.top_logprobs, tokens, strict=True)] == (
+        choice.logprobs.token_logprobs
+    )
+
+
+def test_vllm_s_fields_are_taken_from_extra_body(client: Any, tokenizer: Tokenizer) -> None:
+    extra = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 12, "ignore_eos": True}
+    answer = chat(client, temperature=0, max_tokens=12, extra_body={**extra, "return_token_ids": True})
+    (choice,) = answer.choices
+    assert answer.usage.completion_tokens == len(choice.token_ids) == 12
+    assert len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    assert tokenizer.decode(choice.token_ids).startswith(ANSWER)
+    text = complete(client, prompt=answer.prompt_token_ids, temperature=0, max_tokens=12).choices[0].text
+    assert text == ANSWER
+    begun = [*ASKED, {"role": "assistant", "content": "The capital of France"}]
+    extra_body = {"continue_final_message": True, "add_generation_prompt": False}
+    assert chat(client, messages=begun, temperature=0, extra_body=extra_body).choices[0].message.content == " is Paris."
+
+
+def test_stop_strings_biases_and_echo(client: Any, tokenizer: Tokenizer) -> None:
+    assert chat(client, temperature=0, stop=[" France"]).choices[0].message.content == "The capital of"
+    (paris,) = tokenizer.encode(" Paris")
+    biased = chat(client, temperature=0, max_tokens=12, logit_bias={str(paris): -100})
+    assert "Paris" not in biased.choices[0].message.content
+    plain, echoed = (complete(client, temperature=0, max_tokens=9, echo=echo).choices[0].text for echo in (False, True))
+    assert echoed == PROMPT + plain
+    assert complete(client, prompt=[PROMPT], temperature=0, max_tokens=9).choices[0].text == plain
+
+
+def test_the_client_raises_its_own_errors(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        chat(client, temperature=3)
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_value",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        chat(client, tools=[{"type": "function", "function": {"name": "f"}}], stream=True)
+    assert (unsupported.value.param, unsupported.value.code) == ("tools", "unsupported_value")
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat(client, model="gpt-4o")
+    assert missing.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_a_rate_limit_error(client: Any, stream: bool) -> None:
+    """Two streams take all slots. Of two further requests, one takes the whole queue and is answered in the end."""
+    endless = {"n": NUM_SLOTS // 2, "max_tokens": 2000, "stream": True, "extra_body": {"ignore_eos": True}}
+    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+        for _ in range(2):
+            next(stack.enter_context(complete(client, **endless)))
+        asked = [pool.submit(complete, client, n=MAX_WAITING, max_tokens=1, stream=stream) for _ in range(2)]
+        refused = next(as_completed(asked)).exception()
+        stack.close()
+        assert sorted(one.exception() is None for one in asked) == [False, True]
+    assert isinstance(refused, openai.RateLimitError)
+    assert refused.code == "queue_full"
+    assert refused.response.headers["retry-after"] == "1"
