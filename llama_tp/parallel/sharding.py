@@ -180,7 +180,7 @@ class Shard:
         return sum(map(len, self.kept))
 
     def divided(self, by: int) -> Shard:
-        """The shard of a tensor with one entry for so many of this one's."""
+        """The shard of a tensor that has one entry for each `by` entries of this one's."""
         if by == 1:
             return self
         parts = tuple((position // by, _divided(entries, by)) for position, entries in self.parts)
