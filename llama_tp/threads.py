@@ -55,6 +55,11 @@ def num_io_threads() -> int:
     return max(1, _IO_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def num_workers() -> int:
+    """Threads of this rank that compute while they read or write, as hashing does."""
+    return min(available_cores(), num_io_threads())
+
+
 def available_cores() -> int:
     """Cores that this process may use, by CPU affinity and control group quotas."""
     try:

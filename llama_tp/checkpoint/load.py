@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
@@ -129,11 +128,10 @@ class _Loader:
 
 def _place(part: nn.Module, parameters: Sequence[tuple[str, Tensor]], allocate: Callable[[int], Tensor]) -> None:
     """Replace parameters on the meta device by tensors that follow each other in memory."""
-    sizes = [_aligned(_local(parameter).nbytes) for _, parameter in parameters]
+    sizes = [_aligned(parameter.nbytes) for _, parameter in parameters]
     places = allocate(sum(sizes))[: sum(sizes)].split(sizes)
     for (name, parameter), place in zip(parameters, places, strict=True):
-        local = _local(parameter)
-        tensor = place[: local.nbytes].view(local.dtype).view(local.shape)
+        tensor = place[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         owner, _, kind = name.rpartition(".")
         part.get_submodule(owner).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
 
@@ -151,10 +149,6 @@ def _neighbours(parameter: tuple[str, Tensor]) -> tuple[str, int]:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def _numbered(name: str, modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:

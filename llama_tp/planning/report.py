@@ -49,7 +49,7 @@ def table(name: str, estimates: Sequence[Estimate]) -> Iterator[str]:
 
 
 def _rate(estimate: Estimate, batch: int) -> str:
-    """Tokens per second, if the context of so many requests fits."""
+    """Tokens per second at this batch size; a dash if its context does not fit."""
     if batch * estimate.context > estimate.cache_tokens:
         return "-"
     return f"{estimate.step(batch).tokens_per_s:,.0f}"

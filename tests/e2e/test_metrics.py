@@ -90,7 +90,7 @@ def settled(server: TorchServe) -> Exposition:
 
 
 def ask(server: TorchServe, body: bytes, *, leave_after: int | None = None) -> Seen:
-    """One request; `leave_after`: disconnect after so many chunks of a stream."""
+    """One request; `leave_after`: disconnect after this many chunks of a stream."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     start = time.monotonic()
     try:

@@ -191,7 +191,7 @@ def test_files_are_closed_at_the_size_limit_and_read_together(tmp_path, monkeypa
 @pytest.mark.parametrize(("published", "workers"), [(LLAMA_2_7B, 4), (LLAMA_2_70B, 2)])
 def test_fewer_threads_write_a_model_whose_matrices_are_large(tmp_path, monkeypatch, published, workers):
     """Each holds one matrix that is cut in columns: 90 MB of the small model, 470 MB of the large one."""
-    monkeypatch.setattr(dcp, "default_workers", lambda: 4)
+    monkeypatch.setattr(dcp, "num_workers", lambda: 4)
     args = ModelArgs.from_params({**json.loads(published), "vocab_size": 32000})
     with torch.device("meta"):
         tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in weight_shapes(args).items()}

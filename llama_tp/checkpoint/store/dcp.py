@@ -42,7 +42,7 @@ from llama_tp.checkpoint.store.table import StoredChunk, StoredTensor, write_tab
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather
 from llama_tp.parallel.sharding import tp_dim
-from llama_tp.threads import available_cores, num_io_threads
+from llama_tp.threads import num_workers
 
 METADATA = ".metadata"
 """DCP's index of a checkpoint, a pickle: for PyTorch's reader only."""
@@ -89,17 +89,12 @@ def save(
     return {name: entry for files, _ in shares for name, entry in files.items()}
 
 
-def default_workers() -> int:
-    """Threads that write a checkpoint on one rank."""
-    return min(available_cores(), num_io_threads())
-
-
 def _bounded_workers(reader: CheckpointReader, parameters: Mapping[str, TensorSource]) -> int:
     """Fewer than the default, but no fewer than two, if what the threads hold would be more than WHOLE_BYTES."""
     whole = [math.prod(one.shape) * one.dtype.itemsize for name, one in parameters.items() if tp_dim(name) == 1]
     # A matrix to quantize may have to be joined from shards: two bytes for each number.
     whole += [2 * math.prod(source.shape) for source in reader.quantized.values()]
-    return min(default_workers(), max(2, WHOLE_BYTES // max(whole, default=1)))
+    return min(num_workers(), max(2, WHOLE_BYTES // max(whole, default=1)))
 
 
 Place = tuple[str, int]

@@ -13,7 +13,7 @@ from llama_tp.checkpoint.store.hash_cache import FileState, remember
 from llama_tp.checkpoint.store.manifest import MANIFEST, FileEntry, Look, Manifest, hash_file, load_manifest
 from llama_tp.checkpoint.store.table import TABLE, load_table
 from llama_tp.file_kind import read_head, why_no_content
-from llama_tp.threads import available_cores, num_io_threads
+from llama_tp.threads import num_workers
 
 WEIGHT_SUFFIXES = (".distcp", ".pth")
 SMALL = 16 << 20
@@ -88,7 +88,7 @@ def _verify_files(folder: Path, manifest: Manifest) -> dict[str, FileState | Non
 
 def _threads() -> ThreadPoolExecutor:
     """Each of them computes alone: the other cores have other threads."""
-    workers = min(available_cores(), num_io_threads())
+    workers = num_workers()
     return ThreadPoolExecutor(workers, "verify", initializer=torch.set_num_threads, initargs=(1,))
 
 

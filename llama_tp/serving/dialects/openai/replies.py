@@ -6,6 +6,7 @@ An event is `data: {...}` and an empty line; the last one is `data: [DONE]`.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ _MAX_STREAMED_PROMPT_IDS = 5800
 """Ids of a prompt in one event. With up to ten digits each, they take less than MAX_CHUNK_BYTES."""
 
 
-class _Replies:
+class _Replies(ABC):
     """What the Replies of both routes have in common."""
 
     chunk_type = "text/event-stream"
@@ -90,17 +91,17 @@ class _Replies:
         assert len(event) <= MAX_CHUNK_BYTES, f"an event of {len(event)} bytes: the text layer must emit sooner"
         return event
 
+    @abstractmethod
     def _opening(self) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
         """The choices of the first events, and further fields of each event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _delta(self, delta: OutputDelta) -> dict[str, Any]:
         """A part of an output, in a stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _choice(self, output: OutputDelta) -> dict[str, Any]:
         """A whole output."""
-        raise NotImplementedError
 
     def _also(self) -> dict[str, Any]:
         """Further fields of an answer."""
