@@ -9,7 +9,9 @@ from typing import Literal
 from llama_tp.engine.request import FinishReason, Logprobs
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.errors import ApiError
-from llama_tp.text.dialog import Message
+from llama_tp.text.dialog import Json, Message
+from llama_tp.text.grammar import Grammar
+from llama_tp.text.tool_calls import ToolCallDelta, ToolChoice
 
 Mode = Literal["text_completion", "chat"]
 
@@ -27,6 +29,9 @@ class FieldNames:
     logprobs: str = "logprobs"
     top_logprobs: str = "top_logprobs"
     n: str = "n"
+    grammar: str = "response_format"
+    tools: str = "tools"
+    tool_choice: str = "tool_choice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,11 @@ class GenerationRequest:
     """The chat format checks roles and their order."""
     continue_final_message: bool = False
     """Whether the answer continues the dialog's last message, which is the assistant's."""
+    tools: tuple[Json, ...] = ()
+    """The functions that the assistant may call, as in OpenAI's API: {"type": "function", "function": {...}}."""
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    grammar: Grammar | None = None
+    """What the answer's text must match; not yet compiled."""
     sampling: SamplingParams
     """stop_ids is still empty; ids in logit_bias are not yet checked against the vocabulary."""
     max_new_tokens_explicit: bool = False
@@ -103,6 +113,7 @@ class OutputDelta:
 
     index: int
     text: str
+    """Without the text of tool calls."""
     ids: Sequence[int]
     logprobs: Sequence[Logprobs] | None
     """One per id. None: not requested."""
@@ -110,6 +121,8 @@ class OutputDelta:
     """None until the output ends."""
     error: ApiError | None
     """Why it failed, with finish_reason "error"."""
+    tool_calls: Sequence[ToolCallDelta] = ()
+    """New content of the output's tool calls, in order."""
 
 
 @dataclass(frozen=True, slots=True)

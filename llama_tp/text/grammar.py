@@ -1,0 +1,38 @@
+"""What an answer's text must match: a JSON schema, a regular expression, one of several texts, or a grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar that has not been compiled, and may be invalid. Equal grammars have the same language."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    source: str
+    """JSON text of the schema or of the list of choices, the regular expression, or a grammar in Lark's or llama.cpp's
+    (GBNF) notation."""
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
+        """Any JSON value that is valid under a schema, which is an object or a boolean."""
+        return cls("json_schema", json.dumps(schema, ensure_ascii=False))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that a regular expression matches from beginning to end."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Grammar:
+        """One of several texts."""
+        return cls("choice", json.dumps(list(choices), ensure_ascii=False))
