@@ -1,23 +1,16 @@
 """The process that renders one chat template, started by `TemplateProcess`: jinja2 and nothing else of this package.
 
 A template comes from a model's publisher, and jinja's sandbox keeps it away from files and objects, but not from loops
-and memory: `range(99999)` nested thrice, or `'a' * 10 ** 10`, which jinja evaluates while it compiles. So the kernel
-sets the limits here: CPU time per line (SIGPROF ends the process, even inside one long C call) and address space.
+and memory: `range(99999)` nested thrice, or `'a' * 10 ** 10`, which jinja evaluates while it compiles.
 
-Protocol: one JSON object a line, in UTF-8 with surrogates. First {"template": ...}, answered by {} or {"invalid":
-reason}; then the variables of one rendering a line, answered by {"rendered": text}, {"refused": message of
-raise_exception} or {"failed": reason}.
+The first question is {"template": ...}, answered by {} or {"invalid": reason}; then come the variables of one rendering
+each, answered by {"rendered": text}, {"refused": message of raise_exception} or {"failed": reason}.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import resource
-import signal
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -28,10 +21,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_CPU_S = 1.0
-"""CPU time to compile the template, and for each rendering. Published templates take milliseconds."""
-MAX_MEMORY = 1 << 30
-"""Address space of the process in bytes. The largest request that TorchServe accepts needs a fraction."""
+from llama_tp.text.limited_worker import Limits, serve
+
+LIMITS = Limits(cpu_s=1.0, memory=1 << 30)
+"""Published templates take milliseconds to compile and to render, and the largest request that TorchServe accepts needs
+a fraction of the memory."""
+_NO_MEMORY = f"it needs more than {LIMITS.memory >> 20} MiB of memory"
 MAX_RENDERED = 32 * 1024 * 1024
 """Characters of a rendered dialog: several times the largest request."""
 
@@ -119,7 +114,7 @@ def _rendered(template: Template, variables: dict[str, Any]) -> dict[str, str]:
     except _TemplateRefusal as error:
         return {"refused": str(error)}
     except MemoryError:
-        return {"failed": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"}
+        return {"failed": _NO_MEMORY}
     except Exception as error:  # a template can fail in any way
         return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -131,48 +126,27 @@ def _compiled(source: str) -> tuple[dict[str, str], Template | None]:
         line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
         return {"invalid": f"{line}{error}"}, None
     except MemoryError:
-        return {"invalid": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"}, None
+        return {"invalid": _NO_MEMORY}, None
     except Exception as error:  # jinja evaluates constant expressions, which can fail in any way
         return {"invalid": f"{type(error).__name__}: {error}"}, None
 
 
-def _limited(step: Callable[[], Any]) -> Any:
-    """The result of `step`. The kernel ends the process if it takes more than MAX_CPU_S."""
-    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
-    result = step()
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    return result
+class _Renderer:
+    """Answers questions."""
+
+    def __init__(self) -> None:
+        self._template: Template | None = None
+
+    def __call__(self, question: dict[str, Any]) -> dict[str, str]:
+        if self._template is not None:
+            return _rendered(self._template, question)
+        answer, self._template = _compiled(question["template"])
+        return answer
 
 
 def main() -> None:
-    """Answer the lines of stdin until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes stdin
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with suppress(ValueError, OSError):  # a lower hard limit applies already, or the system has none
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    source = json.loads(sys.stdin.buffer.readline())["template"]
-    answer, template = _limited(lambda: _compiled(source))
-    _answer(answer)
-    if template is None:
-        return
-    for line in sys.stdin.buffer:
-        variables = json.loads(line)
-        _answer(_limited(lambda: _rendered(template, variables)))  # noqa: B023  # called at once
-
-
-def to_line(message: Mapping[str, Any]) -> bytes:
-    """The message as a line of JSON. Surrogates are written as they are: if they were escaped, the reader would join
-    some pairs to one character."""
-    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-
-
-def _answer(answer: dict[str, str]) -> None:
-    try:
-        line = to_line(answer)
-    except MemoryError:
-        line = to_line({"failed": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"})
-    sys.stdout.buffer.write(line)
-    sys.stdout.buffer.flush()
+    """Answer questions until stdin ends."""
+    serve(_Renderer(), LIMITS, {"failed": _NO_MEMORY})
 
 
 if __name__ == "__main__":

@@ -124,19 +124,19 @@ def test_a_template_that_does_not_compile_is_refused_with_its_line():
 def test_a_killed_process_is_replaced():
     template = TemplateProcess("{{ x }}")
     assert template.render({"x": 1}) == "1"
-    os.kill(template._process.pid, signal.SIGKILL)
-    template._process.wait()
+    os.kill(template._process._process.pid, signal.SIGKILL)
+    template._process._process.wait()
     assert template.render({"x": 2}) == "2"
-    process = template._process
+    process = template._process._process
     template.close()
     assert process.poll() is not None
 
 
 def test_a_closed_template_leaves_no_process_and_none_runs_before_it_is_needed():
     template = TemplateProcess("{{ x }}")
-    assert template._process is None
+    assert template._process._process is None
     template.check()
-    assert template._process is None
+    assert template._process._process is None
 
 
 def test_a_refusal_is_told_apart_from_a_failure():
