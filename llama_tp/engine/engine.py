@@ -83,6 +83,7 @@ class Engine:
         """
         self._check_vocabulary(request)
         self.scheduler.add(request)
+        self.sampler.begin(request)
         self._timing.arrived(request.id, monotonic() if arrival is None else arrival)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
@@ -103,6 +104,8 @@ class Engine:
         events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
+            if event.error == "nan_logits" and self.sampler.has_no_mask(event.request_id, event.index):
+                event.error = "grammar_too_complex"
             if event.finish_reason is not None and event.request_id not in self.scheduler:
                 self.sampler.forget(event.request_id)
         if plan.chunks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from llama_tp.engine.grammar import TokenGrammar
 from llama_tp.engine.sampling_params import SamplingParams
 
 
@@ -30,6 +31,8 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    grammar: TokenGrammar | None = None
+    """What its outputs must match, stop ids included."""
     timeout_s: float | None = None
     """Seconds from arrival at the engine, queueing included, after which `EngineLoop` ends it; its output is kept."""
 

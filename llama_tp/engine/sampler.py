@@ -1,9 +1,9 @@
 """Logits and per-request parameters -> token ids.
 
-Order of operations: penalties, logit_bias, min_new_tokens (`edit`); then temperature, top_k, top_p, min_p, each applied
-to the result of the previous one (`probabilities`); then one draw. Every sequence has its own generator, so its draws
-do not depend on the rest of the batch. Greedy sequences use no generator. Each operation is vectorized over the
-sequences that request it; the others cost nothing.
+Order of operations: penalties, logit_bias, min_new_tokens, the grammar's mask (`edit`); then temperature, top_k, top_p,
+min_p, each applied to the result of the previous one (`probabilities`); then one draw. Every sequence has its own
+generator, so its draws do not depend on the rest of the batch. Greedy sequences use no generator. Each operation is
+vectorized over the sequences that request it; the others cost nothing.
 
 Legend: S sampled sequences, V vocabulary.
 """
@@ -18,9 +18,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from llama_tp.engine.request import Logprobs
+from llama_tp.engine.request import Logprobs, Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.sequence import Sequence
+from llama_tp.engine.token_masks import TokenMasks
 
 
 @dataclass(slots=True)
@@ -51,15 +52,21 @@ class _State:
 
 
 class Sampler:
-    """Keeps one generator, and the token counts that penalties need, per sequence."""
+    """Keeps one generator, the token counts that penalties need, and the next mask of a grammar per sequence."""
 
     def __init__(self) -> None:
         self._states: dict[str, dict[int, _State]] = {}
+        self._masks = TokenMasks()
 
     @property
     def is_idle(self) -> bool:
         """Whether there is no state left."""
-        return not self._states
+        return not self._states and not self._masks
+
+    def begin(self, request: Request) -> None:
+        """Prepare for a request's first tokens."""
+        if request.grammar is not None:
+            self._masks.begin(request.id, request.grammar, request.params.n)
 
     def sample(self, logits: Tensor, sequences: Items[Sequence]) -> tuple[list[int | None], dict[int, Logprobs]]:
         """One id per sequence from float32 logits (S, V), None if its logits are non-finite or all ruled out; and the
@@ -86,6 +93,7 @@ class Sampler:
         # One copy from the device: the only point where the host waits for it.
         host = _together(parts)
         tokens = [None if token < 0 else int(token) for token in host[0]]
+        self._prepare_masks(sequences, tokens)
         if not asked:
             return tokens, {}
         _, chosen, values, tops = host
@@ -100,7 +108,8 @@ class Sampler:
         }
 
     def edit(self, logits: Tensor, sequences: Items[Sequence]) -> Tensor:
-        """The logits (S, V) after penalties, logit_bias and min_new_tokens; the same tensor if no sequence has any.
+        """The logits (S, V) after penalties, logit_bias, min_new_tokens and the masks of grammars; the same tensor if
+        no sequence has any.
 
         Reads only the logits of tokens that a sequence contains or a request names.
         """
@@ -112,7 +121,8 @@ class Sampler:
             for index, sequence in enumerate(sequences)
             if sequence.num_generated < params[index].min_new_tokens and params[index].stop_ids
         ]
-        if not (penalized or biased or too_short):
+        constrained = [index for index, sequence in enumerate(sequences) if sequence.request.grammar is not None]
+        if not (penalized or biased or too_short or constrained):
             return logits
         edited = logits.clone()
         flat = edited.view(-1)
@@ -125,11 +135,28 @@ class Sampler:
         if too_short:
             where = [index * edited.size(-1) + token for index in too_short for token in params[index].stop_ids]
             flat.index_fill_(0, _on(flat, where), float("-inf"))
+        if constrained:
+            outputs = [(sequences[index].request.id, sequences[index].index) for index in constrained]
+            edited[constrained] = edited[constrained].where(
+                self._masks.allowed(outputs, logits.size(-1), logits.device), float("-inf")
+            )
         return edited
 
     def forget(self, request_id: str) -> None:
         """Drop the state of a finished request."""
         self._states.pop(request_id, None)
+        self._masks.forget(request_id)
+
+    def has_no_mask(self, request_id: str, index: int) -> bool:
+        """Whether an output cannot go on because its grammar turned out to be too complex."""
+        return self._masks.has_failed(request_id, index)
+
+    def _prepare_masks(self, sequences: Items[Sequence], tokens: Items[int | None]) -> None:
+        """Begin to compute the masks of the sequences' next tokens."""
+        for sequence, token in zip(sequences, tokens, strict=True):
+            request = sequence.request
+            if request.grammar is not None and token is not None and token not in request.params.stop_ids:
+                self._masks.advance(request.id, sequence.index, token)
 
     def _penalize(self, flat: Tensor, penalized: list[tuple[int, Sequence]], vocab_size: int) -> None:
         """Penalize in place the logits of the tokens that each sequence contains."""

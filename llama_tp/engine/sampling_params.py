@@ -51,7 +51,8 @@ def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
 class SamplingParams:
     """How one request is sampled. The defaults are plain sampling from the model's distribution.
 
-    Applied in this order: the three penalties, logit_bias, min_new_tokens, temperature, top_k, top_p, min_p, one draw.
+    Applied in this order: the three penalties, logit_bias, min_new_tokens, the request's grammar, temperature, top_k,
+    top_p, min_p, one draw.
     """
 
     max_new_tokens: int = 128

@@ -10,6 +10,8 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.dialog import ChatError
+from llama_tp.text.grammar import GrammarError
+from llama_tp.text.grammar_compiler import CompiledGrammar, GrammarCompiler
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 2**15
@@ -33,6 +35,7 @@ class Admitted:
 
     prompt: list[int]
     params: SamplingParams
+    grammar: CompiledGrammar | None
 
 
 class Admission:
@@ -44,6 +47,8 @@ class Admission:
         self._chat = chat
         self._limits = limits
         self._longest_token = longest_token
+        stop_ids = tokenizer.stop_ids if isinstance(chat, str) else tokenizer.stop_ids | chat.stop_ids
+        self._grammars = GrammarCompiler(tokenizer, stop_ids, num_rows=limits.vocab_size)
 
     def admit(self, request: GenerationRequest) -> Admitted:
         """ApiError if the request can never run here."""
@@ -56,7 +61,7 @@ class Admission:
         params = request.sampling.but(
             max_new_tokens=max_new_tokens, stop_ids=end_ids | frozenset(request.stop_token_ids)
         )
-        return Admitted(prompt, params)
+        return Admitted(prompt, params, self._compile(request))
 
     def _encode(self, request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
         """Prompt ids, and the ids that end the answer."""
@@ -74,6 +79,16 @@ class Admission:
             return ids, self._chat.stop_ids
         except ChatError as error:
             raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
+
+    def _compile(self, request: GenerationRequest) -> CompiledGrammar | None:
+        """The grammar of the answer."""
+        if request.grammar is None:
+            return None
+        try:
+            return self._grammars.compile(request.grammar, begins_text=not request.continues_text)
+        except GrammarError as error:
+            name = request.names.grammar
+            raise ApiError(400, "invalid_grammar", f"{name} cannot be followed: {error}", name) from None
 
     def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
         """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""

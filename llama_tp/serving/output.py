@@ -74,12 +74,14 @@ def _error_in(event: TokenEvent) -> ApiError | None:
         return ApiError(503, "cancelled", "the request was cancelled by the server; send it again")
     if event.finish_reason is FinishReason.ERROR:
         code = event.error or "internal_error"
-        return ApiError(429 if code == "queue_full" else 500, code, _MESSAGES.get(code, _MESSAGES["internal_error"]))
+        return ApiError(_STATUS.get(code, 500), code, _MESSAGES.get(code, _MESSAGES["internal_error"]))
     return None
 
 
+_STATUS = {"queue_full": 429, "grammar_too_complex": 400}
 _MESSAGES = {
     "nan_logits": "the model produced non-finite numbers for this request; other requests are not affected",
     "queue_full": "too many requests are already waiting; try again later",
+    "grammar_too_complex": "the grammar became too complex for this answer; simplify it, patterns first of all",
     "internal_error": "the engine could not run this request",
 }

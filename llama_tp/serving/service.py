@@ -168,7 +168,7 @@ class LlamaService:
         outputs = [Output(self._tokenizer, request, index, continued) for index in range(admitted.params.n)]
         record = RequestRecord(self.metrics, len(admitted.prompt), opened)
         self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs, record)
-        self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, request.timeout_s))
+        self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, admitted.grammar, request.timeout_s))
 
     def _dispatch(self, event: TokenEvent) -> None:
         active = self._active.get(self._id_of.get(event.request_id, ""))

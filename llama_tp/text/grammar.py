@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+WHITESPACE = r"\n{0,2}[ \t]{0,20}"
+"""Between JSON's tokens, as a regular expression: enough for indentation, too little for endless blank lines."""
+
+
+class GrammarError(ValueError):
+    """The grammar is invalid, uses what is not supported, or is too complex. str() says which."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -36,3 +43,8 @@ class Grammar:
     def choice(cls, choices: Sequence[str]) -> Grammar:
         """One of several texts."""
         return cls("choice", json.dumps(list(choices), ensure_ascii=False))
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """A text of a grammar in Lark's or llama.cpp's (GBNF) notation."""
+        return cls("grammar", text)

@@ -193,14 +193,16 @@ def test_one_module_knows_each_foreign_format():
     ("module", "may_import"),
     [
         ("sampling_params", set()),
-        ("request", {"sampling_params"}),
+        ("grammar", set()),
+        ("request", {"sampling_params", "grammar"}),
         ("sequence", {"request"}),
         ("stats", set()),
         ("timing", {"sequence", "stats"}),
         ("step", set()),
         ("block_manager", set()),
         ("codec", {"step"}),
-        ("sampler", {"sampling_params", "request", "sequence"}),
+        ("token_masks", {"grammar"}),
+        ("sampler", {"sampling_params", "request", "sequence", "token_masks"}),
         ("scheduler", {"request", "sequence", "step", "block_manager"}),
     ],
 )
