@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice, function_tool
+from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, call_id, check_choice, function_tool
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT
 from llama_tp.serving.strict_model import StrictModel, validate
@@ -107,3 +108,10 @@ def test_a_demanded_call_needs_a_tool_of_that_name() -> None:
     with pytest.raises(ApiError) as caught:
         check_choice(ToolChoice("required", "sub"), tools, "tool_choice")
     assert caught.value.message == 'tool_choice names "sub", which is not one of the tools: add'
+
+
+def test_the_id_of_a_call_is_reproducible_and_unique() -> None:
+    ids = [call_id("call_", request, output=n, call=at) for request in ("a", "b") for n in (0, 1) for at in (0, 1)]
+    assert len(set(ids)) == 8
+    assert all(re.fullmatch("call_[0-9a-f]{24}", one) for one in ids)
+    assert call_id("call_", "a", call=0) == ids[0]

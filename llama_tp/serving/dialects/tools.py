@@ -8,6 +8,7 @@ The arguments of a call are an object here: templates read them so, see `Message
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -35,10 +36,9 @@ def _tool_name(name: str) -> str:
     return name
 
 
-def _object_schema(schema: object) -> Json:
-    """A JSON schema of objects. Whether it is valid otherwise is known when it is compiled."""
-    if not isinstance(schema, dict):
-        raise PydanticCustomError("invalid_type", 'must be a JSON schema such as {"type": "object"}')
+def _object_schema(value: object) -> Json:
+    """A JSON schema of objects."""
+    schema = _any_schema(value)
     if schema.get("type", "object") != "object":
         raise PydanticCustomError("invalid_value", 'must be "object": arguments have names', {"at": "type"})
     return schema
@@ -52,6 +52,12 @@ def _arguments(text: str) -> Json:
         return parse_json(text)
     except ApiError:
         raise PydanticCustomError("invalid_value", "must be the JSON text of an object") from None
+
+
+def _any_schema(schema: object) -> Json:
+    if not isinstance(schema, dict):
+        raise PydanticCustomError("invalid_type", 'must be a JSON schema such as {"type": "object"}')
+    return schema
 
 
 def _only_functions(kind: object) -> object:
@@ -71,6 +77,8 @@ def _few(tools: object) -> object:
 ToolName = Annotated[str, AfterValidator(_tool_name)]
 ObjectSchema = Annotated[Any, AfterValidator(_object_schema)]
 """The JSON schema of a tool's arguments."""
+JsonSchema = Annotated[Any, AfterValidator(_any_schema)]
+"""A JSON schema. Whether it is valid is known when it is compiled."""
 Arguments = Annotated[str, AfterValidator(_arguments)]
 """JSON text of an object; parsed, it is the object."""
 FunctionType = Annotated[str, BeforeValidator(_only_functions)]
@@ -86,7 +94,7 @@ class FunctionDefinition(StrictModel):
     description: str = ABSENT
     parameters: ObjectSchema = ABSENT
     strict: bool = ABSENT
-    """Ignored: arguments are never constrained to more, and never to less, than `tool_choice` asks for."""
+    """Ignored: `tool_choice` decides whether arguments are constrained."""
 
     def tool(self) -> Json:
         return function_tool(self.name, self.description, self.parameters)
@@ -150,6 +158,12 @@ ChatTools = Annotated[list[ChatTool], FailFast(), Few, AfterValidator(_chat_tool
 """The tools of a request to OpenAI's chats; parsed, a tuple of `Json`."""
 ChatToolCalls = Annotated[list[ChatToolCall], FailFast(), AfterValidator(_chat_tool_calls)]
 """The calls of an assistant's message in OpenAI's chats; parsed, a tuple of `Json`."""
+
+
+def call_id(prefix: str, request_id: str, *, output: int = 0, call: int) -> str:
+    """The id of an answer's call: the same in a stream and in the whole answer, different in every other answer."""
+    digest = hashlib.sha256(f"{request_id} {output} {call}".encode()).hexdigest()
+    return f"{prefix}{digest[:24]}"
 
 
 def check_choice(choice: ToolChoice, tools: Sequence[Json], param: str) -> None:
