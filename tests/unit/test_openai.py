@@ -15,6 +15,7 @@ from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai import chat, completions, unsupported
 from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
+from llama_tp.serving.dialects.unsupported import IGNORED
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import GenerationRequest, OutputDelta, RequestDefaults, Usage
@@ -357,7 +358,7 @@ def test_null_means_that_a_field_is_not_given(route: str) -> None:
 def test_no_field_that_is_not_implemented_is_taken_without_a_look(route: str) -> None:
     own = {CHAT: unsupported.CHAT, COMPLETIONS: unsupported.COMPLETIONS}[route]
     for name, kind in {**unsupported.EVERYWHERE, **own}.items():
-        if kind is not unsupported.IGNORED:
+        if kind is not IGNORED:
             assert refusal(route, **{name: {"odd": 1}}).code == "unsupported_value", name
 
 

@@ -15,7 +15,8 @@ from pydantic_core import PydanticCustomError
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
-from llama_tp.serving.dialects.openai.unsupported import CHAT, IGNORED, only
+from llama_tp.serving.dialects.openai.unsupported import CHAT
+from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults

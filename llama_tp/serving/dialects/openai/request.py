@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, create_model
 from pydantic_core import PydanticCustomError
 
-from llama_tp.engine.sampling_params import KNOBS, SamplingParams
-from llama_tp.serving.dialects.openai.unsupported import EVERYWHERE, IGNORED, only
-from llama_tp.serving.encoding import shown
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.serving.dialects.openai.unsupported import EVERYWHERE
+from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
     ABSENT,
@@ -24,9 +24,8 @@ from llama_tp.serving.fields import (
     StopStrings,
     StopTokenIds,
 )
-from llama_tp.serving.generation import FieldNames, GenerationRequest, ReplyOptions, RequestDefaults
-from llama_tp.serving.strict_json import parse_json
-from llama_tp.serving.strict_model import StrictModel, validate
+from llama_tp.serving.generation import FieldNames, GenerationRequest, ReplyOptions
+from llama_tp.serving.strict_model import StrictModel
 
 Given = Mapping[str, Any]
 """The fields that a request sets, by name."""
@@ -64,41 +63,9 @@ _UNSUPPORTED = {name: (kind, ABSENT) for name, kind in EVERYWHERE.items()}
 _fields: dict[str, Any] = {**_KNOBS, "top_k": (_TopK, ABSENT), **_UNSUPPORTED}
 SharedFields = create_model("SharedFields", __base__=_Shared, **_fields)
 
-Fields = TypeVar("Fields", bound=StrictModel)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Route(ModelRoute):
     """What a completion route needs to know of the server."""
-
-    model_name: str
-    max_tokens: int
-    """Default."""
-    seed: int | None
-    sampling: Mapping[str, float]
-    """Defaults of the KNOBS of `SamplingParams`."""
-
-    @classmethod
-    def of(cls, defaults: RequestDefaults, model_name: str, *, max_tokens: int) -> Route:
-        """As in vLLM, what the configuration sets is the default; otherwise it is OpenAI's: plain sampling, and
-        `max_tokens`."""
-        sampling = {
-            knob.name: defaults.sampling[knob.name] if knob.name in defaults.configured else knob.default
-            for knob in KNOBS
-        }
-        if "max_new_tokens" in defaults.configured:
-            max_tokens = defaults.max_new_tokens
-        return cls(model_name=model_name, max_tokens=max_tokens, seed=defaults.seed, sampling=sampling)
-
-    def validate(self, model: type[Fields], body: object) -> Fields:
-        """The fields of a body. ApiError with status 404 if it is for another model, else 400 if it is invalid."""
-        payload = parse_json(body)
-        fields = validate(model, payload)
-        name = payload.get("model")
-        if name not in (None, self.model_name):
-            message = f"model={shown(name)} does not exist; this server has {shown(self.model_name)}"
-            raise ApiError(404, "model_not_found", message, "model")
-        return fields
 
     def request(
         self, given: Given, names: FieldNames, *, logprobs: int | None, echo: bool = False, **prompt: Any
