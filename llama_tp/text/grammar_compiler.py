@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_SOURCE = 256 * 1024
 """Characters of a grammar."""
+_NEVER_MERGED = "\n"
+"""Sentencepiece's pieces hold no newline, which is a byte of its own."""
 _NUM_CACHED = 128
 """Compiled grammars kept, and as many that were found to be invalid."""
 
@@ -136,10 +138,18 @@ class _Vocabulary:
             for token_id in range(num_rows)
         ]
         self._encode = tokenizer.encode
+        self._has_prefix = tokenizer.drops_leading_space
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Asked for texts that a grammar prescribes."""
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        """Ids of a text inside another one. Asked for what a grammar prescribes: these tokens are the only ones that
+        its mask allows."""
+        inside = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        if not self._has_prefix:
+            return self._encode(inside)
+        before = self._encode(_NEVER_MERGED)  # after the space that the vocabulary adds
+        ids = self._encode(_NEVER_MERGED + inside)
+        assert ids[: len(before)] == before, f"{_NEVER_MERGED!r} was merged with {inside!r}"
+        return ids[len(before) :]
 
 
 def _first_line(problem: str) -> str:

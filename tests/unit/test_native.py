@@ -31,6 +31,7 @@ OPTIONAL = (
     *("mode", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
     *("logprobs", "top_logprobs", "n", "timeout_s", "stream", "continue_final_message"),
+    *("response_format", "structured_outputs"),
 )
 
 

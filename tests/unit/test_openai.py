@@ -235,8 +235,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 2}, "unsupported_value", "best_of"),
     ({"store": True}, "unsupported_value", "store"),
     ({"store": 0}, "unsupported_value", "store"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
-    ({"structured_outputs": {"choice": ["a"]}}, "unsupported_value", "structured_outputs"),
     ({"prompt_logprobs": 0}, "unsupported_value", "prompt_logprobs"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [

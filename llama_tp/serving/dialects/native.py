@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from llama_tp.engine.request import Logprobs
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.dialects.structure import FIELDS, grammar_in
 from llama_tp.serving.encoding import MIN_LOGPROB, shown, to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
@@ -34,7 +35,7 @@ from llama_tp.serving.fields import (
     must_be_text,
     token_ids,
 )
-from llama_tp.serving.generation import GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.generation import FieldNames, GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
 from llama_tp.serving.reply_size import MAX_CHUNK_BYTES, check_answer, chunk_tokens
 from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel, validate
@@ -109,7 +110,12 @@ class _Fields(StrictModel):
     stream: bool = False
 
 
-_KNOBS: dict[str, Any] = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
+_NAMES = FieldNames()
+_STRUCTURE = ("response_format", "structured_outputs")
+_KNOBS: dict[str, Any] = {
+    **{name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()},
+    **{name: (FIELDS[name], ABSENT) for name in _STRUCTURE},
+}
 _Body = create_model("_Body", __base__=_Fields, **_KNOBS)
 
 
@@ -123,6 +129,7 @@ def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
     given: dict[str, Any] = {name: getattr(fields, name) for name in fields.model_fields_set}
     _check_pairs(given)
     _check_mode(payload, given, defaults.mode)
+    grammar, grammar_name = grammar_in(given, min_tokens="min_new_tokens")
     sampling = SamplingParams(
         max_new_tokens=given.get("max_new_tokens", max(defaults.max_new_tokens, fields.min_new_tokens)),
         min_new_tokens=fields.min_new_tokens,
@@ -136,6 +143,7 @@ def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
         prompt=given.get("prompt"),
         dialog=given.get("dialog"),
         continue_final_message=fields.continue_final_message,
+        grammar=grammar,
         sampling=sampling,
         max_new_tokens_explicit="max_new_tokens" in given,
         stop=tuple(given.get("stop", ())),
@@ -143,6 +151,7 @@ def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
         ignore_eos=fields.ignore_eos,
         timeout_s=fields.timeout_s,
         stream=fields.stream,
+        names=_NAMES if grammar is None else FieldNames(grammar=grammar_name),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, create_model
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.dialects.openai.unsupported import EVERYWHERE
 from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.dialects.structure import FIELDS, grammar_in
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
@@ -60,7 +62,8 @@ class _Shared(StrictModel):
 _KNOBS = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
 _TopK: Any = Annotated[KNOB_TYPES["top_k"], BeforeValidator(_all_if_minus_one)]  # noqa: F821
 _UNSUPPORTED = {name: (kind, ABSENT) for name, kind in EVERYWHERE.items()}
-_fields: dict[str, Any] = {**_KNOBS, "top_k": (_TopK, ABSENT), **_UNSUPPORTED}
+_STRUCTURE = {name: (kind, ABSENT) for name, kind in FIELDS.items()}
+_fields: dict[str, Any] = {**_KNOBS, "top_k": (_TopK, ABSENT), **_STRUCTURE, **_UNSUPPORTED}
 SharedFields = create_model("SharedFields", __base__=_Shared, **_fields)
 
 
@@ -73,8 +76,10 @@ class Route(ModelRoute):
         """The request that the fields of a route describe. `prompt`: the fields of GenerationRequest that hold it."""
         _check_pairs(given, names)
         options = given.get("stream_options")
+        grammar, grammar_name = grammar_in(given, min_tokens=names.min_new_tokens)
         return GenerationRequest(
             **prompt,
+            grammar=grammar,
             sampling=self._sampling(given, names, logprobs),
             max_new_tokens_explicit=names.max_new_tokens in given,
             stop=tuple(given.get("stop", ())),
@@ -86,7 +91,7 @@ class Route(ModelRoute):
                 usage_in_stream=options is not None and options.include_usage,
                 token_ids=given.get("return_token_ids", False),
             ),
-            names=names,
+            names=replace(names, grammar=grammar_name),
         )
 
     def _sampling(self, given: Given, names: FieldNames, logprobs: int | None) -> SamplingParams:

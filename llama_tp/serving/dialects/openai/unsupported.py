@@ -28,16 +28,10 @@ EVERYWHERE: dict[str, Any] = {
     "bad_words": only([]),
     "allowed_token_ids": only(),
     "logits_processors": only([]),
-    "structured_outputs": only(),
-    "guided_json": only(),
-    "guided_regex": only(),
-    "guided_choice": only(),
-    "guided_grammar": only(),
     "guided_decoding_backend": IGNORED,
     "priority": only(0),
     "cache_salt": only(),
     "kv_transfer_params": only(),
-    "response_format": only({"type": "text"}),
 }
 """Name and type of fields of both completion routes."""
 

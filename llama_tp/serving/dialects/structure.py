@@ -1,0 +1,158 @@
+"""The fields that prescribe the form of an answer: OpenAI's response_format and vLLM's structured_outputs.
+
+{"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": {"type": "object", ...}}}}
+{"structured_outputs": {"choice": ["yes", "no"]}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from llama_tp.serving.errors import ApiError
+from llama_tp.text.grammar import Grammar
+
+MAX_CHOICES = 1000
+
+
+def _wrong(kind: str, problem: str, at: str | None = None) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{problem}", {"problem": problem, **({} if at is None else {"at": at})})
+
+
+def _object(value: object, known: Collection[str]) -> Mapping[str, Any]:
+    """The fields of an object that are not null."""
+    if not isinstance(value, dict):
+        raise _wrong("invalid_type", "must be an object")
+    if unknown := next((key for key in value if key not in known), None):
+        raise _wrong("unknown_field", f"is not a known field; the fields are {', '.join(known)}", unknown)
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _response_format(value: object) -> Grammar | None:
+    fields = _object(value, ("type", "json_schema"))
+    kind = fields.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        code = "invalid_value" if isinstance(kind, str) else "invalid_type"
+        raise _wrong(code, 'must have "text", "json_object" or "json_schema" as its type')
+    if kind == "json_schema":
+        return _named_schema(fields.get("json_schema"))
+    if "json_schema" in fields:
+        raise _wrong("conflicting_fields", 'belongs to the type "json_schema"', "json_schema")
+    return None if kind == "text" else Grammar.json_object()
+
+
+def _named_schema(value: object) -> Grammar:
+    """name and description are for the reader; a schema is always followed, whatever `strict` says."""
+    if not isinstance(value, dict):
+        raise _wrong("invalid_type", 'must have a json_schema such as {"name": "person", "schema": {"type": "object"}}')
+    try:
+        fields = _object(value, ("name", "description", "schema", "strict"))
+    except PydanticCustomError as error:
+        unknown = (error.context or {}).get("at")
+        raise _wrong("unknown_field", f"has an unknown field: {str(unknown)[:64]}", "json_schema") from None
+    schema = fields.get("schema", {"type": "object"})
+    for name, kind, noun in (("name", str, "text"), ("description", str, "text"), ("strict", bool, "true or false")):
+        if not isinstance(fields.get(name, kind()), kind):
+            raise _wrong("invalid_type", f"must have {noun} as its {name}", "json_schema")
+    if not isinstance(schema, (dict, bool)):
+        raise _wrong("invalid_type", "must have a JSON schema as its schema", "json_schema")
+    return Grammar.json_schema(schema)
+
+
+def _schema(value: object) -> Grammar:
+    """vLLM takes a schema's JSON text, too."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise PydanticCustomError("invalid_value", "must be a JSON schema, or its text") from None
+    if not isinstance(value, (dict, bool)):
+        raise PydanticCustomError("invalid_type", "must be a JSON schema, or its text")
+    return Grammar.json_schema(value)
+
+
+def _text(make: Callable[[str], Grammar]) -> Callable[[object], Grammar]:
+    def grammar(value: object) -> Grammar:
+        if not isinstance(value, str):
+            raise PydanticCustomError("invalid_type", "must be a string")
+        if not value:
+            raise PydanticCustomError("invalid_value", "must not be empty")
+        return make(value)
+
+    return grammar
+
+
+def _choice(value: object) -> Grammar:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise PydanticCustomError("invalid_type", "must be a list of strings")
+    if not 0 < len(value) <= MAX_CHOICES or not all(value):
+        raise PydanticCustomError("invalid_value", f"must hold 1 to {MAX_CHOICES} strings, none of them empty")
+    return Grammar.choice(value)
+
+
+def _any_object(value: object) -> Grammar | None:
+    if not isinstance(value, bool):
+        raise PydanticCustomError("invalid_type", "must be true or false")
+    return Grammar.json_object() if value else None
+
+
+_KINDS: dict[str, Callable[[object], Grammar | None]] = {
+    "json": _schema,
+    "regex": _text(Grammar.regex),
+    "choice": _choice,
+    "grammar": _text(Grammar.lark),
+    "json_object": _any_object,
+}
+_SETTINGS = ("disable_fallback", "backend")
+"""Which library vLLM uses, and what it does if that fails: without effect on a valid answer."""
+
+
+def _structured_outputs(value: object) -> Grammar | None:
+    fields = _object(value, (*_KINDS, *_SETTINGS))
+    grammars = []
+    for name, item in fields.items():
+        if name in _SETTINGS:
+            continue
+        try:
+            grammars.append(_KINDS[name](item))
+        except PydanticCustomError as error:
+            raise _wrong(error.type, error.message(), name) from None
+    given = [grammar for grammar in grammars if grammar is not None]
+    if len(given) > 1:
+        raise _wrong("conflicting_fields", f"must have only one of {', '.join(_KINDS)}")
+    return given[0] if given else None
+
+
+FIELDS: dict[str, Any] = {
+    "response_format": Annotated[Any, AfterValidator(_response_format)],
+    "structured_outputs": Annotated[Any, AfterValidator(_structured_outputs)],
+    # vLLM's older names
+    "guided_json": Annotated[Any, AfterValidator(_schema)],
+    "guided_regex": Annotated[Any, AfterValidator(_text(Grammar.regex))],
+    "guided_choice": Annotated[Any, AfterValidator(_choice)],
+    "guided_grammar": Annotated[Any, AfterValidator(_text(Grammar.lark))],
+}
+"""Name and type of the fields; parsed, each is a `Grammar` or None."""
+
+
+def grammar_in(given: Mapping[str, Any], *, min_tokens: str) -> tuple[Grammar | None, str]:
+    """The grammar that the fields of a request prescribe, and the field's name.
+
+    min_tokens: what the dialect calls it. ApiError if two fields contradict each other.
+    """
+    grammars = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    if not grammars:
+        return None, "response_format"
+    name, *others = grammars
+    if others:
+        message = f"{others[0]} and {name} both prescribe the answer's form; send one of them"
+        raise ApiError(400, "conflicting_fields", message, others[0])
+    for other in (min_tokens, "ignore_eos"):
+        if given.get(other):
+            message = f"{other} and {name} contradict each other: the form decides where the answer ends"
+            raise ApiError(400, "conflicting_fields", message, other)
+    return grammars[name], name
