@@ -11,7 +11,7 @@ from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.errors import ApiError
 from llama_tp.text.dialog import Json, Message
 from llama_tp.text.grammar import Grammar
-from llama_tp.text.tool_calls import ToolCallDelta, ToolChoice
+from llama_tp.text.tools.calls import ToolCallDelta, ToolChoice
 
 Mode = Literal["text_completion", "chat"]
 

@@ -19,10 +19,12 @@ class GrammarError(ValueError):
 class Grammar:
     """A grammar that has not been compiled, and may be invalid. Equal grammars have the same language."""
 
-    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
     source: str
-    """JSON text of the schema or of the list of choices, the regular expression, or a grammar in Lark's or llama.cpp's
-    (GBNF) notation."""
+    """JSON text of the schema or of the list of choices, the regular expression, or a grammar: in Lark's or llama.cpp's
+    (GBNF) notation, or surely in Lark's."""
+    otherwise: Grammar | None = None
+    """What the text may match instead."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
@@ -45,6 +47,18 @@ class Grammar:
         return cls("choice", json.dumps(list(choices), ensure_ascii=False))
 
     @classmethod
-    def lark(cls, text: str) -> Grammar:
+    def of_notation(cls, text: str) -> Grammar:
         """A text of a grammar in Lark's or llama.cpp's (GBNF) notation."""
         return cls("grammar", text)
+
+
+def quoted(text: str) -> str:
+    """A text in Lark's notation."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def with_whitespace(schema: Mapping[str, Any] | bool) -> Mapping[str, Any] | bool:
+    """A schema that also says what may stand between JSON's tokens."""
+    if schema is False:
+        return False
+    return {**({} if schema is True else schema), "x-guidance": {"whitespace_pattern": WHITESPACE}}

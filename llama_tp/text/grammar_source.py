@@ -11,7 +11,7 @@ from typing import Any
 from llguidance import LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from llama_tp.text.grammar import WHITESPACE, Grammar, GrammarError
+from llama_tp.text.grammar import Grammar, GrammarError, quoted, with_whitespace
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
@@ -28,30 +28,27 @@ MB. The compiler does not respect its limits everywhere; see `grammar_checker`."
 def source_of(grammar: Grammar, *, leading_space: bool = False) -> str:
     """The grammar as llguidance takes it; a leading_space may precede its text. GrammarError if it is in no notation
     that we know."""
-    entry = {"name": "answer", **_entry(grammar)}
-    if not leading_space:
-        return json.dumps({"grammars": [entry]})
-    return json.dumps({"grammars": [{"lark_grammar": 'start: " "? @answer'}, entry]})
+    entries = [{"name": "answer", **_entry(grammar)}]
+    names = "@answer"
+    if grammar.otherwise is not None:
+        entries.append({"name": "otherwise", **_entry(grammar.otherwise)})
+        names = "(@answer | @otherwise)"
+    if len(entries) > 1 or leading_space:
+        space = '" "? ' if leading_space else ""
+        entries.insert(0, {"lark_grammar": f"start: {space}{names}"})
+    return json.dumps({"grammars": entries})
 
 
 def _entry(grammar: Grammar) -> dict[str, Any]:
     if grammar.kind == "json_schema":
-        schema = json.loads(grammar.source)
-        if schema is True:
-            schema = {}
-        if isinstance(schema, dict):
-            schema["x-guidance"] = {"whitespace_pattern": WHITESPACE}
-        return {"json_schema": schema}
+        return {"json_schema": with_whitespace(json.loads(grammar.source))}
     if grammar.kind == "regex":
         return {"lark_grammar": f"start: /{regex_to_lark(grammar.source)}/"}
     if grammar.kind == "choice":
-        return {"lark_grammar": "start: " + " | ".join(map(literal, json.loads(grammar.source)))}
+        return {"lark_grammar": "start: " + " | ".join(map(quoted, json.loads(grammar.source)))}
+    if grammar.kind == "lark":
+        return {"lark_grammar": grammar.source}
     try:
         return {"lark_grammar": any_to_lark(grammar.source)}
     except Exception as error:  # the converter raises whatever it stumbles over
         raise GrammarError(f"it is neither in Lark's nor in llama.cpp's (GBNF) notation: {error}") from None
-
-
-def literal(text: str) -> str:
-    """A text in Lark's notation."""
-    return json.dumps(text, ensure_ascii=False)

@@ -12,6 +12,7 @@ import torch
 
 from llama_tp.text.grammar import Grammar, GrammarError
 from llama_tp.text.grammar_compiler import MAX_SOURCE, GrammarCompiler
+from tests.random_text import mask_of, random_text
 from tests.schemas import SCHEMAS
 from tests.unit.text_fixtures import tiny
 
@@ -35,29 +36,6 @@ def compiler(tokenizer):
     compiler.close()
 
 
-def mask_of(state, num_tokens):
-    """The ids that the state allows."""
-    bits = torch.zeros(-(-num_tokens // 32), dtype=torch.int32)
-    state.fill_mask(bits.data_ptr(), bits.nbytes)
-    words = bits.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)
-    return (words & 1).bool().flatten()[:num_tokens].nonzero().flatten().tolist()
-
-
-def random_text(grammar, tokenizer, generator, *, longest=200):
-    """A text of random tokens that the grammar allows; None if it does not end."""
-    state, ids = grammar.start(), []
-    for _ in range(longest):
-        allowed = mask_of(state, grammar.num_tokens)
-        assert allowed, "there is always a next token"
-        ends = tokenizer.stop_ids.intersection(allowed)
-        if ends and (len(ends) == len(allowed) or torch.rand((), generator=generator) < 0.3):
-            return tokenizer.decode(ids)
-        inside = [token for token in allowed if token not in tokenizer.stop_ids]
-        ids.append(inside[int(torch.randint(len(inside), (), generator=generator))])
-        state.accept(ids[-1])
-    return None
-
-
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_text_that_ends_is_valid_under_its_schema(name, tokenizer, compiler):
     validator = jsonschema.Draft202012Validator(SCHEMAS[name], format_checker=jsonschema.FormatChecker())
@@ -74,8 +52,8 @@ def test_every_text_that_ends_is_valid_under_its_schema(name, tokenizer, compile
     [
         (Grammar.regex("(ab|c){2}/[0-9]+"), r"(ab|c){2}/[0-9]+"),
         (Grammar.choice(["yes", "no", 'a "b"\n']), r'yes|no|a "b"\n'),
-        (Grammar.lark('start: "x" DIGITS\nDIGITS: /[0-9]{2}/'), "x[0-9]{2}"),
-        (Grammar.lark('root ::= "x" tail\ntail ::= [0-9] | "y" tail'), "xy*[0-9]"),
+        (Grammar.of_notation('start: "x" DIGITS\nDIGITS: /[0-9]{2}/'), "x[0-9]{2}"),
+        (Grammar.of_notation('root ::= "x" tail\ntail ::= [0-9] | "y" tail'), "xy*[0-9]"),
     ],
 )
 def test_a_text_matches_its_regular_expression_choice_or_grammar(grammar, pattern, tokenizer, compiler):
@@ -117,8 +95,8 @@ def test_a_hostile_schema_is_refused_within_a_second(name, compiler):
         (Grammar.json_schema({"type": "strin"}), "strin"),
         (Grammar.regex("(a"), "unclosed group"),
         (Grammar.regex("(?=a)b"), "look-ahead"),
-        (Grammar.lark("hello"), "notation"),
-        (Grammar.lark("start: missing"), "missing"),
+        (Grammar.of_notation("hello"), "notation"),
+        (Grammar.of_notation("start: missing"), "missing"),
     ],
 )
 def test_a_grammar_that_cannot_be_followed_is_refused_with_its_reason(grammar, reason, compiler):

@@ -11,7 +11,7 @@ from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, call_id, c
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT
 from llama_tp.serving.strict_model import StrictModel, validate
-from llama_tp.text.tool_calls import ToolChoice
+from llama_tp.text.tools.calls import ToolChoice
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 

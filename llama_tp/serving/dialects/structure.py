@@ -104,7 +104,7 @@ _KINDS: dict[str, Callable[[object], Grammar | None]] = {
     "json": _schema,
     "regex": _text(Grammar.regex),
     "choice": _choice,
-    "grammar": _text(Grammar.lark),
+    "grammar": _text(Grammar.of_notation),
     "json_object": _any_object,
 }
 _SETTINGS = ("disable_fallback", "backend")
@@ -134,7 +134,7 @@ FIELDS: dict[str, Any] = {
     "guided_json": Annotated[Any, AfterValidator(_schema)],
     "guided_regex": Annotated[Any, AfterValidator(_text(Grammar.regex))],
     "guided_choice": Annotated[Any, AfterValidator(_choice)],
-    "guided_grammar": Annotated[Any, AfterValidator(_text(Grammar.lark))],
+    "guided_grammar": Annotated[Any, AfterValidator(_text(Grammar.of_notation))],
 }
 """Name and type of the fields; parsed, each is a `Grammar` or None."""
 

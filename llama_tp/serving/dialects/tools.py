@@ -22,7 +22,7 @@ from llama_tp.serving.fields import ABSENT
 from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Json
-from llama_tp.text.tool_calls import ToolChoice
+from llama_tp.text.tools.calls import ToolChoice
 
 MAX_TOOLS = 128
 """OpenAI's limit."""

@@ -1,0 +1,1 @@
+"""Tools: how models are told of them, and how they write calls."""
