@@ -9,11 +9,14 @@ from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest
 from llama_tp.text.chat import ChatFormat
-from llama_tp.text.dialog import ChatError
-from llama_tp.text.grammar import GrammarError
+from llama_tp.text.dialog import ChatError, Json, Message
+from llama_tp.text.grammar import Grammar, GrammarError
 from llama_tp.text.grammar_compiler import CompiledGrammar, GrammarCompiler
 from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.tools.base import ToolCallParser, name_of
+from llama_tp.text.tools.choose import Tools, has_tools
 
+NO_TOOLS = "its tool format is not known"
 MAX_LOGPROBS = 2**15
 """Log probabilities in a non-streaming answer: at about 100 bytes each, half of what TorchServe can carry."""
 
@@ -39,10 +42,19 @@ class Admitted:
 
 
 class Admission:
-    """Admits or refuses requests. `chat` is the model's chat format, or why it has none."""
+    """Admits or refuses requests. `chat` is the model's chat format, or why it has none; `tools` likewise."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | str, limits: Limits, *, longest_token: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: ChatFormat | str,
+        limits: Limits,
+        *,
+        longest_token: int,
+        tools: Tools | str = NO_TOOLS,
+    ) -> None:
         """`longest_token`: bytes of the longest token."""
+        self._tools = tools
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
@@ -71,23 +83,52 @@ class Admission:
             self._check_length([request.prompt], request)
             return self._tokenizer.encode(request.prompt, bos=self._tokenizer.adds_bos), self._tokenizer.stop_ids
         dialog = request.dialog or ()
-        self._check_length([message.content for message in dialog], request)
+        self._check_length([*(message.content for message in dialog), *_texts_of_tools(request)], request)
         if isinstance(self._chat, str):
             raise ApiError(400, "chat_not_supported", f"this model cannot chat: {self._chat}", request.names.dialog)
+        told, tools = self._tell(request, dialog)
         try:
-            ids = self._chat.encode(dialog, continue_final_message=request.continue_final_message)
+            ids = self._chat.encode(told, continue_final_message=request.continue_final_message, tools=tools)
             return ids, self._chat.stop_ids
         except ChatError as error:
             raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
 
+    def _tell(
+        self, request: GenerationRequest, dialog: Sequence[Message]
+    ) -> tuple[Sequence[Message], Sequence[Json] | None]:
+        """The dialog and the tools as the chat format is to get them. Tools that may not be called are left out."""
+        tools = _callable_tools(request)
+        if not tools and not has_tools(dialog):
+            return dialog, None
+        if isinstance(self._tools, str):
+            name = request.names.tools if tools else request.names.dialog
+            raise ApiError(400, "tools_not_supported", f"this model cannot call tools: {self._tools}", name)
+        return self._tools.dialog(dialog, tools)
+
+    def tool_parser(self, request: GenerationRequest) -> ToolCallParser | None:
+        """Finds the calls in an output of an admitted request, if it may have any."""
+        tools = _callable_tools(request)
+        if not tools:
+            return None
+        assert isinstance(self._tools, Tools), "the request was not admitted"
+        return self._tools.format.parser([name_of(tool) for tool in tools])
+
+    def _grammar(self, request: GenerationRequest) -> tuple[Grammar | None, str]:
+        """Of the answer, tool calls included, and the field that prescribes it."""
+        tools, choice = _callable_tools(request), request.tool_choice
+        if isinstance(self._tools, str) or not tools or (choice.mode == "auto" and request.grammar is None):
+            return request.grammar, request.names.grammar
+        grammar = self._tools.format.grammar(tools, choice, request.grammar)
+        return grammar, request.names.tools if choice.mode == "required" else request.names.grammar
+
     def _compile(self, request: GenerationRequest) -> CompiledGrammar | None:
         """The grammar of the answer."""
-        if request.grammar is None:
+        grammar, name = self._grammar(request)
+        if grammar is None:
             return None
         try:
-            return self._grammars.compile(request.grammar, begins_text=not request.continues_text)
+            return self._grammars.compile(grammar, begins_text=not request.continues_text)
         except GrammarError as error:
-            name = request.names.grammar
             raise ApiError(400, "invalid_grammar", f"{name} cannot be followed: {error}", name) from None
 
     def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
@@ -101,6 +142,16 @@ class Admission:
                 f"{self._limits.max_seq_len} tokens, prompt and answer together",
                 request.prompt_name,
             )
+
+
+def _callable_tools(request: GenerationRequest) -> tuple[Json, ...]:
+    return () if request.tool_choice.mode == "none" else request.tools
+
+
+def _texts_of_tools(request: GenerationRequest) -> list[str]:
+    """Texts as long as those that tools and calls become, or shorter."""
+    calls = [call for message in request.dialog or () for call in message.tool_calls]
+    return [str(one) for one in (*_callable_tools(request), *calls)]
 
 
 def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int) -> int:

@@ -9,13 +9,22 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, OutputDelta
 from llama_tp.text.detokenizer import TextStream
 from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.tools.base import ToolCallParser
+from llama_tp.text.tools.calls import ToolCallDelta
 
 
 class Output:
     """Takes the engine's events and emits deltas. The deltas' texts, joined, are the output's text."""
 
-    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, index: int, after: Sequence[int]) -> None:
-        """`after`: the ids whose text it continues."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: GenerationRequest,
+        index: int,
+        after: Sequence[int],
+        calls: ToolCallParser | None = None,
+    ) -> None:
+        """`after`: the ids whose text it continues. `calls`: finds tool calls, if it may have any."""
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error: ApiError | None = None
@@ -25,6 +34,9 @@ class Output:
         min_tokens = request.sampling.min_new_tokens
         self._stream = TextStream(tokenizer, request.stop, min_tokens=min_tokens, after=after)
         self._text: list[str] = []
+        self._parser = calls
+        self._calls: list[Sequence[ToolCallDelta]] = []
+        """As many as texts, if there is a parser."""
         self._ids: list[int] = []
         self._logprobs: list[Logprobs] | None = None if request.sampling.logprobs is None else []
 
@@ -37,15 +49,31 @@ class Output:
         if event.token_id is not None:
             self.num_tokens += 1
             self._ids.append(event.token_id)
-            self._text.append(self._stream.push(event.token_id))
+            self._take(self._stream.push(event.token_id))
             if self._logprobs is not None and event.logprobs is not None:
                 self._logprobs.append(event.logprobs)
             if self._stream.stopped:
+                self._take_rest()
                 self.finish_reason = FinishReason.STOP
         if event.finish_reason is not None and self.finish_reason is None:
-            self._text.append(self._stream.flush())
+            self._take(self._stream.flush())
+            self._take_rest()
             self.error = _error_in(event)
             self.finish_reason = event.finish_reason if self.error is None else FinishReason.ERROR
+
+    def _take(self, text: str) -> None:
+        """New text, of which calls may be a part."""
+        if self._parser is not None:
+            text, calls = self._parser.push(text) if text else ("", ())
+            self._calls.append(calls)
+        self._text.append(text)
+
+    def _take_rest(self) -> None:
+        """What the parser has held back."""
+        if self._parser is not None:
+            text, calls = self._parser.flush()
+            self._calls.append(calls)
+            self._text.append(text)
 
     def next_delta(self, max_tokens: int) -> OutputDelta:
         """The oldest tokens not yet emitted, with their text. It is the last delta if the output has ended and no token
@@ -55,6 +83,7 @@ class Output:
         # There is one text per token, from its push; text from flush belongs to the last delta.
         num_texts = len(self._text) if self.is_emitted else len(ids)
         text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
+        calls, self._calls = self._calls[:num_texts], self._calls[num_texts:]
         logprobs = self._logprobs
         if logprobs is not None:
             logprobs, self._logprobs = logprobs[:max_tokens], logprobs[max_tokens:]
@@ -65,6 +94,7 @@ class Output:
             logprobs=logprobs,
             finish_reason=self.finish_reason if self.is_emitted else None,
             error=self.error if self.is_emitted else None,
+            tool_calls=[call for one in calls for call in one] if calls else (),
         )
 
 

@@ -13,7 +13,7 @@ from time import monotonic
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
-from llama_tp.serving.admission import Admission, Limits
+from llama_tp.serving.admission import NO_TOOLS, Admission, Limits
 from llama_tp.serving.dialects.base import Accepted, Dialect, Replies
 from llama_tp.serving.dialects.native import NativeDialect
 from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
@@ -25,6 +25,7 @@ from llama_tp.serving.output import Output
 from llama_tp.serving.reply import Reply
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.tools.choose import Tools
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class _Active:
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or why it has none. `model_name` is its name in the URL.
+    `chat` is the model's chat format, or why it has none; `tools` likewise. `model_name` is its name in the URL.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class LlamaService:
         defaults: RequestDefaults,
         *,
         model_name: str,
+        tools: Tools | str = NO_TOOLS,
     ) -> None:
         self._loop = loop
         self._tokenizer = tokenizer
         config = loop.engine.config
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-        self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token)
+        self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token, tools=tools)
         self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
         self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
@@ -165,7 +167,10 @@ class LlamaService:
         key = f"{request_id}#{self._num_started}"
         self._id_of[key] = request_id
         continued = admitted.prompt if request.continues_text else []
-        outputs = [Output(self._tokenizer, request, index, continued) for index in range(admitted.params.n)]
+        outputs = [
+            Output(self._tokenizer, request, index, continued, self._admission.tool_parser(request))
+            for index in range(admitted.params.n)
+        ]
         record = RequestRecord(self.metrics, len(admitted.prompt), opened)
         self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs, record)
         self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, admitted.grammar, request.timeout_s))

@@ -84,7 +84,8 @@ def _api_error(error: ErrorDetails, payload: object) -> ApiError:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     path = _path_in(payload, error["loc"])
     if "at" in context:
-        path, value = (*path, context["at"]), value[context["at"]]
+        at = context["at"]
+        path, value = (*path, at), value.get(at) if isinstance(value, dict) else value[at]
     code, constraint = _RULES.get(kind, (kind, error["msg"]))
     if kind == "missing":  # only the request itself lacks a field; an inner object without one is malformed
         code = code if len(path) == 1 else "invalid_type"

@@ -52,6 +52,9 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     """What a request with neither prompt nor dialog is asked for."""
     chat_format: Literal["auto", "llama2", "llama3", "chatml", "jinja"] = "auto"
     """auto: the template that came with the tokenizer, else what the tokenizer's special tokens imply."""
+    tool_format: Literal["auto", "hermes", "llama3_json", "pythonic"] = "auto"
+    """How the model writes tool calls. auto: as its chat template says; a model without tools in its template is told
+    of them in a system message."""
     max_seq_len: PositiveInt | None = None
     """Prompt plus generated tokens of one request; default: as in model_args.json."""
     max_batch_size: PositiveInt | None = None

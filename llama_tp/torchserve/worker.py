@@ -22,6 +22,7 @@ from llama_tp.parallel.launch import join, meet
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
+from llama_tp.text.tools.choose import Tools, choose_tools
 from llama_tp.torchserve.config import ModelConfig
 from llama_tp.torchserve.failure_marker import FailureMarker
 from llama_tp.torchserve.published_sampling import published_sampling
@@ -56,7 +57,16 @@ def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead:
     loop.start()
     published = published_sampling(Path(model_dir) / rank.config.handler.tokenizer_path)
     defaults = rank.config.request_defaults(published)
-    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name)
+    tools = _tools_or_why_not(rank)
+    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name, tools=tools)
+
+
+def _tools_or_why_not(rank: LoadedRank) -> Tools | str:
+    if isinstance(rank.chat, str):
+        return rank.chat
+    tools = choose_tools(rank.config.handler.tool_format, rank.chat, rank.tokenizer)
+    log.info("tool format: %s", f"none: {tools}" if isinstance(tools, str) else f"{tools.format.name} ({tools.origin})")
+    return tools
 
 
 def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:

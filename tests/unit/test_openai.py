@@ -202,6 +202,8 @@ def test_a_body_that_is_no_json_object_is_refused(route: str, body: bytes, code:
     assert (refusal(route, body).status, refusal(route, body).code) == (400, code)
 
 
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_new_tokens": 5}, "unknown_field", "max_new_tokens"),
     ({"temprature": 0}, "unknown_field", "temprature"),
@@ -256,15 +258,25 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "one"}]}]},
-        *("unsupported_value", "messages[0].tool_calls"),
+        *("invalid_type", "messages[0].tool_calls[0].function"),
     ),
     ({"messages": [{"role": "user", "content": "Hi", "weight": 1}]}, "unknown_field", "messages[0].weight"),
     ({"logprobs": 5}, "invalid_type", "logprobs"),
     ({"top_logprobs": 5}, "conflicting_fields", "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
     ({"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
-    ({"tools": [{"type": "function"}]}, "unsupported_value", "tools"),
-    ({"tool_choice": "required"}, "unsupported_value", "tool_choice"),
+    ({"tools": [{"type": "function"}]}, "invalid_type", "tools[0].function"),
+    ({"tools": [{"type": "web_search"}]}, "unsupported_value", "tools[0].type"),
+    ({"tools": [ADD, ADD]}, "invalid_value", "tools[1]"),
+    ({"tool_choice": "required"}, "conflicting_fields", "tool_choice"),
+    ({"tools": [ADD], "tool_choice": "any"}, "invalid_value", "tool_choice"),
+    ({"tools": [ADD], "tool_choice": 5}, "invalid_type", "tool_choice"),
+    ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "invalid_value", "tool_choice"),
+    (
+        {"messages": [{"role": "user", "content": "1 + 2?", "tool_calls": [CALL]}]},
+        "invalid_value",
+        "messages[0].tool_calls",
+    ),
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
     ({"audio": {"voice": "alloy"}}, "unsupported_value", "audio"),
     ({"reasoning_effort": "high"}, "unsupported_value", "reasoning_effort"),

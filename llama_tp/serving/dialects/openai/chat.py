@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, FailFast, create_model
+from pydantic import AfterValidator, FailFast, create_model, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
 from llama_tp.serving.dialects.openai.unsupported import CHAT
+from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
@@ -23,6 +25,7 @@ from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDe
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
 from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.tools.calls import ToolChoice
 
 _NAMES = FieldNames(dialog="messages", max_new_tokens="max_tokens", min_new_tokens="min_tokens")
 _NEWER_NAMES = replace(_NAMES, max_new_tokens="max_completion_tokens")
@@ -41,12 +44,16 @@ class ChatDialect:
         given = given_in(fields)
         _check_pairs(given)
         names = _NEWER_NAMES if "max_completion_tokens" in given else _NAMES
+        tools, choice = given.get("tools", ()), given.get("tool_choice", ToolChoice())
+        check_choice(choice, tools, "tool_choice")
         return self._route.request(
             given,
             names,
             logprobs=given.get("top_logprobs", 0) if given.get("logprobs") else None,
             dialog=given["messages"],
             continue_final_message=given.get("continue_final_message", False),
+            tools=tools,
+            tool_choice=replace(choice, parallel=given.get("parallel_tool_calls", True)) if tools else ToolChoice(),
         )
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> ChatReplies:
@@ -73,16 +80,25 @@ def _text(content: object) -> str:
 
 class _Message(StrictModel):
     role: str
-    content: Annotated[Any, AfterValidator(_text)]
+    content: Annotated[Any, AfterValidator(_text)] = ABSENT
     name: str = ABSENT
     tool_call_id: str = ABSENT
     reasoning_content: str = ABSENT
+    tool_calls: ChatToolCalls = ABSENT
     # An answer that is sent back has all of these.
-    tool_calls: only([]) = ABSENT  # type: ignore[valid-type]
     function_call: only() = ABSENT  # type: ignore[valid-type]
     refusal: only() = ABSENT  # type: ignore[valid-type]
     audio: only() = ABSENT  # type: ignore[valid-type]
     annotations: IGNORED = ABSENT
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            problem = "must be a string or a list of parts of type text"
+            raise PydanticCustomError("invalid_type", "{problem}", {"problem": problem, "at": "content"})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("invalid_value", "belong to messages of the assistant", {"at": "tool_calls"})
+        return self
 
 
 def _dialog(messages: list[_Message]) -> tuple[Message, ...]:
@@ -91,13 +107,27 @@ def _dialog(messages: list[_Message]) -> tuple[Message, ...]:
     return tuple(
         Message(
             _ROLES.get(message.role, message.role),
-            message.content,
+            message.content or "",
+            tool_calls=message.tool_calls or (),  # type: ignore[arg-type]  # parsed
             tool_call_id=message.tool_call_id,
             name=message.name,
             reasoning_content=message.reasoning_content,
         )
         for message in messages
     )
+
+
+def _tool_choice(value: object) -> ToolChoice:
+    if isinstance(value, str):
+        if value not in ("auto", "none", "required"):
+            raise PydanticCustomError("invalid_value", 'must be "auto", "none", "required" or a function')
+        return ToolChoice(value)  # type: ignore[arg-type]  # one of the three
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        problem = 'must be a word, or name a function as in {"type": "function", "function": {"name": "add"}}'
+        raise PydanticCustomError("invalid_type", "{problem}", {"problem": problem})
+    return ToolChoice("required", name)
 
 
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
@@ -114,6 +144,9 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     top_logprobs: TopLogprobs = 0
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: ChatTools = ABSENT
+    tool_choice: Annotated[Any, AfterValidator(_tool_choice)] = ABSENT
+    parallel_tool_calls: bool = True
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}

@@ -10,13 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from llama_tp.engine.request import FinishReason
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.logprobs import CompletionLogprobs, chat_logprobs
+from llama_tp.serving.dialects.tools import call_id
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import OutputDelta, Usage
 from llama_tp.serving.reply_size import MAX_CHUNK_BYTES, check_answer, chunk_tokens
 from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.tools.calls import ToolCallDelta, whole_calls
 
 _DONE = b"data: [DONE]\n\n"
 _ECHO_CHARACTERS = 8192
@@ -115,16 +118,40 @@ class ChatReplies(_Replies):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
+    def __init__(self, accepted: Accepted, model_name: str, tokenizer: Tokenizer, longest_token: int) -> None:
+        super().__init__(accepted, model_name, tokenizer, longest_token)
+        self._id = accepted.id
+        self._calling: set[int] = set()  # outputs with a tool call
+
     def _opening(self) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
         for index in range(self._request.sampling.n):
             delta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, self._also()
 
     def _delta(self, delta: OutputDelta) -> dict[str, Any]:
-        return self._with_details(delta, {"index": delta.index, "delta": {"content": delta.text}})
+        content: dict[str, Any] = {"content": delta.text}
+        if delta.tool_calls:
+            self._calling.add(delta.index)
+            content["tool_calls"] = [self._call_delta(delta.index, call) for call in delta.tool_calls]
+        return self._with_details(delta, {"index": delta.index, "delta": content})
+
+    def _call_delta(self, output: int, call: ToolCallDelta) -> dict[str, Any]:
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        return {"index": call.index, **self._call(output, call.index, call.name, call.arguments)}
+
+    def _call(self, output: int, index: int, name: str, arguments: str) -> dict[str, Any]:
+        call_id_ = call_id("call_", self._id, output=output, call=index)
+        return {"id": call_id_, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _choice(self, output: OutputDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": output.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        if calls := whole_calls(output.tool_calls):
+            self._calling.add(output.index)
+            message["content"] = output.text or None
+            message["tool_calls"] = [
+                self._call(output.index, index, call.name, call.arguments) for index, call in enumerate(calls)
+            ]
         return self._with_details(output, {"index": output.index, "message": message})
 
     def _with_details(self, delta: OutputDelta, choice: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +159,8 @@ class ChatReplies(_Replies):
         choice["logprobs"] = (
             None if logprobs is None else chat_logprobs(delta.ids, logprobs, self._tokenizer.token_bytes)
         )
-        choice["finish_reason"] = delta.finish_reason
+        is_call = delta.finish_reason is FinishReason.STOP and delta.index in self._calling
+        choice["finish_reason"] = "tool_calls" if is_call else delta.finish_reason
         if self._has_ids:
             choice["token_ids"] = delta.ids
         return choice

@@ -36,9 +36,6 @@ EVERYWHERE: dict[str, Any] = {
 """Name and type of fields of both completion routes."""
 
 CHAT: dict[str, Any] = {
-    "tools": only([]),
-    "tool_choice": only("none", "auto"),
-    "parallel_tool_calls": IGNORED,
     "functions": only([]),
     "function_call": only("none", "auto"),
     "modalities": only(["text"]),
