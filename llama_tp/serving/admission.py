@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.generation import GenerationRequest
+from llama_tp.serving.generation import FieldNames, GenerationRequest
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.dialog import ChatError
 from llama_tp.text.tokenizer import Tokenizer
@@ -40,10 +40,14 @@ class Admission:
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | str, limits: Limits, *, longest_token: int) -> None:
         """`longest_token`: bytes of the longest token."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
         self._longest_token = longest_token
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._limits.max_seq_len
 
     def admit(self, request: GenerationRequest) -> Admitted:
         """ApiError if the request can never run here."""
@@ -58,13 +62,22 @@ class Admission:
         )
         return Admitted(prompt, params)
 
+    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+        """Ids of the prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot read
+        it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        check_vocabulary(request, self._limits.vocab_size)
+        if isinstance(request.prompt, str) and not special_tokens:
+            self._check_length([request.prompt], request)
+            return self.tokenizer.encode(request.prompt)
+        return self._encode(request)[0]
+
     def _encode(self, request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
         """Prompt ids, and the ids that end the answer."""
         if isinstance(request.prompt, tuple):
-            return list(request.prompt), self._tokenizer.stop_ids
+            return list(request.prompt), self.tokenizer.stop_ids
         if request.prompt is not None:
             self._check_length([request.prompt], request)
-            return self._tokenizer.encode(request.prompt, bos=self._tokenizer.adds_bos), self._tokenizer.stop_ids
+            return self.tokenizer.encode(request.prompt, bos=self.tokenizer.adds_bos), self.tokenizer.stop_ids
         dialog = request.dialog or ()
         self._check_length([message.content for message in dialog], request)
         if isinstance(self._chat, str):
@@ -73,7 +86,7 @@ class Admission:
             ids = self._chat.encode(dialog, continue_final_message=request.continue_final_message)
             return ids, self._chat.stop_ids
         except ChatError as error:
-            raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
+            raise ApiError(400, error.code, str(error), _param_of(error, request.names)) from None
 
     def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
         """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""
@@ -86,6 +99,13 @@ class Admission:
                 f"{self._limits.max_seq_len} tokens, prompt and answer together",
                 request.prompt_name,
             )
+
+
+def _param_of(error: ChatError, names: FieldNames) -> str:
+    """Where in the body the error is."""
+    if names.messages and error.index is not None:
+        return names.messages[error.index]
+    return error.param(names.dialog)
 
 
 def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int) -> int:

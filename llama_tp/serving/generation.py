@@ -32,6 +32,8 @@ class FieldNames:
     grammar: str = "response_format"
     tools: str = "tools"
     tool_choice: str = "tool_choice"
+    messages: tuple[str, ...] = ()
+    """Where each of the dialog's messages is in the body, unless it is dialog[index]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,8 @@ class OutputDelta:
     """Why it failed, with finish_reason "error"."""
     tool_calls: Sequence[ToolCallDelta] = ()
     """New content of the output's tool calls, in order."""
+    stop_string: str | None = None
+    """The one of the request's stop strings that ended the output; in its last delta only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Output:
             logprobs=logprobs,
             finish_reason=self.finish_reason if self.is_emitted else None,
             error=self.error if self.is_emitted else None,
+            stop_string=self._stream.stop_string if self.is_emitted else None,
         )
 
 
