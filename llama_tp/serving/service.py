@@ -14,6 +14,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.admission import Admission, Limits
+from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
 from llama_tp.serving.dialects.base import Accepted, Dialect, Query, Replies
 from llama_tp.serving.dialects.native import NativeDialect
 from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
@@ -81,8 +82,12 @@ class LlamaService:
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token)
-        self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
-        self._queries: dict[str, Query] = {}
+        self._dialects: dict[str, Dialect] = {
+            "": NativeDialect(defaults),
+            **openai_dialects(defaults, model_name),
+            **anthropic_dialects(defaults, model_name),
+        }
+        self._queries: dict[str, Query] = anthropic_queries(defaults, model_name)
         self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, FailFast, Tag
 from pydantic_core import PydanticCustomError
@@ -70,13 +70,9 @@ def _kind(block: object) -> object:
     return block.get("type", "text") if isinstance(block, dict) else "text"
 
 
-def _known(names: str) -> Discriminator:
-    def tag(block: object) -> str | None:
-        kind = _kind(block)
-        return kind if isinstance(kind, str) else "text"
-
-    message = f"is not a block of a type that is supported here: {names}"
-    return Discriminator(tag, custom_error_type="unsupported_value", custom_error_message=message)
+def _tag(block: object) -> str:
+    kind = _kind(block)
+    return kind if isinstance(kind, str) else "text"
 
 
 def _blocks(content: object) -> object:
@@ -89,9 +85,17 @@ def _blocks(content: object) -> object:
 
 
 _AsBlocks = BeforeValidator(_blocks)
-_Text = Annotated[TextBlock, Tag("text")]
-_OnlyText = Annotated[Union[_Text, Annotated[RedactedThinkingBlock, Tag("")]], _known("text")]  # a union needs two
-Texts = Annotated[list[_OnlyText], FailFast(), _AsBlocks]
+
+
+def _only_text(block: object) -> object:
+    if _kind(block) != "text":
+        raise PydanticCustomError(
+            "unsupported_value", "is not a block of type text, the only one that is supported here"
+        )
+    return block
+
+
+Texts = Annotated[list[Annotated[TextBlock, BeforeValidator(_only_text)]], FailFast(), _AsBlocks]
 """Text, or blocks of text."""
 
 
@@ -106,14 +110,16 @@ class ToolResultBlock(_Block):
 
 
 _AnyBlock = Annotated[
-    Union[
-        _Text,
-        Annotated[ThinkingBlock, Tag("thinking")],
-        Annotated[RedactedThinkingBlock, Tag("redacted_thinking")],
-        Annotated[ToolUseBlock, Tag("tool_use")],
-        Annotated[ToolResultBlock, Tag("tool_result")],
-    ],
-    _known("text, thinking, tool_use, tool_result"),
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Discriminator(
+        _tag,
+        custom_error_type="unsupported_value",
+        custom_error_message="is not a block of a supported type: text, thinking, tool_use, tool_result",
+    ),
 ]
 _SPEAKERS = {"tool_result": "user", "tool_use": "assistant", "thinking": "assistant", "redacted_thinking": "assistant"}
 """The only role whose messages may have such a block."""
@@ -200,7 +206,7 @@ class Dialog:
 
     def _turn(self, role: str, path: str) -> _Turn:
         """The turn that a message of this role continues or begins."""
-        if not self._turns or self._turns[-1].role != role or (role == "system" and len(self._turns) == 1):
+        if not self._turns or self._turns[-1].role != role:
             self._turns.append(_Turn(role, path))
         return self._turns[-1]
 
@@ -210,4 +216,6 @@ class Dialog:
             problem = f"{path}.tool_use_id is not the id of a tool_use in an earlier message"
             raise ApiError(400, "invalid_value", problem, f"{path}.tool_use_id")
         text = joined(block.content or [])
-        return _Turn("tool", path, [f"Error: {text}" if block.is_error else text], tool_use_id=block.tool_use_id, name=name)
+        return _Turn(
+            "tool", path, [f"Error: {text}" if block.is_error else text], tool_use_id=block.tool_use_id, name=name
+        )
