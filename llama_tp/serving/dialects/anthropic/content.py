@@ -71,8 +71,9 @@ def _kind(block: object) -> object:
 
 
 def _tag(block: object) -> str:
+    """Unlike any field: it occurs in pydantic's locations of errors."""
     kind = _kind(block)
-    return kind if isinstance(kind, str) else "text"
+    return f"a {kind if isinstance(kind, str) else 'text'} block"
 
 
 def _blocks(content: object) -> object:
@@ -110,11 +111,11 @@ class ToolResultBlock(_Block):
 
 
 _AnyBlock = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Annotated[TextBlock, Tag("a text block")]
+    | Annotated[ThinkingBlock, Tag("a thinking block")]
+    | Annotated[RedactedThinkingBlock, Tag("a redacted_thinking block")]
+    | Annotated[ToolUseBlock, Tag("a tool_use block")]
+    | Annotated[ToolResultBlock, Tag("a tool_result block")],
     Discriminator(
         _tag,
         custom_error_type="unsupported_value",
