@@ -37,8 +37,8 @@ def cut_size(chunk: bytes) -> int:
     return size
 
 
-def check_answer(body: bytes) -> None:
+def check_answer(body: bytes, *, param: str = "stream", remedy: str = "set stream to get it") -> None:
     """ApiError for a non-streaming answer over MAX_ANSWER_BYTES."""
     if len(body) > MAX_ANSWER_BYTES:
-        message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; set stream to get it"
-        raise ApiError(400, "answer_too_large", message, "stream")
+        message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; {remedy}"
+        raise ApiError(400, "answer_too_large", message, param)

@@ -17,7 +17,7 @@ from llama_tp.serving.admission import Admission, Limits
 from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
 from llama_tp.serving.dialects.base import Accepted, Dialect, Query, Replies
 from llama_tp.serving.dialects.native import NativeDialect
-from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
+from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects, openai_queries
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
@@ -87,7 +87,10 @@ class LlamaService:
             **openai_dialects(defaults, model_name),
             **anthropic_dialects(defaults, model_name),
         }
-        self._queries: dict[str, Query] = anthropic_queries(defaults, model_name)
+        self._queries: dict[str, Query] = {
+            **openai_queries(defaults, model_name),
+            **anthropic_queries(defaults, model_name),
+        }
         self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}
