@@ -45,6 +45,8 @@ class ReplyOptions:
     usage_in_stream: bool = False
     token_ids: bool = False
     """Ids of the prompt's and the answer's tokens."""
+    echoed: Json = field(default_factory=dict)
+    """Fields of the request that the answer repeats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

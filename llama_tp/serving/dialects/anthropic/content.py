@@ -7,18 +7,18 @@ message of its own in a dialog. Successive messages of one role are one turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, FailFast, Tag
 from pydantic_core import PydanticCustomError
 
-from llama_tp.serving.dialects.tools import ToolName, tool_call
+from llama_tp.serving.dialects.tools import ToolName
+from llama_tp.serving.dialects.turns import Turns
 from llama_tp.serving.dialects.unsupported import IGNORED
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, must_be_text
 from llama_tp.serving.strict_model import StrictModel
-from llama_tp.text.dialog import Json, Message
+from llama_tp.text.dialog import Json
 
 
 class _Block(StrictModel):
@@ -110,7 +110,7 @@ class ToolResultBlock(_Block):
     toolset_name: IGNORED = ABSENT
 
 
-_AnyBlock = Annotated[
+AnyBlock = Annotated[
     Annotated[TextBlock, Tag("a text block")]
     | Annotated[ThinkingBlock, Tag("a thinking block")]
     | Annotated[RedactedThinkingBlock, Tag("a redacted_thinking block")]
@@ -130,7 +130,7 @@ class InputMessage(StrictModel):
     """A message of a request."""
 
     role: Annotated[Literal["user", "assistant", "system"], BeforeValidator(must_be_text)]
-    content: Annotated[list[_AnyBlock], FailFast(), _AsBlocks]
+    content: Annotated[list[AnyBlock], FailFast(), _AsBlocks]
 
 
 def joined(texts: Sequence[TextBlock]) -> str:
@@ -138,85 +138,32 @@ def joined(texts: Sequence[TextBlock]) -> str:
     return "\n".join(block.text for block in texts)
 
 
-@dataclass(slots=True)
-class _Turn:
-    """What a role says before another does, or before a tool's result."""
-
-    role: str
-    path: str
-    """Where it begins in the body."""
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[Json] = field(default_factory=list)
-    tool_use_id: str | None = None
-    """With the role "tool"."""
-    name: str | None = None
-    """The tool's."""
-
-    def message(self) -> Message:
-        return Message(
-            self.role,
-            "\n".join(self.texts),
-            tool_calls=tuple(self.calls),
-            tool_call_id=self.tool_use_id,
-            name=self.name,
-            reasoning_content="\n".join(self.thoughts) if self.thoughts else None,
-        )
-
-
-class Dialog:
-    """The dialog that messages are, and where each of its turns begins in the body."""
-
-    def __init__(self, system: Sequence[TextBlock] | None, messages: Sequence[InputMessage]) -> None:
-        """ApiError for a block in a message of the wrong role, and for a result of a call that was not made."""
-        self._turns: list[_Turn] = []
-        self._tools: dict[str, str] = {}
-        if system:
-            self._turns.append(_Turn("system", "system", [joined(system)]))
-        for index, message in enumerate(messages):
-            self._add(message, f"messages[{index}]")
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        return tuple(turn.message() for turn in self._turns)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(turn.path for turn in self._turns)
-
-    def _add(self, message: InputMessage, path: str) -> None:
+def turns_of(system: Sequence[TextBlock] | None, messages: Sequence[InputMessage]) -> Turns:
+    """The dialog that a request has. ApiError for a block in a message of the wrong role, and for a result of a call
+    that was not made."""
+    turns = Turns()
+    if system:
+        turns.new("system", "system").texts.append(joined(system))
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]"
         if not message.content:
-            self._turn(message.role, path)
+            turns.same(message.role, path)
         for at, block in enumerate(message.content):
             if (speaker := _SPEAKERS.get(block.type, message.role)) != message.role:
                 problem = f"{path}.content[{at}] is a block of type {block.type}, which only the {speaker} sends"
                 raise ApiError(400, "invalid_role", problem, f"{path}.content[{at}]")
-            if isinstance(block, ToolResultBlock):
-                self._turns.append(self._result(block, f"{path}.content[{at}]"))
-            elif not isinstance(block, RedactedThinkingBlock):
-                self._say(self._turn(message.role, path), block)
+            _add(turns, message.role, block, path, at)
+    return turns
 
-    def _say(self, turn: _Turn, block: TextBlock | ThinkingBlock | ToolUseBlock) -> None:
-        if isinstance(block, TextBlock):
-            turn.texts.append(block.text)
-        elif isinstance(block, ThinkingBlock):
-            turn.thoughts.append(block.thinking)
-        else:
-            turn.calls.append(tool_call(block.id, block.name, block.input))
-            self._tools[block.id] = block.name
 
-    def _turn(self, role: str, path: str) -> _Turn:
-        """The turn that a message of this role continues or begins."""
-        if not self._turns or self._turns[-1].role != role:
-            self._turns.append(_Turn(role, path))
-        return self._turns[-1]
-
-    def _result(self, block: ToolResultBlock, path: str) -> _Turn:
-        name = self._tools.get(block.tool_use_id)
-        if name is None:
-            problem = f"{path}.tool_use_id is not the id of a tool_use in an earlier message"
-            raise ApiError(400, "invalid_value", problem, f"{path}.tool_use_id")
+def _add(turns: Turns, role: str, block: AnyBlock, path: str, at: int) -> None:
+    if isinstance(block, TextBlock):
+        turns.same(role, path).texts.append(block.text)
+    elif isinstance(block, ThinkingBlock):
+        turns.same(role, path).thoughts.append(block.thinking)
+    elif isinstance(block, ToolUseBlock):
+        turns.call(path, block.id, block.name, block.input)
+    elif isinstance(block, ToolResultBlock):
         text = joined(block.content or [])
-        return _Turn(
-            "tool", path, [f"Error: {text}" if block.is_error else text], tool_use_id=block.tool_use_id, name=name
-        )
+        text = f"Error: {text}" if block.is_error else text
+        turns.result(f"{path}.content[{at}]", block.tool_use_id, text, id_name="tool_use_id")

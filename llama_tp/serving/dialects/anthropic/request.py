@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.serving.dialects.anthropic.content import Dialog, InputMessage, Texts
+from llama_tp.serving.dialects.anthropic.content import InputMessage, Texts, turns_of
 from llama_tp.serving.dialects.formats import grammar_of
 from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.dialects.tools import (
@@ -23,6 +23,7 @@ from llama_tp.serving.dialects.tools import (
     function_tool,
     unique_tools,
 )
+from llama_tp.serving.dialects.turns import Turns
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, KNOB_TYPES, MaxNewTokens, Seed, StopStrings, must_be_text
@@ -195,30 +196,30 @@ def _given_in(fields: StrictModel) -> dict[str, Any]:
 
 
 def _request(given: Mapping[str, Any], **others: Any) -> GenerationRequest:
-    dialog = Dialog(given.get("system"), given["messages"])
+    turns = turns_of(given.get("system"), given["messages"])
     tools, choice = given.get("tools", ()), given.get("tool_choice", ToolChoice())
     check_choice(choice, tools, "tool_choice")
     return GenerationRequest(
-        dialog=dialog.messages,
-        continue_final_message=_is_begun(dialog),
+        dialog=turns.messages,
+        continue_final_message=_is_begun(turns),
         tools=tools,
         tool_choice=choice,
         grammar=_grammar(given),
         names=FieldNames(
-            dialog="messages", max_new_tokens="max_tokens", grammar="output_config.format", messages=dialog.paths
+            dialog="messages", max_new_tokens="max_tokens", grammar="output_config.format", messages=turns.paths
         ),
         **others,
     )
 
 
-def _is_begun(dialog: Dialog) -> bool:
+def _is_begun(turns: Turns) -> bool:
     """Whether the last message is the beginning of the answer. ApiError if it calls tools, which need results first."""
-    last = dialog.messages[-1] if dialog.messages else None
+    last = turns.messages[-1] if turns.messages else None
     if last is None or last.role != "assistant":
         return False
     if last.tool_calls:
-        problem = f"{dialog.paths[-1]} ends with a tool_use; send its result as a block of type tool_result"
-        raise ApiError(400, "invalid_role_order", problem, dialog.paths[-1])
+        problem = f"{turns.paths[-1]} ends with a tool_use; send its result as a block of type tool_result"
+        raise ApiError(400, "invalid_role_order", problem, turns.paths[-1])
     return True
 
 

@@ -7,6 +7,7 @@ import time
 from llama_tp.serving.dialects.base import Dialect, Query
 from llama_tp.serving.dialects.openai.chat import ChatDialect
 from llama_tp.serving.dialects.openai.completions import CompletionsDialect
+from llama_tp.serving.dialects.openai.responses.dialect import ResponsesDialect
 from llama_tp.serving.dialects.openai.tokenize import DetokenizeQuery, TokenizeQuery
 from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.encoding import to_json
@@ -19,6 +20,7 @@ def openai_dialects(defaults: RequestDefaults, model_name: str) -> dict[str, Dia
     return {
         "v1/chat/completions": ChatDialect(defaults, model_name),
         "v1/completions": CompletionsDialect(defaults, model_name),
+        "v1/responses": ResponsesDialect(defaults, model_name),
     }
 
 
