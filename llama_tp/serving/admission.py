@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.generation import GenerationRequest
+from llama_tp.serving.generation import FieldNames, GenerationRequest
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.dialog import ChatError, Json, Message
 from llama_tp.text.grammar import Grammar, GrammarError
@@ -55,12 +55,16 @@ class Admission:
     ) -> None:
         """`longest_token`: bytes of the longest token."""
         self._tools = tools
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
         self._longest_token = longest_token
         stop_ids = tokenizer.stop_ids if isinstance(chat, str) else tokenizer.stop_ids | chat.stop_ids
         self._grammars = GrammarCompiler(tokenizer, stop_ids, num_rows=limits.vocab_size)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._limits.max_seq_len
 
     def admit(self, request: GenerationRequest) -> Admitted:
         """ApiError if the request can never run here."""
@@ -75,13 +79,22 @@ class Admission:
         )
         return Admitted(prompt, params, self._compile(request))
 
+    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+        """Ids of the prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot read
+        it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        check_vocabulary(request, self._limits.vocab_size)
+        if isinstance(request.prompt, str) and not special_tokens:
+            self._check_length([request.prompt], request)
+            return self.tokenizer.encode(request.prompt)
+        return self._encode(request)[0]
+
     def _encode(self, request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
         """Prompt ids, and the ids that end the answer."""
         if isinstance(request.prompt, tuple):
-            return list(request.prompt), self._tokenizer.stop_ids
+            return list(request.prompt), self.tokenizer.stop_ids
         if request.prompt is not None:
             self._check_length([request.prompt], request)
-            return self._tokenizer.encode(request.prompt, bos=self._tokenizer.adds_bos), self._tokenizer.stop_ids
+            return self.tokenizer.encode(request.prompt, bos=self.tokenizer.adds_bos), self.tokenizer.stop_ids
         dialog = request.dialog or ()
         self._check_length([*(message.content for message in dialog), *_texts_of_tools(request)], request)
         if isinstance(self._chat, str):
@@ -91,7 +104,7 @@ class Admission:
             ids = self._chat.encode(told, continue_final_message=request.continue_final_message, tools=tools)
             return ids, self._chat.stop_ids
         except ChatError as error:
-            raise ApiError(400, error.code, str(error), error.param(request.names.dialog)) from None
+            raise ApiError(400, error.code, str(error), _param_of(error, request.names)) from None
 
     def _tell(
         self, request: GenerationRequest, dialog: Sequence[Message]
@@ -152,6 +165,13 @@ def _texts_of_tools(request: GenerationRequest) -> list[str]:
     """Texts as long as those that tools and calls become, or shorter."""
     calls = [call for message in request.dialog or () for call in message.tool_calls]
     return [str(one) for one in (*_callable_tools(request), *calls)]
+
+
+def _param_of(error: ChatError, names: FieldNames) -> str:
+    """Where in the body the error is."""
+    if names.messages and error.index is not None:
+        return names.messages[error.index]
+    return error.param(names.dialog)
 
 
 def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int) -> int:

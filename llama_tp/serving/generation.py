@@ -32,6 +32,8 @@ class FieldNames:
     grammar: str = "response_format"
     tools: str = "tools"
     tool_choice: str = "tool_choice"
+    messages: tuple[str, ...] = ()
+    """Where each of the dialog's messages is in the body, unless it is dialog[index]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class ReplyOptions:
     usage_in_stream: bool = False
     token_ids: bool = False
     """Ids of the prompt's and the answer's tokens."""
+    echoed: Json = field(default_factory=dict)
+    """Fields of the request that the answer repeats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +127,8 @@ class OutputDelta:
     """Why it failed, with finish_reason "error"."""
     tool_calls: Sequence[ToolCallDelta] = ()
     """New content of the output's tool calls, in order."""
+    stop_string: str | None = None
+    """The one of the request's stop strings that ended the output; in its last delta only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,7 @@ class Output:
             finish_reason=self.finish_reason if self.is_emitted else None,
             error=self.error if self.is_emitted else None,
             tool_calls=[call for one in calls for call in one] if calls else (),
+            stop_string=self._stream.stop_string if self.is_emitted else None,
         )
 
 

@@ -6,7 +6,7 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest
 
 MAX_CHUNK_BYTES = 64 * 1024
-"""Maximum bytes per line of a stream."""
+"""Maximum bytes of a stream that are sent at once, and of a line with new tokens."""
 MAX_CHUNK_TOKENS = 64
 """Maximum tokens per line of a stream; fewer if tokens take many bytes."""
 MAX_ANSWER_BYTES = 6 * 2**20
@@ -25,8 +25,20 @@ def chunk_tokens(request: GenerationRequest, longest_token: int, *, more_records
     return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
 
 
-def check_answer(body: bytes) -> None:
+def cut_size(chunk: bytes) -> int:
+    """How many bytes of a chunk to send at once: at most MAX_CHUNK_BYTES, whole lines or at least whole characters."""
+    if len(chunk) <= MAX_CHUNK_BYTES:
+        return len(chunk)
+    if size := chunk.rfind(b"\n", 0, MAX_CHUNK_BYTES) + 1:
+        return size
+    size = MAX_CHUNK_BYTES
+    while chunk[size] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        size -= 1
+    return size
+
+
+def check_answer(body: bytes, *, param: str = "stream", remedy: str = "set stream to get it") -> None:
     """ApiError for a non-streaming answer over MAX_ANSWER_BYTES."""
     if len(body) > MAX_ANSWER_BYTES:
-        message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; set stream to get it"
-        raise ApiError(400, "answer_too_large", message, "stream")
+        message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; {remedy}"
+        raise ApiError(400, "answer_too_large", message, param)

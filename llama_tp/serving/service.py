@@ -14,15 +14,17 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.admission import NO_TOOLS, Admission, Limits
-from llama_tp.serving.dialects.base import Accepted, Dialect, Replies
+from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
+from llama_tp.serving.dialects.base import Accepted, Dialect, Query, Replies
 from llama_tp.serving.dialects.native import NativeDialect
-from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
+from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects, openai_queries
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
 from llama_tp.serving.reply import Reply
+from llama_tp.serving.reply_size import cut_size
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.tokenizer import Tokenizer
 from llama_tp.text.tools.choose import Tools
@@ -42,6 +44,8 @@ class _Active:
     outputs: list[Output]
     record: RequestRecord
     num_cached: int = 0
+    unsent: bytes = b""
+    """The rest of a stream's chunk that has more than MAX_CHUNK_BYTES."""
 
     @property
     def has_ended(self) -> bool:
@@ -49,7 +53,9 @@ class _Active:
 
     @property
     def has_reply(self) -> bool:
-        return self.has_ended or (self.request.stream and any(output.has_delta for output in self.outputs))
+        if self.has_ended or self.unsent:
+            return True
+        return self.request.stream and any(output.has_delta for output in self.outputs)
 
     @property
     def usage(self) -> Usage:
@@ -78,7 +84,15 @@ class LlamaService:
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token, tools=tools)
-        self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
+        self._dialects: dict[str, Dialect] = {
+            "": NativeDialect(defaults),
+            **openai_dialects(defaults, model_name),
+            **anthropic_dialects(defaults, model_name),
+        }
+        self._queries: dict[str, Query] = {
+            **openai_queries(defaults, model_name),
+            **anthropic_queries(defaults, model_name),
+        }
         self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}
@@ -105,16 +119,16 @@ class LlamaService:
         if (document := self._documents.get(route)) is not None:
             self._immediate.append(Reply(request_id, document))
             return
-        if (dialect := self._dialects.get(route)) is None:
-            routes = ", ".join(filter(None, [*self._dialects, *self._documents]))
-            message = (
-                f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
-                f"/predictions/<model>/<version>/ to one of: {routes}"
-            )
-            self.refuse(request_id, ApiError(404, "unknown_route", message))
+        dialect = self._dialects.get(route) or self._queries.get(route)
+        if dialect is None:
+            self.refuse(request_id, self._unknown_route(route))
             return
         try:
-            self._start(request_id, dialect, body, can_stream)
+            if route in self._dialects:
+                self._start(request_id, self._dialects[route], body, can_stream)
+            else:
+                answer = self._queries[route].answer(body, self._admission)
+                self._immediate.append(Reply(request_id, answer))
         except ApiError as error:
             self.refuse(request_id, error, dialect)
         except Exception as error:
@@ -123,7 +137,15 @@ class LlamaService:
             failure = ApiError(500, "internal_error", "the server failed to read this request")
             self.refuse(request_id, failure, dialect)
 
-    def refuse(self, request_id: str, error: ApiError, dialect: Dialect | None = None) -> None:
+    def _unknown_route(self, route: str) -> ApiError:
+        routes = ", ".join(filter(None, [*self._dialects, *self._queries, *self._documents]))
+        message = (
+            f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
+            f"/predictions/<model>/<version>/ to one of: {routes}"
+        )
+        return ApiError(404, "unknown_route", message)
+
+    def refuse(self, request_id: str, error: ApiError, dialect: Dialect | Query | None = None) -> None:
         """Answer a request with an error, in the dialect of its route if that is known."""
         log.info("request %s refused: %s", request_id, error)
         self.metrics.failed(error)
@@ -209,17 +231,40 @@ class LlamaService:
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
         """The client's next reply. Ends the request if it is the last. ApiError if the request failed."""
-        replies, is_stream = active.replies, active.request.stream
-        limit = replies.chunk_tokens if is_stream else active.request.sampling.max_new_tokens
-        deltas = [output.next_delta(limit) for output in active.outputs if output.has_delta]
+        if not active.request.stream:
+            return self._answer(request_id, active)
+        chunk = active.unsent or self._next_chunk(active)
+        size = cut_size(chunk)
+        active.unsent = chunk[size:]
+        is_last = not active.unsent and all(output.is_emitted for output in active.outputs)
+        if is_last:
+            self._forget(request_id, active)
+        return Reply(request_id, chunk[:size], is_last=is_last, content_type=active.replies.chunk_type)
+
+    def _next_chunk(self, active: _Active) -> bytes:
+        replies = active.replies
+        deltas = [output.next_delta(replies.chunk_tokens) for output in active.outputs if output.has_delta]
         if not all(output.is_emitted for output in active.outputs):
-            return Reply(request_id, replies.chunk(deltas, None), is_last=False, content_type=replies.chunk_type)
+            return replies.chunk(deltas, None)
+        _raise_if_all_failed(active)
+        active.record.answered()
+        return replies.chunk(deltas, active.usage)
+
+    def _answer(self, request_id: str, active: _Active) -> Reply:
+        """The only reply to a request that does not stream."""
+        limit = active.request.sampling.max_new_tokens
+        outputs = [output.next_delta(limit) for output in active.outputs]
+        self._forget(request_id, active)
+        _raise_if_all_failed(active)
+        active.record.answered()
+        return Reply(request_id, active.replies.answer(outputs, active.usage))
+
+    def _forget(self, request_id: str, active: _Active) -> None:
         del self._active[request_id]
         del self._id_of[active.key]
-        errors = [output.error for output in active.outputs if output.error is not None]
-        if len(errors) == len(active.outputs):
-            raise errors[0]
-        active.record.answered()
-        if is_stream:
-            return Reply(request_id, replies.chunk(deltas, active.usage), content_type=replies.chunk_type)
-        return Reply(request_id, replies.answer(deltas, active.usage))
+
+
+def _raise_if_all_failed(active: _Active) -> None:
+    errors = [output.error for output in active.outputs if output.error is not None]
+    if len(errors) == len(active.outputs):
+        raise errors[0]

@@ -82,7 +82,7 @@ _RULES = {
 
 def _api_error(error: ErrorDetails, payload: object) -> ApiError:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    path = _path_in(payload, error["loc"])
+    path = _path_in(payload, error["loc"], is_missing=kind == "missing")
     if "at" in context:
         at = context["at"]
         path, value = (*path, at), value.get(at) if isinstance(value, dict) else value[at]
@@ -98,11 +98,14 @@ def _api_error(error: ErrorDetails, payload: object) -> ApiError:
     return ApiError(400, code, f"{given} {constraint}", param_of(path))
 
 
-def _path_in(payload: object, location: tuple[int | str, ...]) -> Path:
-    """A pydantic location without the parts that are not in the payload: union tags, the index of a lone string."""
+def _path_in(payload: object, location: tuple[int | str, ...], *, is_missing: bool) -> Path:
+    """A pydantic location without the parts that are not in the payload: union tags, the index of a lone string. A
+    field that is missing is the last part."""
     path: list[str | int] = []
-    for part in location:
+    for at, part in enumerate(location):
         if isinstance(payload, dict) and isinstance(part, str):
+            if part not in payload and not (is_missing and at == len(location) - 1):
+                continue
             payload = payload.get(part)
         elif isinstance(payload, list) and isinstance(part, int):
             payload = payload[part]

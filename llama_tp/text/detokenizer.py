@@ -61,16 +61,17 @@ class TextStream:
         self._matchers = [_Matcher(s) for s in stop]
         self._num_exempt = min_tokens
         self._held = ""
-        self._stopped = False
+        self.stop_string: str | None = None
+        """The stop string that was found; if there is one, nothing more is emitted."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found; if so, nothing more is emitted."""
-        return self._stopped
+        """Whether a stop string was found."""
+        return self.stop_string is not None
 
     def push(self, token_id: int) -> str:
         """Text now known to precede any stop string."""
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._detokenizer.push(token_id)
         if self._num_exempt > 0:
@@ -80,7 +81,7 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest, including held-back text, if generation ended without a stop string. Call once."""
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._release(self._detokenizer.flush())
         held, self._held = self._held, ""
@@ -90,13 +91,13 @@ class TextStream:
         start = len(self._held)
         self._held += text
         for end in range(start + 1, len(self._held) + 1):
-            complete = 0
+            complete = ""
             for matcher in self._matchers:
                 if matcher.push(self._held[end - 1]):
-                    complete = max(complete, len(matcher.stop))
+                    complete = max(complete, matcher.stop, key=len)
             if complete:
-                self._stopped = True
-                return self._emit(end - complete, rest="")
+                self.stop_string = complete
+                return self._emit(end - len(complete), rest="")
         undecided = max((matcher.matched for matcher in self._matchers), default=0)
         cut = len(self._held) - undecided
         return self._emit(cut, rest=self._held[cut:])

@@ -238,9 +238,8 @@ def test_dialects_and_admission_know_of_the_engine_only_the_types_that_travel():
 def test_a_dialect_knows_nothing_of_limits_and_of_other_dialects(module):
     ours = {name for name in imports_of(module, also_inside_functions=True) if name in FILES}
     assert not ours & {"llama_tp.serving.admission", "llama_tp.serving.service", "llama_tp.serving.output"}
-    shared = {
-        f"llama_tp.serving.dialects.{name}" for name in ("base", "events", "route", "structure", "tools", "unsupported")
-    }
+    names = ("base", "events", "formats", "route", "structure", "tools", "turns", "unsupported")
+    shared = {f"llama_tp.serving.dialects.{name}" for name in names}
     for name in ours - shared:
         if name.startswith("llama_tp.serving.dialects."):
             assert name.split(".")[:4] == module.split(".")[:4], name

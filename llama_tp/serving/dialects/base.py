@@ -58,3 +58,29 @@ class Dialect(Protocol):
     def error(self, error: ApiError) -> bytes:
         """The answer to a refused request."""
         ...
+
+
+class Prompts(Protocol):
+    """Reads prompts as they are read for generating."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+        """Ids of a request's prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot
+        read it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        ...
+
+
+class Query(Protocol):
+    """A route whose answer needs only the prompt, not the engine."""
+
+    def answer(self, body: object, prompts: Prompts) -> bytes:
+        """ApiError with status 400 if the body is invalid."""
+        ...
+
+    def error(self, error: ApiError) -> bytes:
+        """The answer to a refused request."""
+        ...

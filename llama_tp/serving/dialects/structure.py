@@ -27,7 +27,7 @@ def _object(value: object, known: Collection[str]) -> Mapping[str, Any]:
     """The fields of an object that are not null."""
     if not isinstance(value, dict):
         raise _wrong("invalid_type", "must be an object")
-    if unknown := next((key for key in value if key not in known), None):
+    if (unknown := next((key for key in value if key not in known), None)) is not None:
         raise _wrong("unknown_field", f"is not a known field; the fields are {', '.join(known)}", unknown)
     return {key: item for key, item in value.items() if item is not None}
 

@@ -130,6 +130,10 @@ def _tool_choice(value: object) -> ToolChoice:
     return ToolChoice("required", name)
 
 
+Messages = Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
+"""The messages of a chat; parsed, a tuple of `Message`."""
+
+
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "prompt": 'send it as messages, as in {"messages": [{"role": "user", "content": "Hi"}]}',
@@ -138,7 +142,7 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
         "min_new_tokens": "did you mean min_tokens?",
     }
 
-    messages: Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
+    messages: Messages
     max_completion_tokens: MaxNewTokens = ABSENT
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
@@ -162,6 +166,11 @@ def _check_pairs(given: Given) -> None:
     if "top_logprobs" in given and not given.get("logprobs"):
         message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
         raise ApiError(400, "conflicting_fields", message, "top_logprobs")
+    check_continuation(given)
+
+
+def check_continuation(given: Given) -> None:
+    """ApiError unless the prompt ends either with the last message or with the beginning of an answer."""
     continues = given.get("continue_final_message", False)
     adds_prompt = given.get("add_generation_prompt", not continues)
     if continues and adds_prompt:

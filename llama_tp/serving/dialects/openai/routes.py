@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 
-from llama_tp.serving.dialects.base import Dialect
+from llama_tp.serving.dialects.base import Dialect, Query
 from llama_tp.serving.dialects.openai.chat import ChatDialect
 from llama_tp.serving.dialects.openai.completions import CompletionsDialect
+from llama_tp.serving.dialects.openai.responses.dialect import ResponsesDialect
+from llama_tp.serving.dialects.openai.tokenize import DetokenizeQuery, TokenizeQuery
+from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.encoding import to_json
+from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import RequestDefaults
 
 
@@ -16,7 +20,15 @@ def openai_dialects(defaults: RequestDefaults, model_name: str) -> dict[str, Dia
     return {
         "v1/chat/completions": ChatDialect(defaults, model_name),
         "v1/completions": CompletionsDialect(defaults, model_name),
+        "v1/responses": ResponsesDialect(defaults, model_name),
     }
+
+
+def openai_queries(defaults: RequestDefaults, model_name: str) -> dict[str, Query]:
+    """The routes that answer without the engine. vLLM has them beside v1/, clients of v1/ look below it."""
+    route = ModelRoute.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)
+    queries: dict[str, Query] = {"tokenize": TokenizeQuery(route), "detokenize": DetokenizeQuery(route)}
+    return queries | {f"v1/{name}": query for name, query in queries.items()}
 
 
 def model_documents(model_name: str, max_seq_len: int) -> dict[str, bytes]:

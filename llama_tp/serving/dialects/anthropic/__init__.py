@@ -1,0 +1,1 @@
+"""Anthropic's Messages API below /predictions/<model>/<version>/v1/messages."""

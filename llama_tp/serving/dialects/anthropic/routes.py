@@ -1,0 +1,58 @@
+"""The routes of Anthropic's API, below /predictions/<model>/<version>/."""
+
+from __future__ import annotations
+
+from llama_tp.serving.dialects.anthropic.errors import error_body
+from llama_tp.serving.dialects.anthropic.replies import MessageReplies
+from llama_tp.serving.dialects.anthropic.request import generation_request, prompt_request
+from llama_tp.serving.dialects.base import Accepted, Dialect, Prompts, Query
+from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.encoding import to_json
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.fields import MAX_NEW_TOKENS
+from llama_tp.serving.generation import GenerationRequest, RequestDefaults
+from llama_tp.text.tokenizer import Tokenizer
+
+
+def anthropic_dialects(defaults: RequestDefaults, model_name: str) -> dict[str, Dialect]:
+    """The dialects of the routes that generate."""
+    return {"v1/messages": MessagesDialect(_route(defaults, model_name))}
+
+
+def anthropic_queries(defaults: RequestDefaults, model_name: str) -> dict[str, Query]:
+    """The routes that answer without the engine."""
+    return {"v1/messages/count_tokens": CountTokens(_route(defaults, model_name))}
+
+
+def _route(defaults: RequestDefaults, model_name: str) -> ModelRoute:
+    return ModelRoute.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # requests always have their own
+
+
+class MessagesDialect:
+    """The Dialect of v1/messages."""
+
+    def __init__(self, route: ModelRoute) -> None:
+        self._route = route
+
+    def parse(self, body: object) -> GenerationRequest:
+        return generation_request(self._route, body)
+
+    def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> MessageReplies:
+        return MessageReplies(accepted, self._route.model_name, longest_token)
+
+    def error(self, error: ApiError) -> bytes:
+        return error_body(error)
+
+
+class CountTokens:
+    """The Query of v1/messages/count_tokens."""
+
+    def __init__(self, route: ModelRoute) -> None:
+        self._route = route
+
+    def answer(self, body: object, prompts: Prompts) -> bytes:
+        ids = prompts.prompt_ids(prompt_request(self._route, body))
+        return to_json({"input_tokens": len(ids)}) + b"\n"
+
+    def error(self, error: ApiError) -> bytes:
+        return error_body(error)

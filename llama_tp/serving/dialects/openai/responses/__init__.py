@@ -1,0 +1,1 @@
+"""OpenAI's Responses API below /predictions/<model>/<version>/v1/responses. Nothing is stored."""
