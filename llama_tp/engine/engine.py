@@ -22,6 +22,7 @@ from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.scorer import score
 from llama_tp.engine.stats import STEP_BOUNDS, EngineStats, Histogram
 from llama_tp.engine.step import StepPlan
 from llama_tp.engine.timing import Timing
@@ -44,6 +45,8 @@ class Completion:
     error: str | None = None
     logprobs: list[Logprobs] | None = None
     """One per token, if requested."""
+    prompt_logprobs: list[Logprobs] | None = None
+    """Those of the prompt's tokens from the second on, if requested."""
 
 
 class Engine:
@@ -100,6 +103,8 @@ class Engine:
         plan, sequences = self.scheduler.plan()
         self._timing.admitted(self.scheduler.admitted, start)
         logits = self._execute(plan)
+        if logits is not None and self.scheduler.scored:
+            logits = self._score(logits)
         events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
@@ -111,6 +116,12 @@ class Engine:
             got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
             self._timing.sampled(got_tokens, now)
         return events
+
+    def _score(self, logits: Tensor) -> Tensor | None:
+        """Score the prompts of this step. Returns the logits to sample from, if any."""
+        scheduler = self.scheduler
+        scheduler.commit_scores(score(logits, scheduler.scored))
+        return logits[scheduler.sampled_rows] if scheduler.sampled_rows else None
 
     def heartbeat(self) -> None:
         """Signal to idle followers that the leader is alive, and which table rows are free."""
@@ -224,7 +235,13 @@ class Engine:
                 self.scheduler.add(queue.popleft())  # all were checked before the first was added
             for event in self.step():
                 events[event.request_id, event.index].append(event)
-        return [_completion(one) for one in events.values()]
+        scores = {
+            event.request_id: event.prompt_logprobs
+            for one in events.values()
+            for event in one
+            if event.prompt_logprobs is not None
+        }
+        return [_completion(one, scores.get(request_id)) for (request_id, _), one in events.items()]
 
 
 def _ids(prompt: Items[int]) -> tuple[int, ...]:
@@ -235,10 +252,16 @@ def _ids(prompt: Items[int]) -> tuple[int, ...]:
         return tuple(prompt)
 
 
-def _completion(events: list[TokenEvent]) -> Completion:
+def _completion(events: list[TokenEvent], prompt_logprobs: list[Logprobs] | None) -> Completion:
     tokens = [event for event in events if event.token_id is not None]
     logprobs = [event.logprobs for event in tokens if event.logprobs is not None]
     last = events[-1]
     assert last.finish_reason is not None
     ids = [event.token_id for event in tokens if event.token_id is not None]
-    return Completion(ids, last.finish_reason, last.error, logprobs if len(logprobs) == len(ids) > 0 else None)
+    return Completion(
+        ids,
+        last.finish_reason,
+        last.error,
+        logprobs if len(logprobs) == len(ids) > 0 else None,
+        prompt_logprobs,
+    )

@@ -14,7 +14,7 @@ class FinishReason(str, Enum):
     STOP = "stop"
     """It sampled one of its stop ids, or the text layer found a stop string."""
     LENGTH = "length"
-    """It reached max_new_tokens."""
+    """It reached max_new_tokens, which may be 0."""
     TIMEOUT = "timeout"
     """It reached its timeout; its output so far is kept."""
     CANCELLED = "cancelled"
@@ -36,12 +36,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log probabilities of a sampled token and of the most probable ones, in the model's own distribution. Natural
+    """Log probabilities of a token and of the most probable ones, in the model's own distribution. Natural
     logarithms."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
     """(token id, log probability), most probable first."""
+    rank: int = 0
+    """The token's place among all, 1 for the most probable. Of a prompt's tokens only; 0 for sampled ones."""
 
 
 @dataclass(slots=True)
@@ -65,3 +67,6 @@ class TokenEvent:
     num_cached: int = field(default=0, compare=False)
     """How many of the prompt's tokens were found in the prefix cache; in the first event of output 0 only. Not what an
     event means, so not compared."""
+    prompt_logprobs: list[Logprobs] | None = None
+    """Those of the prompt's tokens from the second on, if requested: in the first event of the output that computed the
+    prompt, usually output 0."""

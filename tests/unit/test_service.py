@@ -682,7 +682,7 @@ def poison(service, *outputs):
             for sequence in engine.scheduler.running
             if sequence.request.prompt == (1, 2, 3) and sequence.index in outputs and sequence.num_generated >= 3
         }
-        sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
+        sampled = [chunk.row for chunk in plan.chunks if chunk.num_logits]
         if bad := [at for at, row in enumerate(sampled) if row in victims]:
             logits = logits.clone()
             logits[bad] = math.nan
