@@ -21,7 +21,7 @@ from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.scheduler import QueueFull, Scheduler
 from llama_tp.engine.scorer import score
 from llama_tp.engine.stats import STEP_BOUNDS, EngineStats, Histogram
 from llama_tp.engine.step import StepPlan
@@ -87,6 +87,17 @@ class Engine:
         self._check_vocabulary(request)
         self.scheduler.add(request)
         self._timing.arrived(request.id, monotonic() if arrival is None else arrival)
+
+    def add_all(self, requests: Items[Request], arrival: float) -> None:
+        """Queue all of the requests, or, if one can never run or there is no room for all, none of them: then as
+        `add`."""
+        if len(requests) > 1:
+            for request in requests:
+                self.check(request)
+            if not self.scheduler.can_queue(*requests):
+                raise QueueFull(f"{len(requests)} requests do not all fit into the waiting queue; try again later")
+        for request in requests:
+            self.add(request, arrival)
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Drop a request, or one of its outputs, between two steps; its pages are freed immediately. False if it is
@@ -173,6 +184,7 @@ class Engine:
             ("token id", request.prompt),
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
+            ("allowed_ids: token id", request.params.allowed_ids or ()),
         ):
             are_ints = {int, bool}.issuperset(map(type, tokens))  # fast: a prompt may have 100,000 tokens
             if not are_ints and (others := [token for token in tokens if not isinstance(token, int)]):

@@ -55,7 +55,8 @@ class TokenEvent:
 
     request_id: str
     token_id: int | None = None
-    """None when the step ended the request without adding a token to its output (stop id, cancel, error)."""
+    """None when the step ended the request without adding a token to its output (stop id, cancel, error), or
+    generated none (max_new_tokens=0)."""
     finish_reason: FinishReason | None = None
     """None until the output ends."""
     error: str | None = None
@@ -67,6 +68,8 @@ class TokenEvent:
     num_cached: int = field(default=0, compare=False)
     """How many of the prompt's tokens were found in the prefix cache; in the first event of output 0 only. Not what an
     event means, so not compared."""
+    stop_id: int | None = None
+    """The stop id that ended the output, if one did."""
     prompt_logprobs: list[Logprobs] | None = None
     """Those of the prompt's tokens from the second on, if requested: in the first event of the output that computed the
     prompt, usually output 0."""

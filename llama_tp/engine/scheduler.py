@@ -75,9 +75,9 @@ class Scheduler:
         """Outputs that have not ended and hold no cache."""
         return self._num_sequences - len(self.running)
 
-    def can_queue(self, request: Request) -> bool:
-        """Whether all of the request's outputs fit into the waiting queue."""
-        return self.num_waiting + request.params.n <= self.config.max_waiting
+    def can_queue(self, *requests: Request) -> bool:
+        """Whether all of the requests' outputs fit into the waiting queue."""
+        return self.num_waiting + sum(request.params.n for request in requests) <= self.config.max_waiting
 
     def request_ids(self) -> list[str]:
         """Ids of the requests that have not ended, in order of arrival."""
@@ -195,18 +195,18 @@ class Scheduler:
             self._end(sequence)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits", index)
         num_cached = self._num_cached(sequence) if index == 0 and sequence.num_generated == 0 else 0
-        max_new_tokens, reason = request.params.max_new_tokens, None
+        max_new_tokens, reason, stop_id = request.params.max_new_tokens, None, None
         if not max_new_tokens:
             token_id, logprobs, reason = None, None, FinishReason.LENGTH
         elif token_id in request.params.stop_ids:
-            token_id, logprobs, reason = None, None, FinishReason.STOP
+            token_id, logprobs, reason, stop_id = None, None, FinishReason.STOP, token_id
         else:
             sequence.tokens.append(token_id)
             if sequence.num_generated >= max_new_tokens:
                 reason = FinishReason.LENGTH
         if reason is not None:
             self._end(sequence)
-        return TokenEvent(request.id, token_id, reason, None, index, logprobs, num_cached, scores)
+        return TokenEvent(request.id, token_id, reason, None, index, logprobs, num_cached, stop_id, scores)
 
     def _num_cached(self, sequence: Sequence) -> int:
         """Tokens of the sequence that were not computed when it was admitted."""
