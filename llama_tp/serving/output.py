@@ -21,9 +21,21 @@ class Output:
         self.error: ApiError | None = None
         self.is_emitted = False
         """Whether the last delta has been emitted."""
+        self.num_emitted = 0
+        """Tokens in its deltas so far."""
+        self.prompt_logprobs: Sequence[Logprobs] | None = None
+        """For its next delta."""
         self._index = index
         min_tokens = request.sampling.min_new_tokens
-        self._stream = TextStream(tokenizer, request.stop, min_tokens=min_tokens, after=after)
+        self._keep_stop = request.keep_stop
+        self._stream = TextStream(
+            tokenizer,
+            request.stop,
+            min_tokens=min_tokens,
+            after=after,
+            keep_stop=request.keep_stop,
+            specials=request.special_text,
+        )
         self._text: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[Logprobs] | None = None if request.sampling.logprobs is None else []
@@ -42,6 +54,8 @@ class Output:
                 self._logprobs.append(event.logprobs)
             if self._stream.stopped:
                 self.finish_reason = FinishReason.STOP
+        if event.stop_id is not None and self._keep_stop:
+            self._text.append(self._stream.push(event.stop_id))
         if event.finish_reason is not None and self.finish_reason is None:
             self._text.append(self._stream.flush())
             self.error = _error_in(event)
@@ -52,12 +66,14 @@ class Output:
         is left."""
         ids, self._ids = self._ids[:max_tokens], self._ids[max_tokens:]
         self.is_emitted = self.finish_reason is not None and not self._ids
-        # There is one text per token, from its push; text from flush belongs to the last delta.
+        # There is one text per token, from its push; text of a stop token and from flush belongs to the last delta.
         num_texts = len(self._text) if self.is_emitted else len(ids)
         text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
         logprobs = self._logprobs
         if logprobs is not None:
             logprobs, self._logprobs = logprobs[:max_tokens], logprobs[max_tokens:]
+        self.num_emitted += len(ids)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         return OutputDelta(
             index=self._index,
             text=text,
@@ -65,6 +81,7 @@ class Output:
             logprobs=logprobs,
             finish_reason=self.finish_reason if self.is_emitted else None,
             error=self.error if self.is_emitted else None,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

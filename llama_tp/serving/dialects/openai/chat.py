@@ -17,7 +17,7 @@ from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
 from llama_tp.serving.dialects.openai.unsupported import CHAT, IGNORED, only
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
+from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokensOrNone, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
@@ -46,6 +46,8 @@ class ChatDialect:
             logprobs=given.get("top_logprobs", 0) if given.get("logprobs") else None,
             dialog=given["messages"],
             continue_final_message=given.get("continue_final_message", False),
+            add_generation_prompt=given.get("add_generation_prompt", True),
+            template_variables=given.get("chat_template_kwargs", {}),
         )
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> ChatReplies:
@@ -108,11 +110,12 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     }
 
     messages: Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
-    max_completion_tokens: MaxNewTokens = ABSENT
+    max_completion_tokens: MaxNewTokensOrNone = ABSENT
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = ABSENT
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}
@@ -133,6 +136,3 @@ def _check_pairs(given: Given) -> None:
     if continues and adds_prompt:
         message = "continue_final_message=true contradicts add_generation_prompt=true; leave one of them out"
         raise ApiError(400, "conflicting_fields", message, "add_generation_prompt")
-    if not continues and not adds_prompt:
-        message = "add_generation_prompt=false is supported with continue_final_message=true only; leave it out"
-        raise ApiError(400, "unsupported_value", message, "add_generation_prompt")

@@ -42,14 +42,8 @@ EVERYWHERE: dict[str, Any] = {
     "use_beam_search": only(False),
     "length_penalty": IGNORED,  # of beam search alone
     "early_stopping": only(False),
-    "include_stop_str_in_output": only(False),
-    "skip_special_tokens": only(True),
     "spaces_between_special_tokens": IGNORED,  # there are none in the text
-    "truncate_prompt_tokens": only(),
-    "prompt_logprobs": only(),
-    "return_tokens_as_token_ids": only(False),
     "bad_words": only([]),
-    "allowed_token_ids": only(),
     "logits_processors": only([]),
     "structured_outputs": only(),
     "guided_json": only(),
@@ -81,7 +75,6 @@ CHAT: dict[str, Any] = {
     "add_special_tokens": only(False),
     "documents": only([]),
     "chat_template": only(),
-    "chat_template_kwargs": only({}),
     "mm_processor_kwargs": only({}),
     "include_reasoning": IGNORED,  # it is never separated from the text
 }
