@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,7 @@ def _log_probs(engine: Engine, window: list[int]) -> Iterator[_Piece]:
         runner.page_table[0].set(page, page)
     for start in range(0, len(window) - 1, _PIECE):
         tokens = window[start : min(start + _PIECE, len(window) - 1)]
-        batch = runner.prepare([Chunk(0, start, tuple(tokens), sample=True)]).batch
-        batch = replace(batch, sampled=torch.arange(len(tokens), device=runner.device))
+        batch = runner.prepare([Chunk(0, start, tuple(tokens), num_logits=len(tokens))]).batch
         logits, is_finite = runner.model(batch, runner.cache)
         if not is_finite.all():
             raise ValueError(

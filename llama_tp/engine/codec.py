@@ -1,7 +1,7 @@
 """StepPlan <-> bytes, as 32-bit integers in native byte order: all ranks run on the same architecture.
 Step numbers wrap at 2**31.
 
-Layout: [step, stop, chunks, updates, freed, has digest, digest], then per chunk [row, start, sample, n, token * n],
+Layout: [step, stop, chunks, updates, freed, has digest, digest], then per chunk [row, start, logits, n, token * n],
 three integers per update, the freed table rows.
 """
 
@@ -19,7 +19,7 @@ def encode(plan: StepPlan) -> bytes:
     words = [plan.step & 0x7FFFFFFF, plan.stop, len(plan.chunks), len(plan.page_updates), len(plan.freed)]
     words += (plan.digest is not None, digest - (1 << 32) if digest >> 31 else digest)
     for chunk in plan.chunks:
-        words += (chunk.row, chunk.start, chunk.sample, len(chunk.tokens))
+        words += (chunk.row, chunk.start, chunk.num_logits, len(chunk.tokens))
         words += chunk.tokens
     for update in plan.page_updates:
         words += update
@@ -33,9 +33,9 @@ def decode(message: bytes) -> StepPlan:
     at = _HEAD
     chunks = []
     for _ in range(num_chunks):
-        row, start, sample, n = words[at : at + 4]
+        row, start, num_logits, n = words[at : at + 4]
         at += 4
-        chunks.append(Chunk(row, start, tuple(words[at : at + n]), sample == 1))
+        chunks.append(Chunk(row, start, tuple(words[at : at + n]), num_logits))
         at += n
     end = at + 3 * num_updates
     updates = tuple((words[i], words[i + 1], words[i + 2]) for i in range(at, end, 3))

@@ -21,7 +21,8 @@ from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.scheduler import QueueFull, Scheduler
+from llama_tp.engine.scorer import score
 from llama_tp.engine.stats import STEP_BOUNDS, EngineStats, Histogram
 from llama_tp.engine.step import StepPlan
 from llama_tp.engine.timing import Timing
@@ -44,6 +45,8 @@ class Completion:
     error: str | None = None
     logprobs: list[Logprobs] | None = None
     """One per token, if requested."""
+    prompt_logprobs: list[Logprobs] | None = None
+    """Those of the prompt's tokens from the second on, if requested."""
 
 
 class Engine:
@@ -86,6 +89,17 @@ class Engine:
         self.sampler.begin(request)
         self._timing.arrived(request.id, monotonic() if arrival is None else arrival)
 
+    def add_all(self, requests: Items[Request], arrival: float) -> None:
+        """Queue all of the requests, or, if one can never run or there is no room for all, none of them: then as
+        `add`."""
+        if len(requests) > 1:
+            for request in requests:
+                self.check(request)
+            if not self.scheduler.can_queue(*requests):
+                raise QueueFull(f"{len(requests)} requests do not all fit into the waiting queue; try again later")
+        for request in requests:
+            self.add(request, arrival)
+
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Drop a request, or one of its outputs, between two steps; its pages are freed immediately. False if it is
         not there (any more)."""
@@ -101,6 +115,8 @@ class Engine:
         plan, sequences = self.scheduler.plan()
         self._timing.admitted(self.scheduler.admitted, start)
         logits = self._execute(plan)
+        if logits is not None and self.scheduler.scored:
+            logits = self._score(logits)
         events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
@@ -114,6 +130,12 @@ class Engine:
             got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
             self._timing.sampled(got_tokens, now)
         return events
+
+    def _score(self, logits: Tensor) -> Tensor | None:
+        """Score the prompts of this step. Returns the logits to sample from, if any."""
+        scheduler = self.scheduler
+        scheduler.commit_scores(score(logits, scheduler.scored))
+        return logits[scheduler.sampled_rows] if scheduler.sampled_rows else None
 
     def heartbeat(self) -> None:
         """Signal to idle followers that the leader is alive, and which table rows are free."""
@@ -165,6 +187,7 @@ class Engine:
             ("token id", request.prompt),
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
+            ("allowed_ids: token id", request.params.allowed_ids or ()),
         ):
             are_ints = {int, bool}.issuperset(map(type, tokens))  # fast: a prompt may have 100,000 tokens
             if not are_ints and (others := [token for token in tokens if not isinstance(token, int)]):
@@ -227,7 +250,13 @@ class Engine:
                 self.scheduler.add(queue.popleft())  # all were checked before the first was added
             for event in self.step():
                 events[event.request_id, event.index].append(event)
-        return [_completion(one) for one in events.values()]
+        scores = {
+            event.request_id: event.prompt_logprobs
+            for one in events.values()
+            for event in one
+            if event.prompt_logprobs is not None
+        }
+        return [_completion(one, scores.get(request_id)) for (request_id, _), one in events.items()]
 
 
 def _ids(prompt: Items[int]) -> tuple[int, ...]:
@@ -238,10 +267,16 @@ def _ids(prompt: Items[int]) -> tuple[int, ...]:
         return tuple(prompt)
 
 
-def _completion(events: list[TokenEvent]) -> Completion:
+def _completion(events: list[TokenEvent], prompt_logprobs: list[Logprobs] | None) -> Completion:
     tokens = [event for event in events if event.token_id is not None]
     logprobs = [event.logprobs for event in tokens if event.logprobs is not None]
     last = events[-1]
     assert last.finish_reason is not None
     ids = [event.token_id for event in tokens if event.token_id is not None]
-    return Completion(ids, last.finish_reason, last.error, logprobs if len(logprobs) == len(ids) > 0 else None)
+    return Completion(
+        ids,
+        last.finish_reason,
+        last.error,
+        logprobs if len(logprobs) == len(ids) > 0 else None,
+        prompt_logprobs,
+    )

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -90,13 +91,14 @@ class EngineLoop:
     def start(self) -> None:
         self._ended = self._thread.run(self._run)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. If it cannot run, or the queue is full, its outputs end with finish_reason "error".
+    def submit(self, *requests: Request) -> None:
+        """Queue requests. If one cannot run, or the queue has no room for all, the outputs of all end with
+        finish_reason "error".
 
-        Its timeout starts now.
+        Their timeouts start now.
         """
         arrival = time.monotonic()
-        self._post(lambda: self._add(request, arrival))
+        self._post(lambda: self._add(requests, arrival))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one of its outputs. Its earlier events may still be polled."""
@@ -153,18 +155,18 @@ class EngineLoop:
                 self.engine.heartbeat()
         self.engine.release()
 
-    def _add(self, request: Request, arrival: float) -> None:
+    def _add(self, requests: Items[Request], arrival: float) -> None:
+        names = ", ".join(request.id for request in requests)
         try:
-            self.engine.add(request, arrival)
+            self.engine.add_all(requests, arrival)
         except QueueFull:
-            log.info("request %s refused: the queue is full", request.id)
-            self._emit(_final_events(request, FinishReason.ERROR, "queue_full"))
+            log.info("request %s refused: the queue is full", names)
+            self._emit(_final_events(requests, FinishReason.ERROR, "queue_full"))
         except ValueError as error:
-            log.error("request %s cannot run: %s", request.id, error)
-            self._emit(_final_events(request, FinishReason.ERROR, "cannot_run"))
+            log.error("request %s cannot run: %s", names, error)
+            self._emit(_final_events(requests, FinishReason.ERROR, "cannot_run"))
         else:
-            if request.timeout_s is not None:
-                self._deadlines.append((arrival + request.timeout_s, request))
+            self._deadlines += [(arrival + one.timeout_s, one) for one in requests if one.timeout_s is not None]
 
     def _cancel(self, request_id: str, index: int | None) -> None:
         if self.engine.cancel(request_id, index):
@@ -203,9 +205,11 @@ class EngineLoop:
                 self._changed.notify_all()
 
 
-def _final_events(request: Request, reason: FinishReason, error: str) -> list[TokenEvent]:
-    """An event that ends each of a request's outputs."""
-    return [TokenEvent(request.id, None, reason, error, index) for index in range(request.params.n)]
+def _final_events(requests: Items[Request], reason: FinishReason, error: str) -> list[TokenEvent]:
+    """An event that ends each of the requests' outputs."""
+    return [
+        TokenEvent(request.id, None, reason, error, index) for request in requests for index in range(request.params.n)
+    ]
 
 
 def _exit_on_failure(run: Callable[[], None]) -> None:

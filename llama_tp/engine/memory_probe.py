@@ -17,7 +17,9 @@ from llama_tp.engine.request import Request
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.engine.sampler import Sampler
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.sequence import Sequence
+from llama_tp.engine.scheduler import MAX_SCORED
+from llama_tp.engine.scorer import score
+from llama_tp.engine.sequence import Sequence, Span
 from llama_tp.engine.step import Chunk, StepPlan
 
 
@@ -76,22 +78,28 @@ def config_for_measuring(config: EngineConfig) -> EngineConfig:
 
 
 def compute_largest_steps(runner: ModelRunner, *, is_leader: bool) -> None:
-    """A full prefill chunk at the end of the longest context, and a full batch of decodes, with every sampling
-    feature on."""
-    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+    """A full prefill chunk at the end of the longest context, scored as far as possible, and a full batch of decodes,
+    with every sampling feature on."""
+    params = SamplingParams(
+        temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20, prompt_logprobs=20
+    )
     sampler = Sampler()
     for plan in _largest_plans(runner.config):
         logits = runner.execute(plan)
         if is_leader and logits is not None:
-            requests = [Request(str(chunk.row), (0,), params) for chunk in plan.chunks]
-            sampler.sample(logits, [Sequence(request, [0], 0) for request in requests])
+            sequences = [Sequence(Request(str(chunk.row), (0,), params), [0]) for chunk in plan.chunks]
+            num_scored = logits.size(0) - len(sequences)
+            score(logits, [Span(sequences[0], 0, (0,) * num_scored)])
+            logits = logits[num_scored:].clone()
+            sampler.sample(logits, sequences)
 
 
 def _largest_plans(config: EngineConfig) -> Iterator[StepPlan]:
     count = min(config.max_batched_tokens, config.max_seq_len)
-    prefill = Chunk(0, config.max_seq_len - count, (0,) * count, sample=True)
+    num_logits = min(count, MAX_SCORED + config.max_batch_size)
+    prefill = Chunk(0, config.max_seq_len - count, (0,) * count, num_logits)
     yield StepPlan(1, (prefill,), tuple((0, index, index) for index in range(config.pages_per_sequence)))
     rows = range(config.max_batch_size)
     pages = tuple((row, 0, config.pages_per_sequence + row) for row in rows)
-    yield StepPlan(2, tuple(Chunk(row, 0, (0,), sample=True) for row in rows), pages)
+    yield StepPlan(2, tuple(Chunk(row, 0, (0,), num_logits=1) for row in rows), pages)
     yield StepPlan(3, (), (), tuple(rows))

@@ -15,7 +15,7 @@ class FinishReason(str, Enum):
     STOP = "stop"
     """It sampled one of its stop ids, or the text layer found a stop string."""
     LENGTH = "length"
-    """It reached max_new_tokens."""
+    """It reached max_new_tokens, which may be 0."""
     TIMEOUT = "timeout"
     """It reached its timeout; its output so far is kept."""
     CANCELLED = "cancelled"
@@ -39,12 +39,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log probabilities of a sampled token and of the most probable ones, in the model's own distribution. Natural
+    """Log probabilities of a token and of the most probable ones, in the model's own distribution. Natural
     logarithms."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
     """(token id, log probability), most probable first."""
+    rank: int = 0
+    """The token's place among all, 1 for the most probable. Of a prompt's tokens only; 0 for sampled ones."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,8 @@ class TokenEvent:
 
     request_id: str
     token_id: int | None = None
-    """None when the step ended the request without adding a token to its output (stop id, cancel, error)."""
+    """None when the step ended the request without adding a token to its output (stop id, cancel, error), or
+    generated none (max_new_tokens=0)."""
     finish_reason: FinishReason | None = None
     """None until the output ends."""
     error: str | None = None
@@ -68,3 +71,8 @@ class TokenEvent:
     num_cached: int = field(default=0, compare=False)
     """How many of the prompt's tokens were found in the prefix cache; in the first event of output 0 only. Not what an
     event means, so not compared."""
+    stop_id: int | None = None
+    """The stop id that ended the output, if one did."""
+    prompt_logprobs: list[Logprobs] | None = None
+    """Those of the prompt's tokens from the second on, if requested: in the first event of the output that computed the
+    prompt, usually output 0."""

@@ -72,8 +72,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
-        """Compute one step. On the leader, returns float32 logits of the sampled chunks, in order, or None if there
-        are none. Logits of a sequence with any non-finite hidden state contain a NaN.
+        """Compute one step. On the leader, returns the float32 logits that the chunks need, in order, or None if they
+        need none. Logits of a sequence with any non-finite hidden state contain a NaN.
 
         On a GPU the step has only been launched when this returns, and the next one is already laid out.
         """
@@ -118,9 +118,9 @@ class ModelRunner:
         for chunk in plan.chunks:
             position = chunk.start + len(chunk.tokens)
             has_slot = position < self.config.max_seq_len and self.page_table[chunk.row].covers(position)
-            if not (chunk.sample and has_slot):
+            if not (chunk.num_logits and has_slot):
                 return None
-            chunks.append(Chunk(chunk.row, position, (0,), sample=True))
+            chunks.append(Chunk(chunk.row, position, (0,), num_logits=1))
         return _Guess(chunks, self._lay_out(chunks)) if chunks else None
 
     def _lay_out(self, chunks: Items[Chunk]) -> list[_Pass]:
@@ -140,8 +140,7 @@ class ModelRunner:
             tokens.extend(chunk.tokens)
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
             table_rows.extend([chunk.row] * len(chunk.tokens))
-            if chunk.sample:
-                sampled.append(len(tokens) - 1)
+            sampled.extend(range(len(tokens) - chunk.num_logits, len(tokens)))
         num_sampled = len(sampled)
         num_padding = max(0, size - len(tokens))
         for values, padding in ((tokens, 0), (positions, 0), (table_rows, self._padding_row)):
@@ -186,7 +185,7 @@ def _is_guessed(guess: Items[Chunk], chunks: Items[Chunk]) -> bool:
     """Whether a step computes one token each at exactly these table rows and positions. The caller checks that the rows
     still belong to the same sequences."""
     return len(guess) == len(chunks) and all(
-        one.row == two.row and one.start == two.start and len(two.tokens) == 1 and two.sample
+        one.row == two.row and one.start == two.start and len(two.tokens) == two.num_logits == 1
         for one, two in zip(guess, chunks, strict=True)
     )
 
@@ -199,8 +198,8 @@ def _tiles(chunks: Items[Chunk]) -> Iterator[list[Chunk]]:
         at, end = 0, len(chunk.tokens)
         while at < end:
             take = min(free, end - at)
-            last = at + take == end
-            tile.append(Chunk(chunk.row, chunk.start + at, chunk.tokens[at : at + take], chunk.sample and last))
+            num_logits = max(0, at + take - max(at, end - chunk.num_logits))
+            tile.append(Chunk(chunk.row, chunk.start + at, chunk.tokens[at : at + take], num_logits))
             at, free = at + take, free - take
             if free == 0:
                 yield tile

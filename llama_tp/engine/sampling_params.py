@@ -51,11 +51,12 @@ def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
 class SamplingParams:
     """How one request is sampled. The defaults are plain sampling from the model's distribution.
 
-    Applied in this order: the three penalties, logit_bias, min_new_tokens, the request's grammar, temperature, top_k,
-    top_p, min_p, one draw.
+    Applied in this order: the three penalties, logit_bias, allowed_ids, min_new_tokens, the request's grammar,
+    temperature, top_k, top_p, min_p, one draw.
     """
 
     max_new_tokens: int = 128
+    """0 is possible with prompt_logprobs: the request then ends once its prompt is scored."""
     min_new_tokens: int = 0
     """No stop id is sampled before the output has this many tokens."""
     temperature: float = knob(1.0, "[0, inf)", api="[0, 2]")
@@ -74,6 +75,8 @@ class SamplingParams:
     """Subtracted from the logit of every token in the output, times its number of occurrences."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
+    allowed_ids: frozenset[int] | None = None
+    """If set, no other token is sampled."""
     seed: int | None = None
     """Seed of the request's own generator; None: a random one. Output i of n uses seed + i."""
     stop_ids: frozenset[int] = frozenset()
@@ -84,10 +87,14 @@ class SamplingParams:
     """Report log probabilities of each token and of this many most probable ones, in the model's own distribution:
     before any of the above is applied."""
 
+    prompt_logprobs: int | None = None
+    """Report the same of each prompt token but the first. The prompt is then computed in full, even if it is in the
+    prefix cache."""
+
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "n", "seed", "logprobs"):
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if not (type(value) is int or (name in ("seed", "logprobs") and value is None)):
+            if not (type(value) is int or (name in ("seed", "logprobs", "prompt_logprobs") and value is None)):
                 raise ValueError(f"{name}={value!r} must be an integer")
         for name, allowed in _ALLOWED:
             value = getattr(self, name)
@@ -95,13 +102,16 @@ class SamplingParams:
                 raise ValueError(f"{name}={value!r} must be a number")
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be in {allowed}")
+        least = "at least 1, or 0 with prompt_logprobs"
         for name, ok, constraint in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), least),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             ("logit_bias", all(abs(bias) <= 1000 for bias in self.logit_bias.values()), "numbers in [-1000, 1000]"),
+            ("allowed_ids", self.allowed_ids is None or len(self.allowed_ids) > 0, "at least one token id"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("n", self.n >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {constraint}")

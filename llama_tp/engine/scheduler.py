@@ -4,11 +4,15 @@ One rule covers prefill, chunked prefill and decode: a step computes some of eac
 tokens, within a budget of tokens per step. Decodes come first, then prompts, first come first served. If pages run out,
 the youngest sequence is preempted and starts over later; none ever fails. Prompts with a common prefix share its pages,
 as do the turns of a conversation; so do the n outputs of one request, the first of which computes the prompt for all.
+
+A request for the log probabilities of its prompt needs the logits of all its tokens, so it shares nothing until it has
+them, and a step computes at most MAX_SCORED of them.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
@@ -17,9 +21,12 @@ from types import MappingProxyType
 from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import NO_RESERVATION, BlockManager
 from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
-from llama_tp.engine.sequence import Sequence
+from llama_tp.engine.sequence import Sequence, Span
 from llama_tp.engine.step import Chunk, StepPlan
 
+MAX_SCORED = 128
+"""Logits per step of prompts to be scored, besides one per sampled sequence: with a vocabulary of 128,256 they take 63
+MiB."""
 _NUM_RESERVED = 16
 """Pages reserved for a sequence beyond those it needs now, if it may need them."""
 
@@ -48,6 +55,10 @@ class Scheduler:
         """Those that the last plan admitted."""
         self._step = 0
         self._sampled: list[Sequence] = []
+        self.scored: list[Span] = []
+        """What the last plan scores. Then the logits to sample from are those at `sampled_rows`, otherwise all."""
+        self.sampled_rows: list[int] = []
+        self._num_scored = 0
         self._page_updates: list[tuple[int, int, int]] = []
         self._freed: list[int] = []  # rows
 
@@ -64,9 +75,9 @@ class Scheduler:
         """Outputs that have not ended and hold no cache."""
         return self._num_sequences - len(self.running)
 
-    def can_queue(self, request: Request) -> bool:
-        """Whether all of the request's outputs fit into the waiting queue."""
-        return self.num_waiting + request.params.n <= self.config.max_waiting
+    def can_queue(self, *requests: Request) -> bool:
+        """Whether all of the requests' outputs fit into the waiting queue."""
+        return self.num_waiting + sum(request.params.n for request in requests) <= self.config.max_waiting
 
     def request_ids(self) -> list[str]:
         """Ids of the requests that have not ended, in order of arrival."""
@@ -110,6 +121,7 @@ class Scheduler:
             )
         first, *forks = sequences = [Sequence(request, list(request.prompt), i) for i in range(request.params.n)]
         first.forks = forks
+        first.scores = None if request.params.prompt_logprobs is None else []
         self._by_id[request.id] = sequences
         self._num_sequences += len(sequences)
         self.waiting.append(first)
@@ -126,6 +138,7 @@ class Scheduler:
         """The next step, and the sequences whose sampled tokens `commit` expects, in the order of the logits."""
         self._step += 1
         self.admitted = []
+        self._num_scored = 0
         shares: list[tuple[Sequence, Chunk]] = []
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.config.max_batched_tokens - num_decodes
@@ -139,13 +152,22 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit()):
             budget -= self._schedule(admitted, budget, shares)
         shares.sort(key=_attention_order)
-        self._sampled = [sequence for sequence, chunk in shares if chunk.sample]
+        self._sampled = [sequence for sequence, _ in shares if not sequence.num_uncomputed]
+        self.scored = self._spans(shares) if self._num_scored else []
         for sequence in self._sampled:
             if sequence.num_generated + 1 < sequence.request.params.max_new_tokens:
                 self._extend(sequence, len(sequence.tokens) + 1)  # so that ranks can already lay out the next step
         updates, self._page_updates = tuple(self._page_updates), []
         freed, self._freed = tuple(self._freed), []
         return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self._sampled
+
+    def commit_scores(self, scores: Items[Items[Logprobs]]) -> None:
+        """Take the log probabilities of the planned spans. They are reported with the output's first event."""
+        assert len(scores) == len(self.scored)
+        for span, logprobs in zip(self.scored, scores, strict=True):
+            if span.sequence.scores is not None:
+                span.sequence.scores.extend(logprobs)
+        self.scored = []
 
     def commit(
         self, token_ids: Items[int | None], logprobs: Mapping[int, Logprobs] = MappingProxyType({})
@@ -168,19 +190,23 @@ class Scheduler:
         if token_id is not None and (self.config.prefix_cache or sequence.forks):
             self._register(sequence)
         self._queue_forks(sequence)
-        if token_id is None:
+        scores, sequence.scores = sequence.scores, None
+        if token_id is None or (scores is not None and any(math.isnan(one.chosen) for one in scores)):
             self._end(sequence)
             return TokenEvent(request.id, None, FinishReason.ERROR, "nan_logits", index)
         num_cached = self._num_cached(sequence) if index == 0 and sequence.num_generated == 0 else 0
-        if token_id in request.params.stop_ids:
+        max_new_tokens, reason, stop_id = request.params.max_new_tokens, None, None
+        if not max_new_tokens:
+            token_id, logprobs, reason = None, None, FinishReason.LENGTH
+        elif token_id in request.params.stop_ids:
+            token_id, logprobs, reason, stop_id = None, None, FinishReason.STOP, token_id
+        else:
+            sequence.tokens.append(token_id)
+            if sequence.num_generated >= max_new_tokens:
+                reason = FinishReason.LENGTH
+        if reason is not None:
             self._end(sequence)
-            return TokenEvent(request.id, None, FinishReason.STOP, index=index, num_cached=num_cached)
-        sequence.tokens.append(token_id)
-        reason = None
-        if sequence.num_generated >= request.params.max_new_tokens:
-            self._end(sequence)
-            reason = FinishReason.LENGTH
-        return TokenEvent(request.id, token_id, reason, index=index, logprobs=logprobs, num_cached=num_cached)
+        return TokenEvent(request.id, token_id, reason, None, index, logprobs, num_cached, stop_id, scores)
 
     def _num_cached(self, sequence: Sequence) -> int:
         """Tokens of the sequence that were not computed when it was admitted."""
@@ -197,6 +223,7 @@ class Scheduler:
             return
         successor, *successor.forks = sequence.forks
         sequence.forks = []
+        successor.scores = sequence.scores
         self.waiting.insert(0 if sequence.row >= 0 else self.waiting.index(sequence), successor)
 
     def _end(self, sequence: Sequence) -> None:
@@ -219,7 +246,7 @@ class Scheduler:
         if not self.waiting or not self._free_rows:
             return None
         sequence = self.waiting[0]
-        can_share = self.config.prefix_cache or sequence.index > 0
+        can_share = (self.config.prefix_cache or sequence.index > 0) and sequence.scores is None
         shared = self.blocks.match(sequence.tokens) if can_share else []
         if self._num_pages(len(sequence.tokens)) - len(shared) > self.blocks.num_free_after(shared):
             return None
@@ -243,12 +270,37 @@ class Scheduler:
         """Add the sequence's share to the step. Returns its number of tokens: 0 if it must wait."""
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
+        if sequence.scores is not None:
+            end = self._end_of_scored(sequence, end)
         if end == start or not (self._extend(sequence, end) or self._preempt_for(sequence, end)):
             return 0
         sequence.num_computed = end
-        chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), sample=end == len(sequence.tokens))
+        num_logits = int(end == len(sequence.tokens))
+        if sequence.scores is not None:
+            num_logits = max(0, end - max(start, len(sequence.scores)))
+            self._num_scored += num_logits - (end == len(sequence.tokens))
+        chunk = Chunk(sequence.row, start, tuple(sequence.tokens[start:end]), num_logits)
         shares.append((sequence, chunk))
         return end - start
+
+    def _end_of_scored(self, sequence: Sequence, end: int) -> int:
+        """Where a chunk of a prompt to be scored must end, so that the step stays below MAX_SCORED."""
+        limit = max(sequence.num_computed, len(sequence.scores or ())) + MAX_SCORED - self._num_scored
+        return end if limit >= sequence.num_prompt - 1 else min(end, limit)  # the last token's logits are sampled
+
+    def _spans(self, shares: Items[tuple[Sequence, Chunk]]) -> list[Span]:
+        """What the chunks of a step score. Sets `sampled_rows`."""
+        spans, row = [], 0
+        self.sampled_rows = []
+        for sequence, chunk in shares:
+            if sequence.scores is not None and chunk.num_logits:
+                end = chunk.start + len(chunk.tokens)
+                targets = sequence.tokens[end - chunk.num_logits + 1 : end + 1]
+                spans.append(Span(sequence, row, tuple(targets)))
+            row += chunk.num_logits
+            if not sequence.num_uncomputed:
+                self.sampled_rows.append(row - 1)
+        return spans
 
     def _register(self, sequence: Sequence) -> None:
         """Let others find a sequence's full pages, now that a sampled token has shown them to be finite."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llama_tp.engine.request import Request
+from llama_tp.engine.request import Logprobs, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +29,9 @@ class Sequence:
     """Leading pages that it found in the cache."""
     num_registered: int = 0
     """Leading pages that prompts with a common prefix can find."""
+    scores: list[Logprobs] | None = None
+    """Log probabilities of the prompt's tokens, from the second on, as far as they are computed. None: not requested,
+    or computed by another output, or already reported."""
     sampled_at: float | None = None
     """When its newest token was sampled, as measured by the engine's `Timing`."""
 
@@ -44,3 +47,14 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens to feed before the next one can be sampled: the rest of the prompt in prefill, 1 in decode."""
         return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt tokens in a row that a step scores."""
+
+    sequence: Sequence
+    row: int
+    """Index of the logits that predict the first of them; the others follow."""
+    targets: tuple[int, ...]
+    """Their ids; may be empty."""

@@ -15,8 +15,8 @@ class Chunk(NamedTuple):
     row: int
     start: int
     tokens: tuple[int, ...]
-    sample: bool
-    """Whether the last token's logits are needed."""
+    num_logits: int
+    """How many of its last tokens' logits are needed: 0, 1 to sample the next token, or more to score a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

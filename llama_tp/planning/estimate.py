@@ -15,6 +15,7 @@ from functools import cached_property
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE
+from llama_tp.engine.scheduler import MAX_SCORED
 from llama_tp.model.weights import WeightFormats
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import Ranks, num_ranks, shard
@@ -26,6 +27,9 @@ _CONTEXT_OF_DEVICE = GIB
 _BYTES_PER_LOGIT = 48
 """Of the sampler, with every sampling feature on. From the 1.2 GiB that the largest steps of Llama 3.1 8B took with 128
 sequences on a GPU (docs/performance.md)."""
+_BYTES_PER_SCORED_LOGIT = 12
+"""Of a prompt that is scored: this rank's and all ranks' logits, and their copy in float32. They are scored in blocks.
+Counted, not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,9 @@ class Estimate:
         feed_forward = tokens * (3 * self.args.dim + 3 * hidden)
         attention = tokens * (3 * self.args.dim + 4 * queries + self.config.max_seq_len)
         sampling = min(sequences, tokens) * self.args.vocab_size * _BYTES_PER_LOGIT
-        return int(FRAGMENTATION * max(itemsize * feed_forward, itemsize * attention, sampling)) + HEADROOM
+        num_scored = min(tokens, MAX_SCORED + sequences)
+        scoring = num_scored * self.args.vocab_size * _BYTES_PER_SCORED_LOGIT
+        return int(FRAGMENTATION * max(itemsize * feed_forward, itemsize * attention, sampling, scoring)) + HEADROOM
 
     @property
     def reserve(self) -> int:

@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request in the engine's terms."""
+    """One of a request's prompts in the engine's terms."""
 
     prompt: list[int]
     params: SamplingParams
@@ -66,45 +66,71 @@ class Admission:
     def max_seq_len(self) -> int:
         return self._limits.max_seq_len
 
-    def admit(self, request: GenerationRequest) -> Admitted:
-        """ApiError if the request can never run here."""
+    def admit(self, request: GenerationRequest) -> list[Admitted]:
+        """The request's prompts. ApiError if one of them can never run here."""
         limits = self._limits
         check_vocabulary(request, limits.vocab_size)
         check_outputs(request, limits.max_waiting)
-        prompt, stop_ids = self._encode(request)
-        max_new_tokens = fit_answer(request, fit_context(request, len(prompt), limits.max_seq_len))
+        prompts, stop_ids = self._encode(request)
+        lengths = [len(prompt) for prompt in prompts]
+        check_scores(request, lengths)
+        fitting = [fit_context(request, length, limits.max_seq_len, index) for index, length in enumerate(lengths)]
+        most = fit_answer(request, max(fitting))
         end_ids = frozenset() if request.ignore_eos else stop_ids
-        params = request.sampling.but(
-            max_new_tokens=max_new_tokens, stop_ids=end_ids | frozenset(request.stop_token_ids)
-        )
-        return Admitted(prompt, params, self._compile(request))
+        end_ids |= frozenset(request.stop_token_ids)
+        grammar = self._compile(request)
+        return [
+            Admitted(prompt, request.sampling.but(max_new_tokens=min(fits, most), stop_ids=end_ids), grammar)
+            for prompt, fits in zip(prompts, fitting, strict=True)
+        ]
 
     def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
-        """Ids of the prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot read
-        it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        """Ids of the only prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot
+        read it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
         check_vocabulary(request, self._limits.vocab_size)
-        if isinstance(request.prompt, str) and not special_tokens:
-            self._check_length([request.prompt], request)
-            return self.tokenizer.encode(request.prompt)
-        return self._encode(request)[0]
+        if request.dialog is not None:
+            return self._encode_dialog(request.dialog, request)[0]
+        return self._encode_prompt(request, 0, special_tokens=special_tokens)
 
-    def _encode(self, request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
-        """Prompt ids, and the ids that end the answer."""
-        if isinstance(request.prompt, tuple):
-            return list(request.prompt), self.tokenizer.stop_ids
-        if request.prompt is not None:
-            self._check_length([request.prompt], request)
-            return self.tokenizer.encode(request.prompt, bos=self.tokenizer.adds_bos), self.tokenizer.stop_ids
-        dialog = request.dialog or ()
-        self._check_length([*(message.content for message in dialog), *_texts_of_tools(request)], request)
+    def _encode(self, request: GenerationRequest) -> tuple[list[list[int]], frozenset[int]]:
+        """Ids of each prompt, and the ids that end the answer."""
+        if request.dialog is None:
+            prompts = [self._encode_prompt(request, index) for index in range(len(request.prompts))]
+            stop_ids = self.tokenizer.stop_ids
+        else:
+            ids, stop_ids = self._encode_dialog(request.dialog, request)
+            prompts = [ids]
+        if (most := request.truncate_prompt_tokens) is not None:
+            prompts = [prompt[-most:] for prompt in prompts]
+        return prompts, stop_ids
+
+    def _encode_prompt(self, request: GenerationRequest, index: int, *, special_tokens: bool = True) -> list[int]:
+        prompt, tokenizer = request.prompts[index], self.tokenizer
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        if request.truncate_prompt_tokens is not None:  # what is certainly cut off need not be tokenized
+            prompt = prompt[-self._limits.max_seq_len * self._longest_token :]
+        else:
+            self._check_length([prompt], request.prompt_name(index))
+        return tokenizer.encode(prompt, bos=special_tokens and tokenizer.adds_bos)
+
+    def _encode_dialog(self, dialog: Sequence[Message], request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
+        names = request.names
+        self._check_length([*(message.content for message in dialog), *_texts_of_tools(request)], names.dialog)
         if isinstance(self._chat, str):
-            raise ApiError(400, "chat_not_supported", f"this model cannot chat: {self._chat}", request.names.dialog)
+            raise ApiError(400, "chat_not_supported", f"this model cannot chat: {self._chat}", names.dialog)
         told, tools = self._tell(request, dialog)
         try:
-            ids = self._chat.encode(told, continue_final_message=request.continue_final_message, tools=tools)
+            ids = self._chat.encode(
+                told,
+                continue_final_message=request.continue_final_message,
+                add_generation_prompt=request.add_generation_prompt,
+                tools=tools,
+                variables=request.template_variables,
+            )
             return ids, self._chat.stop_ids
         except ChatError as error:
-            raise ApiError(400, error.code, str(error), _param_of(error, request.names)) from None
+            raise ApiError(400, error.code, str(error), _param_of(error, names)) from None
 
     def _tell(
         self, request: GenerationRequest, dialog: Sequence[Message]
@@ -144,16 +170,16 @@ class Admission:
         except GrammarError as error:
             raise ApiError(400, "invalid_grammar", f"{name} cannot be followed: {error}", name) from None
 
-    def _check_length(self, texts: list[str], request: GenerationRequest) -> None:
+    def _check_length(self, texts: list[str], name: str) -> None:
         """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""
         fewest = sum(map(len, texts)) // self._longest_token
         if fewest >= self._limits.max_seq_len:
             raise ApiError(
                 400,
                 "context_length_exceeded",
-                f"{request.prompt_name} has at least {fewest} tokens, but the context holds "
-                f"{self._limits.max_seq_len} tokens, prompt and answer together",
-                request.prompt_name,
+                f"{name} has at least {fewest} tokens, but the context holds {self._limits.max_seq_len} tokens, prompt "
+                "and answer together",
+                name,
             )
 
 
@@ -169,27 +195,32 @@ def _texts_of_tools(request: GenerationRequest) -> list[str]:
 
 def _param_of(error: ChatError, names: FieldNames) -> str:
     """Where in the body the error is."""
+    if error.code == "invalid_template_variable":
+        return names.chat_template_kwargs
     if names.messages and error.index is not None:
         return names.messages[error.index]
     return error.param(names.dialog)
 
 
-def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int) -> int:
-    """The max_new_tokens to use. ApiError if prompt and generated tokens do not fit; a default is clipped instead, to
-    no less than min_new_tokens."""
+def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len: int, index: int = 0) -> int:
+    """The max_new_tokens to use for prompt number `index`. ApiError if prompt and generated tokens do not fit; a
+    default is clipped instead, to no less than min_new_tokens."""
+    prompt_name = request.prompt_name(index)
     remaining = max_seq_len - num_prompt_tokens
-    if remaining < 1:
+    least = min(1, request.sampling.max_new_tokens)
+    if remaining < least:
+        needed = "at least one generated token as well" if least else "it"
         message = (
-            f"{request.prompt_name} has {num_prompt_tokens} tokens, but the context of {max_seq_len} tokens must hold "
-            f"at least one generated token as well; send at most {max_seq_len - 1}"
+            f"{prompt_name} has {num_prompt_tokens} tokens, but the context of {max_seq_len} tokens must hold "
+            f"{needed}; send at most {max_seq_len - least}"
         )
-        raise ApiError(400, "context_length_exceeded", message, request.prompt_name)
+        raise ApiError(400, "context_length_exceeded", message, prompt_name)
     wanted, name = request.sampling.min_new_tokens, request.names.min_new_tokens
     if request.max_new_tokens_explicit:
         wanted, name = request.sampling.max_new_tokens, request.names.max_new_tokens
     if wanted > remaining:
         message = (
-            f"{name}={wanted} does not fit: {request.prompt_name} takes {num_prompt_tokens} of the context's "
+            f"{name}={wanted} does not fit: {prompt_name} takes {num_prompt_tokens} of the context's "
             f"{max_seq_len} tokens; ask for at most {remaining}"
         )
         raise ApiError(400, "context_length_exceeded", message, name)
@@ -198,17 +229,39 @@ def fit_context(request: GenerationRequest, num_prompt_tokens: int, max_seq_len:
 
 def check_outputs(request: GenerationRequest, max_waiting: int) -> None:
     """ApiError if the request's outputs could never all wait at once."""
-    if (n := request.sampling.n) > max_waiting:
-        name = request.names.n
-        message = f"{name}={n} must be at most {max_waiting}, the outputs that may wait (handler.max_waiting)"
-        raise ApiError(400, "invalid_value", message, name)
+    if request.num_outputs <= max_waiting:
+        return
+    n, name = request.sampling.n, request.names.n
+    message = f"{name}={n} must be at most {max_waiting}, the outputs that may wait (handler.max_waiting)"
+    if len(request.prompts) > 1:
+        name = request.names.prompt
+        message = (
+            f"{name} has {len(request.prompts)} prompts with {request.names.n}={n}, but at most {max_waiting} outputs "
+            "may wait (handler.max_waiting); send fewer"
+        )
+    raise ApiError(400, "invalid_value", message, name)
+
+
+def check_scores(request: GenerationRequest, lengths: Sequence[int]) -> None:
+    """ApiError if the prompts, which have these lengths, have too many log probabilities for one answer. A stream sends
+    them at once, too."""
+    top, names = request.sampling.prompt_logprobs, request.names
+    if top is None or (most := request.sampling.n * sum(lengths) * (1 + top)) <= MAX_LOGPROBS:
+        return
+    message = (
+        f"{sum(lengths)} prompt tokens with {top} alternatives each, for {names.n}={request.sampling.n} outputs, are "
+        f"{most} log probabilities, but one answer holds at most {MAX_LOGPROBS}; ask for fewer"
+    )
+    raise ApiError(400, "answer_too_large", message, names.prompt_logprobs)
 
 
 def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
     """ApiError for the first id in a request that is not in the vocabulary."""
-    if isinstance(request.prompt, tuple):
-        _check_token_ids(request.prompt, vocab_size, request.names.prompt)
+    for index, prompt in enumerate(request.prompts):
+        if isinstance(prompt, tuple):
+            _check_token_ids(prompt, vocab_size, request.prompt_name(index))
     _check_token_ids(request.stop_token_ids, vocab_size, request.names.stop_token_ids)
+    _check_token_ids(sorted(request.sampling.allowed_ids or ()), vocab_size, request.names.allowed_token_ids)
     for token, bias in request.sampling.logit_bias.items():
         if token >= vocab_size:
             name = f"{request.names.logit_bias}.{token}"
@@ -226,15 +279,16 @@ def _check_token_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
 def fit_answer(request: GenerationRequest, max_new_tokens: int) -> int:
     """The max_new_tokens to use. ApiError if a non-streaming answer could hold too many log probabilities; a default is
     clipped instead, to no less than min_new_tokens."""
-    n, top, names = request.sampling.n, request.sampling.logprobs, request.names
+    n, top, names = request.num_outputs, request.sampling.logprobs, request.names
     if request.stream or top is None:
         return max_new_tokens
     if not request.max_new_tokens_explicit:
         most = max(1, MAX_LOGPROBS // (n * (1 + top)))
         max_new_tokens = max(request.sampling.min_new_tokens, min(max_new_tokens, most))
+    outputs = f"{names.n}={n} outputs" if len(request.prompts) < 2 else f"{n} outputs"
     if (most := n * max_new_tokens * (1 + top)) > MAX_LOGPROBS:
         message = (
-            f"{names.n}={n} outputs of {names.max_new_tokens}={max_new_tokens} tokens with {names.top_logprobs}={top} "
+            f"{outputs} of {names.max_new_tokens}={max_new_tokens} tokens with {names.top_logprobs}={top} "
             f"are up to {most} log probabilities, but one answer holds at most {MAX_LOGPROBS}; set stream, or ask for "
             "fewer"
         )

@@ -15,6 +15,7 @@ MAX_NEW_TOKENS = 2**24
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
+MAX_ALLOWED_IDS = 4096
 MAX_BIASES = 1024
 MAX_BIAS = 100
 
@@ -52,6 +53,12 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _allowed_ids(value: object) -> frozenset[int]:
+    if isinstance(value, list) and not 0 < len(value) <= MAX_ALLOWED_IDS:
+        raise PydanticCustomError("invalid_value", f"must have from 1 to {MAX_ALLOWED_IDS} entries")
+    return frozenset(token_ids(value))
+
+
 def _few_token_ids(value: object) -> tuple[int, ...]:
     if isinstance(value, list) and len(value) > MAX_STOP_IDS:
         raise PydanticCustomError("invalid_value", f"must have at most {MAX_STOP_IDS} entries")
@@ -81,12 +88,15 @@ def must_be_text(value: object) -> object:
 
 
 MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
+MaxNewTokensOrNone = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
+"""0 where only the prompt matters."""
 MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
 LogitBias = Annotated[Any, AfterValidator(_biases)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
 ]
+AllowedTokenIds = Annotated[Any, AfterValidator(_allowed_ids)]
 StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 NumOutputs = Annotated[int, Field(ge=1, le=16)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from llama_tp.engine.request import FinishReason, Logprobs
 from llama_tp.engine.sampling_params import SamplingParams
@@ -14,6 +14,9 @@ from llama_tp.text.grammar import Grammar
 from llama_tp.text.tools.calls import ToolCallDelta, ToolChoice
 
 Mode = Literal["text_completion", "chat"]
+
+Prompt = str | tuple[int, ...]
+"""Text, or token ids not yet checked against the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,9 @@ class FieldNames:
     logit_bias: str = "logit_bias"
     logprobs: str = "logprobs"
     top_logprobs: str = "top_logprobs"
+    prompt_logprobs: str = "prompt_logprobs"
+    allowed_token_ids: str = "allowed_token_ids"
+    chat_template_kwargs: str = "chat_template_kwargs"
     n: str = "n"
     grammar: str = "response_format"
     tools: str = "tools"
@@ -41,8 +47,14 @@ class ReplyOptions:
     """What the replies hold, in dialects that leave it to the client."""
 
     echo: bool = False
-    """The prompt's text before the answer's."""
+    """The prompt's text before the answer's, and its log probabilities if the answer has any."""
+    prompt_logprobs: int | None = None
+    """How many of the most probable tokens are listed for each of the prompt's; None: no log probabilities."""
     usage_in_stream: bool = False
+    continuous_usage: bool = False
+    """The usage so far in every event of a stream."""
+    tokens_as_ids: bool = False
+    """Tokens in log probabilities appear as "token_id:42"."""
     token_ids: bool = False
     """Ids of the prompt's and the answer's tokens."""
     echoed: Json = field(default_factory=dict)
@@ -51,14 +63,14 @@ class ReplyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A request with every default filled in. Exactly one of prompt and dialog is set.
+    """A request with every default filled in. Exactly one of prompts and dialog is set.
 
     Its fields are valid, individually and together. `Admission` checks what depends on the model and on the server's
     limits.
     """
 
-    prompt: str | tuple[int, ...] | None = None
-    """Text, or token ids not yet checked against the vocabulary."""
+    prompts: tuple[Prompt, ...] = ()
+    """Each has its own answers."""
     dialog: tuple[Message, ...] | None = None
     """The chat format checks roles and their order."""
     continue_final_message: bool = False
@@ -68,12 +80,22 @@ class GenerationRequest:
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     grammar: Grammar | None = None
     """What the answer's text must match; not yet compiled."""
+    add_generation_prompt: bool = True
+    """Whether the dialog's prompt ends with the beginning of an answer."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only this many of the prompt's tokens, the last ones."""
     sampling: SamplingParams
     """stop_ids is still empty; ids in logit_bias are not yet checked against the vocabulary."""
     max_new_tokens_explicit: bool = False
     """Whether the client set max_new_tokens: then it is kept or refused. A default is clipped to what fits."""
     stop: tuple[str, ...] = ()
     """Stop strings; the text layer finds them."""
+    keep_stop: bool = False
+    """Whether the text ends with the stop string, or the stop token's text, rather than before it."""
+    special_text: bool = False
+    """Whether the text has the pieces of special tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Additional ids that end the answer, not yet checked against the vocabulary."""
     ignore_eos: bool = False
@@ -84,9 +106,15 @@ class GenerationRequest:
     names: FieldNames = field(default_factory=FieldNames)
 
     @property
-    def prompt_name(self) -> str:
-        """The field that holds the prompt."""
-        return self.names.prompt if self.dialog is None else self.names.dialog
+    def num_outputs(self) -> int:
+        """Answers to all prompts. Output i of prompt k has the index k * n + i."""
+        return self.sampling.n * max(1, len(self.prompts))
+
+    def prompt_name(self, index: int = 0) -> str:
+        """The field that holds one of the prompts, or the dialog."""
+        if self.dialog is not None:
+            return self.names.dialog
+        return self.names.prompt if len(self.prompts) == 1 else f"{self.names.prompt}[{index}]"
 
     @property
     def continues_text(self) -> bool:
@@ -129,6 +157,8 @@ class OutputDelta:
     """New content of the output's tool calls, in order."""
     stop_string: str | None = None
     """The one of the request's stop strings that ended the output; in its last delta only."""
+    prompt_logprobs: Sequence[Logprobs] | None = None
+    """Those of its prompt's tokens from the second on, if requested, in the output's first delta."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class RequestStats:
     """Counters since startup."""
 
     prompt_tokens: int
-    """Of requests that have generated a token; once per request, whatever n is."""
+    """Of requests whose prompt has been computed; once per request, whatever n is."""
     generation_tokens: int
     """Generated tokens of all outputs, as in the clients' usage."""
     finished: Mapping[FinishReason, int]
@@ -78,8 +78,13 @@ class RequestRecord:
         metrics.generation_tokens += 1
         if not self._has_token:
             self._has_token = True
-            metrics.prompt_tokens += self._num_prompt
+            self.computed()
             metrics.first_token.add(metrics.clock() - self._opened)
+
+    def computed(self) -> None:
+        """Its prompt, or the first of several, has been computed."""
+        self._metrics.prompt_tokens += self._num_prompt
+        self._num_prompt = 0
 
     def output_ended(self, reason: FinishReason) -> None:
         self._metrics.finished[reason] += 1

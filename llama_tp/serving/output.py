@@ -30,9 +30,21 @@ class Output:
         self.error: ApiError | None = None
         self.is_emitted = False
         """Whether the last delta has been emitted."""
+        self.num_emitted = 0
+        """Tokens in its deltas so far."""
+        self.prompt_logprobs: Sequence[Logprobs] | None = None
+        """For its next delta."""
         self._index = index
         min_tokens = request.sampling.min_new_tokens
-        self._stream = TextStream(tokenizer, request.stop, min_tokens=min_tokens, after=after)
+        self._keep_stop = request.keep_stop
+        self._stream = TextStream(
+            tokenizer,
+            request.stop,
+            min_tokens=min_tokens,
+            after=after,
+            keep_stop=request.keep_stop,
+            specials=request.special_text or (calls is not None and calls.reads_specials),
+        )
         self._text: list[str] = []
         self._parser = calls
         self._calls: list[Sequence[ToolCallDelta]] = []
@@ -55,6 +67,8 @@ class Output:
             if self._stream.stopped:
                 self._take_rest()
                 self.finish_reason = FinishReason.STOP
+        if event.stop_id is not None and self._keep_stop:
+            self._take(self._stream.push(event.stop_id))
         if event.finish_reason is not None and self.finish_reason is None:
             self._take(self._stream.flush())
             self._take_rest()
@@ -80,13 +94,15 @@ class Output:
         is left."""
         ids, self._ids = self._ids[:max_tokens], self._ids[max_tokens:]
         self.is_emitted = self.finish_reason is not None and not self._ids
-        # There is one text per token, from its push; text from flush belongs to the last delta.
+        # There is one text per token, from its push; text of a stop token and from flush belongs to the last delta.
         num_texts = len(self._text) if self.is_emitted else len(ids)
         text, self._text = "".join(self._text[:num_texts]), self._text[num_texts:]
         calls, self._calls = self._calls[:num_texts], self._calls[num_texts:]
         logprobs = self._logprobs
         if logprobs is not None:
             logprobs, self._logprobs = logprobs[:max_tokens], logprobs[max_tokens:]
+        self.num_emitted += len(ids)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         return OutputDelta(
             index=self._index,
             text=text,
@@ -96,6 +112,7 @@ class Output:
             error=self.error if self.is_emitted else None,
             tool_calls=[call for one in calls for call in one] if calls else (),
             stop_string=self._stream.stop_string if self.is_emitted else None,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

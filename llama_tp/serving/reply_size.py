@@ -9,6 +9,8 @@ MAX_CHUNK_BYTES = 64 * 1024
 """Maximum bytes of a stream that are sent at once, and of a line with new tokens."""
 MAX_CHUNK_TOKENS = 64
 """Maximum tokens per line of a stream; fewer if tokens take many bytes."""
+MAX_CHUNK_OUTPUTS = 16
+"""Maximum outputs per message of a stream."""
 MAX_ANSWER_BYTES = 6 * 2**20
 """Maximum bytes of a non-streaming answer: one above max_response_size would end TorchServe's worker."""
 
@@ -20,7 +22,9 @@ def chunk_tokens(request: GenerationRequest, longest_token: int, *, more_records
     for text held back as a possible stop string. `more_records`: of log probabilities, for each token that has any,
     besides its own and those of the most probable ones.
     """
-    num_records = 0 if request.sampling.logprobs is None else 1 + request.sampling.logprobs + more_records
+    params = request.sampling
+    tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
+    num_records = 1 + max(tops) + more_records if tops else 0
     num_bytes = 96 + 6 * longest_token + num_records * (96 + 10 * longest_token)
     return max(1, min(MAX_CHUNK_TOKENS, (MAX_CHUNK_BYTES - 4096) // num_bytes))
 
@@ -35,6 +39,16 @@ def cut_size(chunk: bytes) -> int:
     while chunk[size] & 0xC0 == 0x80:  # a continuation byte of UTF-8
         size -= 1
     return size
+
+
+def chunk_outputs(request: GenerationRequest, prompt_bytes: int) -> int:
+    """How many outputs may have a part in one message of a stream, which must stay below MAX_ANSWER_BYTES, too. An
+    output's first part may echo a prompt of `prompt_bytes`, each of which may become \\u0000."""
+    if not request.reply.echo:
+        return MAX_CHUNK_OUTPUTS
+    if request.sampling.prompt_logprobs is not None:
+        return 1
+    return max(1, min(MAX_CHUNK_OUTPUTS, MAX_ANSWER_BYTES // 2 // max(1, 6 * prompt_bytes)))
 
 
 def check_answer(body: bytes, *, param: str = "stream", remedy: str = "set stream to get it") -> None:

@@ -7,7 +7,9 @@ ends with its last reply. User errors are not raised: they are replies, too.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from time import monotonic
 
 from llama_tp.engine.engine import Engine
@@ -24,8 +26,9 @@ from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usag
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
 from llama_tp.serving.reply import Reply
-from llama_tp.serving.reply_size import cut_size
+from llama_tp.serving.reply_size import chunk_outputs, cut_size
 from llama_tp.text.chat import ChatFormat
+from llama_tp.text.detokenizer import bytes_with_specials
 from llama_tp.text.tokenizer import Tokenizer
 from llama_tp.text.tools.choose import Tools
 
@@ -38,10 +41,15 @@ class _Active:
 
     request: GenerationRequest
     replies: Replies
-    key: str
-    """Its id in the engine, never reused: the engine is ahead of us, and late events must not reach another request."""
+    keys: list[str]
+    """The ids of its prompts in the engine, never reused: the engine is ahead of us, and late events must not reach
+    another request."""
     num_prompt: int
+    """Tokens of all prompts."""
     outputs: list[Output]
+    """Output i of prompt k is at k * n + i."""
+    chunk_outputs: int
+    """Maximum outputs per message of a stream."""
     record: RequestRecord
     num_cached: int = 0
     unsent: bytes = b""
@@ -56,6 +64,10 @@ class _Active:
         if self.has_ended or self.unsent:
             return True
         return self.request.stream and any(output.has_delta for output in self.outputs)
+
+    def outputs_of(self, prompt: int) -> list[Output]:
+        n = self.request.sampling.n
+        return self.outputs[prompt * n : (prompt + 1) * n]
 
     @property
     def usage(self) -> Usage:
@@ -82,8 +94,10 @@ class LlamaService:
         self._tokenizer = tokenizer
         config = loop.engine.config
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
-        self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-        self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token, tools=tools)
+        tokens, piece = range(tokenizer.vocab_size), bytes_with_specials(tokenizer)
+        longest_token = max(len(tokenizer.token_bytes(token)) for token in tokens)
+        self._admission = Admission(tokenizer, chat, limits, longest_token=longest_token, tools=tools)
+        self._longest_token = max(len(piece(token)) for token in tokens)  # special or not
         self._dialects: dict[str, Dialect] = {
             "": NativeDialect(defaults),
             **openai_dialects(defaults, model_name),
@@ -95,7 +109,7 @@ class LlamaService:
         }
         self._documents = model_documents(model_name, config.max_seq_len)
         self._active: dict[str, _Active] = {}
-        self._id_of: dict[str, str] = {}
+        self._prompt_of: dict[str, tuple[str, int]] = {}  # key in the engine -> request, and which of its prompts
         self._num_started = 0
         self._immediate: list[Reply] = []
         self.metrics = RequestMetrics()
@@ -156,8 +170,9 @@ class LlamaService:
         """The client has gone: stop generating."""
         self._immediate = [reply for reply in self._immediate if reply.request_id != request_id]
         if (active := self._active.pop(request_id, None)) is not None:
-            del self._id_of[active.key]
-            self._loop.cancel(active.key)
+            for key in active.keys:
+                del self._prompt_of[key]
+                self._loop.cancel(key)
             for output in active.outputs:
                 if output.finish_reason is None:
                     active.record.output_ended(FinishReason.CANCELLED)
@@ -183,28 +198,53 @@ class LlamaService:
             message = "stream=true is possible over HTTP only; leave it out, or POST to /predictions/<model>"
             raise ApiError(400, "stream_not_supported", message, "stream")
         admitted = self._admission.admit(request)
-        accepted = Accepted(request_id, request, admitted.prompt)
+        prompts = [one.prompt for one in admitted]
+        accepted = Accepted(request_id, request, prompts)
         replies = dialect.replies(accepted, self._tokenizer, self._longest_token)
         self._num_started += 1
-        key = f"{request_id}#{self._num_started}"
-        self._id_of[key] = request_id
-        continued = admitted.prompt if request.continues_text else []
+        keys = [f"{request_id}#{self._num_started}"]
+        if len(admitted) > 1:
+            keys = [f"{keys[0]}.{index}" for index in range(len(admitted))]
+        self._prompt_of |= {key: (request_id, index) for index, key in enumerate(keys)}
         outputs = [
-            Output(self._tokenizer, request, index, continued, self._admission.tool_parser(request))
-            for index in range(admitted.params.n)
+            Output(
+                self._tokenizer,
+                request,
+                index,
+                prompts[index // request.sampling.n] if request.continues_text else [],
+                self._admission.tool_parser(request),
+            )
+            for index in range(request.sampling.n * len(prompts))
         ]
-        record = RequestRecord(self.metrics, len(admitted.prompt), opened)
-        self._active[request_id] = _Active(request, replies, key, len(admitted.prompt), outputs, record)
-        self._loop.submit(Request(key, tuple(admitted.prompt), admitted.params, admitted.grammar, request.timeout_s))
+        num_prompt = sum(map(len, prompts))
+        record = RequestRecord(self.metrics, num_prompt, opened)
+        most = chunk_outputs(request, max(map(self._num_bytes, prompts)))
+        self._active[request_id] = _Active(request, replies, keys, num_prompt, outputs, most, record)
+        self._loop.submit(
+            *(
+                Request(key, tuple(one.prompt), one.params, one.grammar, request.timeout_s)
+                for key, one in zip(keys, admitted, strict=True)
+            )
+        )
+
+    def _num_bytes(self, prompt: Sequence[int]) -> int:
+        """Of a prompt's text."""
+        return sum(len(self._tokenizer.token_bytes(token)) for token in prompt)
 
     def _dispatch(self, event: TokenEvent) -> None:
-        active = self._active.get(self._id_of.get(event.request_id, ""))
+        request_id, prompt = self._prompt_of.get(event.request_id, ("", 0))
+        active = self._active.get(request_id)
         if active is None:
             return  # closed while the engine was ahead of us
-        output = active.outputs[event.index]
+        outputs = active.outputs_of(prompt)
+        output = outputs[event.index]
         if output.finish_reason is not None:
             return  # ended by a stop string while the engine was ahead of us
         active.num_cached += event.num_cached
+        if event.prompt_logprobs is not None:
+            active.record.computed()
+            for one in outputs:
+                one.prompt_logprobs = event.prompt_logprobs
         output.push(event)
         if event.token_id is not None:
             active.record.token()
@@ -212,7 +252,7 @@ class LlamaService:
             cancelled = event.finish_reason is FinishReason.CANCELLED
             active.record.output_ended(FinishReason.CANCELLED if cancelled else output.finish_reason)
         if output.finish_reason is not None and event.finish_reason is None:
-            self._loop.cancel(active.key, event.index)  # the engine knows nothing of stop strings
+            self._loop.cancel(event.request_id, event.index)  # the engine knows nothing of stop strings
 
     def _safely(self, request_id: str, active: _Active) -> Reply:
         """The reply, or, if building it fails, an error for this request alone."""
@@ -243,7 +283,10 @@ class LlamaService:
 
     def _next_chunk(self, active: _Active) -> bytes:
         replies = active.replies
-        deltas = [output.next_delta(replies.chunk_tokens) for output in active.outputs if output.has_delta]
+        ready = [output for output in active.outputs if output.has_delta]
+        if len(ready) > active.chunk_outputs:
+            ready = sorted(ready, key=attrgetter("num_emitted"))[: active.chunk_outputs]
+        deltas = [output.next_delta(replies.chunk_tokens) for output in ready]
         if not all(output.is_emitted for output in active.outputs):
             return replies.chunk(deltas, None)
         _raise_if_all_failed(active)
@@ -261,7 +304,8 @@ class LlamaService:
 
     def _forget(self, request_id: str, active: _Active) -> None:
         del self._active[request_id]
-        del self._id_of[active.key]
+        for key in active.keys:
+            del self._prompt_of[key]
 
 
 def _raise_if_all_failed(active: _Active) -> None:

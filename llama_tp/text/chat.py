@@ -31,14 +31,19 @@ class ChatFormat(Protocol):
         dialog: Sequence[Message],
         *,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         tools: Sequence[Json] | None = None,
         documents: Sequence[Json] | None = None,
+        variables: Json | None = None,
     ) -> list[int]:
         """Ids of the prompt. ChatError for a dialog that breaks the format's rules.
 
         continue_final_message: leave the last message, which must be the assistant's, open for the answer to continue.
+        add_generation_prompt: end with the beginning of the assistant's answer. False: only the dialog, whose last
+        message may be the assistant's.
         tools: JSON schemas of the functions that the assistant may call, as in OpenAI's API. documents: what it may
-        quote, with title and text. Both, and messages with tool_calls, need a chat template.
+        quote, with title and text. Both, and messages with tool_calls, need a chat template, as do variables: further
+        ones for it, JSON by name.
         """
 
 
@@ -101,23 +106,30 @@ class Llama2Format:
         dialog: Sequence[Message],
         *,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         tools: Sequence[Json] | None = None,
         documents: Sequence[Json] | None = None,
+        variables: Json | None = None,
     ) -> list[int]:
         check_roles(dialog, ROLES)
         _check_strict_order(dialog)
-        check_last_role(dialog, continue_final_message=continue_final_message)
-        check_no_tools(self.name, dialog, tools, documents)
+        check_last_role(
+            dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
+        )
+        check_no_tools(self.name, dialog, tools, documents, variables)
         _check_forged_tags(dialog)
         turns = [message.content for message in dialog]
         if dialog[0].role == "system":
             turns[:2] = [f"<<SYS>>\n{turns[0]}\n<</SYS>>\n\n{turns[1]}"]
         begun = f" {turns.pop().strip()}".rstrip() if continue_final_message else ""
         *finished, last = (turn.strip() for turn in turns)
+        is_finished = dialog[-1].role == "assistant" and not continue_final_message
+        if is_finished:
+            finished.append(last)
         ids: list[int] = []
         for question, answer in zip(finished[::2], finished[1::2], strict=True):
             ids += self._tokenizer.encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True)
-        return ids + self._tokenizer.encode(f"[INST] {last} [/INST]{begun}", bos=True)
+        return ids if is_finished else ids + self._tokenizer.encode(f"[INST] {last} [/INST]{begun}", bos=True)
 
 
 class Llama3Format:
@@ -137,17 +149,22 @@ class Llama3Format:
         dialog: Sequence[Message],
         *,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         tools: Sequence[Json] | None = None,
         documents: Sequence[Json] | None = None,
+        variables: Json | None = None,
     ) -> list[int]:
         check_roles(dialog, (*ROLES, "ipython"))
-        check_last_role(dialog, continue_final_message=continue_final_message)
-        check_no_tools(self.name, dialog, tools, documents)
+        check_last_role(
+            dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
+        )
+        check_no_tools(self.name, dialog, tools, documents, variables)
         parts = ["", "<|begin_of_text|>", ""]
-        for message in _with_open_answer(dialog, continue_final_message):
+        is_open = continue_final_message or add_generation_prompt
+        for message in _with_open_answer(dialog, continue_final_message) if is_open else dialog:
             parts += ["<|start_header_id|>", message.role, "<|end_header_id|>", "\n\n" + message.content.strip()]
             parts += ["<|eot_id|>", ""]
-        return self._encode(parts[:-2])
+        return self._encode(parts[:-2] if is_open else parts)
 
 
 class ChatMLFormat:
@@ -167,16 +184,21 @@ class ChatMLFormat:
         dialog: Sequence[Message],
         *,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         tools: Sequence[Json] | None = None,
         documents: Sequence[Json] | None = None,
+        variables: Json | None = None,
     ) -> list[int]:
         check_roles(dialog, ROLES)
-        check_last_role(dialog, continue_final_message=continue_final_message)
-        check_no_tools(self.name, dialog, tools, documents)
+        check_last_role(
+            dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
+        )
+        check_no_tools(self.name, dialog, tools, documents, variables)
         parts = [""]
-        for message in _with_open_answer(dialog, continue_final_message):
+        is_open = continue_final_message or add_generation_prompt
+        for message in _with_open_answer(dialog, continue_final_message) if is_open else dialog:
             parts += ["<|im_start|>", f"{message.role}\n{message.content}", "<|im_end|>", "\n"]
-        return self._bos + self._encode(parts[:-2])
+        return self._bos + self._encode(parts[:-2] if is_open else parts)
 
 
 def _with_open_answer(dialog: Sequence[Message], continue_final_message: bool) -> Sequence[Message]:

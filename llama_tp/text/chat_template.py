@@ -13,6 +13,11 @@ from llama_tp.text.vocabulary import require_well_formed
 
 _CUT = "\udfff "
 """Appended to the message to continue: a surrogate, which no content contains, and a space, which trimming removes."""
+_RESERVED = (
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("raise_exception", "strftime_now", "tojson", "range", "dict", "lipsum", "cycler", "joiner", "namespace", "self"),
+)
+"""Names of variables that have other fields, and of functions that templates call."""
 _ROLES = (*ROLES, "tool", "ipython")
 """Llama 3.1 calls a tool's answer ipython, other models call it tool."""
 
@@ -49,18 +54,29 @@ class JinjaFormat:
         dialog: Sequence[Message],
         *,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
         tools: Sequence[Json] | None = None,
         documents: Sequence[Json] | None = None,
+        variables: Json | None = None,
     ) -> list[int]:
         check_roles(dialog, _ROLES)
-        check_last_role(dialog, continue_final_message=continue_final_message)
-        given = {"messages": [_fields(message) for message in dialog], "tools": tools, "documents": documents}
+        check_last_role(
+            dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
+        )
+        self._check_names(variables or {})
+        given = {
+            "messages": [_fields(message) for message in dialog],
+            "tools": tools,
+            "documents": documents,
+            **(variables or {}),
+        }
+        adds_prompt = add_generation_prompt and not continue_final_message
         _respelled(given, _well_formed)
         strict = _respelled(given, lambda text: text.translate(self._hide))
-        parts = self._render(strict, continue_final_message)
+        parts = self._render(strict, continue_final_message, adds_prompt)
         if strict != given:
             broken = _respelled(given, lambda text: self._special.sub(self._broken, text))
-            faithful = self._render(broken, continue_final_message)
+            faithful = self._render(broken, continue_final_message, adds_prompt)
             if faithful[1::2] == parts[1::2]:
                 parts = faithful
         for piece in parts[1::2]:
@@ -72,14 +88,21 @@ class JinjaFormat:
     def _broken(self, piece: re.Match[str]) -> str:
         return chr(self._hide[ord(piece[0][0])]) + piece[0][1:]
 
-    def _render(self, given: dict[str, Any], continue_final_message: bool) -> list[str]:
+    def _check_names(self, variables: Json) -> None:
+        """ChatError for a variable that is not the client's to set."""
+        reserved = {*_RESERVED, *self._tokenizer.template_variables}
+        if name := next((name for name in variables if name in reserved or name.endswith("_token")), None):
+            problem = f"the variable {name} of the chat template is set by the server; leave it out"
+            raise ChatError("invalid_template_variable", problem)
+
+    def _render(self, given: dict[str, Any], continue_final_message: bool, adds_prompt: bool) -> list[str]:
         """The rendered dialog as text, special piece, text, ..., special piece, text."""
         *messages, last = given["messages"]
         cut = {**last, "content": last["content"] + _CUT} if continue_final_message else last
         variables = {
             **given,
             "messages": [*messages, cut],
-            "add_generation_prompt": not continue_final_message,
+            "add_generation_prompt": adds_prompt,
             **self._tokenizer.template_variables,
         }
         try:
@@ -89,6 +112,9 @@ class JinjaFormat:
             raise ChatError("invalid_role_order", message) from None
         except TemplateFailure as error:
             reason = str(error).translate(self._reveal)
+            if given.keys() - {"messages", "tools", "documents"}:  # probably because of the client's variables
+                problem = f"the chat template failed with these variables: {reason}"
+                raise ChatError("invalid_template_variable", problem) from None
             raise RuntimeError(f"the tokenizer's chat_template failed: {reason}") from None
         if continue_final_message:
             rendered = _cut(rendered, last["content"], index=len(messages))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llama_tp.text.tokenizer import Tokenizer
 
@@ -15,11 +15,12 @@ class Detokenizer:
     """Incrementally decodes ids that follow the ids `after`.
 
     The text of `after` plus all pushed and flushed text equals `tokenizer.decode` of all ids. Without `after` a new
-    text begins, so the leading space that a vocabulary adds is dropped.
+    text begins, so the leading space that a vocabulary adds is dropped. `specials`: special tokens appear as their
+    pieces, which `decode` skips.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = (), *, specials: bool = False) -> None:
+        self._token_bytes = bytes_with_specials(tokenizer) if specials else tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         before = self._last_bytes(after)
         self._utf8.decode(before)  # the next bytes may complete a character begun here
@@ -47,17 +48,32 @@ class Detokenizer:
         return raw[-_MAX_UNFINISHED:]
 
 
+def bytes_with_specials(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """Like `token_bytes`, but special tokens have their pieces."""
+    pieces = {token_id: piece.encode() for piece, token_id in tokenizer.special_ids.items()}
+    return lambda token_id: pieces.get(token_id) or tokenizer.token_bytes(token_id)
+
+
 class TextStream:
     """A Detokenizer that ends at the first stop string completed, or the longest if several complete at once.
 
     Text that may be the beginning of a stop string is held back until that is decided. The text of the first
-    min_tokens tokens is not searched, so stop strings neither begin nor end in it.
+    min_tokens tokens is not searched, so stop strings neither begin nor end in it. `keep_stop`: the text ends with the
+    stop string rather than before it. `specials`: as for the Detokenizer.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0, after: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        after: Sequence[int] = (),
+        keep_stop: bool = False,
+        specials: bool = False,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, after)
+        self._detokenizer = Detokenizer(tokenizer, after, specials=specials)
+        self._keep_stop = keep_stop
         self._matchers = [_Matcher(s) for s in stop]
         self._num_exempt = min_tokens
         self._held = ""
@@ -97,7 +113,7 @@ class TextStream:
                     complete = max(complete, matcher.stop, key=len)
             if complete:
                 self.stop_string = complete
-                return self._emit(end - len(complete), rest="")
+                return self._emit(end if self._keep_stop else end - len(complete), rest="")
         undecided = max((matcher.matched for matcher in self._matchers), default=0)
         cut = len(self._held) - undecided
         return self._emit(cut, rest=self._held[cut:])

@@ -35,8 +35,8 @@ class ChatError(ValueError):
     """A dialog rejected by its format.
 
     `code` is "invalid_role", "invalid_role_order", "special_tags_not_allowed", "empty_messages",
-    "cannot_continue_message" or "tools_not_supported"; `index` is the message and `field` its field, or None if the
-    whole dialog is rejected.
+    "cannot_continue_message", "tools_not_supported" or "invalid_template_variable"; `index` is the message and `field`
+    its field, or None if the whole dialog is rejected.
     """
 
     def __init__(self, code: str, message: str, *, index: int | None = None, field: str | None = None) -> None:
@@ -61,13 +61,15 @@ def check_roles(dialog: Sequence[Message], roles: Sequence[str]) -> None:
             raise ChatError("invalid_role", problem, index=index, field="role")
 
 
-def check_last_role(dialog: Sequence[Message], *, continue_final_message: bool) -> None:
-    """ChatError if the last message cannot be answered, or continued."""
+def check_last_role(
+    dialog: Sequence[Message], *, continue_final_message: bool, add_generation_prompt: bool = True
+) -> None:
+    """ChatError if the last message cannot be answered, or continued. Without a generation prompt it need not be."""
     last, index = dialog[-1].role, len(dialog) - 1
     if continue_final_message and last != "assistant":
         problem = f"continue_final_message needs a last message from 'assistant', but it is from {last!r}"
         raise ChatError("cannot_continue_message", problem, index=index, field="role")
-    if not continue_final_message and last == "assistant":
+    if not continue_final_message and add_generation_prompt and last == "assistant":
         problem = (
             "the last message is from 'assistant', which leaves nothing to answer; "
             "end with another role, or set continue_final_message to continue it"
@@ -76,10 +78,19 @@ def check_last_role(dialog: Sequence[Message], *, continue_final_message: bool) 
 
 
 def check_no_tools(
-    name: str, dialog: Sequence[Message], tools: Sequence[Json] | None, documents: Sequence[Json] | None
+    name: str,
+    dialog: Sequence[Message],
+    tools: Sequence[Json] | None,
+    documents: Sequence[Json] | None,
+    variables: Json | None = None,
 ) -> None:
-    """ChatError for tools, calls and documents, which only a chat template can write."""
-    given = {"tools": tools, "documents": documents, "tool_calls": any(message.tool_calls for message in dialog)}
+    """ChatError for tools, calls, documents and variables, which only a chat template can write."""
+    given = {
+        "tools": tools,
+        "documents": documents,
+        "tool_calls": any(message.tool_calls for message in dialog),
+        "chat_template_kwargs": variables,
+    }
     if found := [key for key, value in given.items() if value]:
         problem = (
             f"the chat format {name} has no place for {', '.join(found)}; remove them, or put the model's chat "

@@ -25,6 +25,7 @@ from tests.tiny_model import MODELS, UNEVEN, VARIANTS, random_model
 
 TOKENS = tuple(range(3, 43))
 PROMPTS = [[5, 6, 7], list(range(40)), [1], [9, 8] * 11]
+SCORE = SamplingParams(max_new_tokens=0, prompt_logprobs=2)
 PLAN = StepPlan(1, (Chunk(0, 0, TOKENS, True),), tuple((0, index, index) for index in range(3)))
 
 
@@ -56,12 +57,14 @@ def main() -> None:
             else:
                 engine.runner.execute(PLAN)
             greedy = engine.generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
+            scored = engine.generate(PROMPTS, SCORE)
             if comm.is_leader:
                 results[name, type(comm).__name__] = {
                     "dtensor": dtensor,
                     "local": local,
                     "loaded": loaded,
                     "greedy": [completion.token_ids for completion in greedy],
+                    "scores": [[one.chosen for one in completion.prompt_logprobs or ()] for completion in scored],
                 }
     if group.comm.is_leader:
         torch.save(results, f"{sys.argv[1]}/results.pt")

@@ -144,6 +144,17 @@ def test_greedy_tokens_do_not_depend_on_the_number_of_ranks(ranks):
         assert result["greedy"] == single, f"{name} over {comm}"
 
 
+def test_prompts_are_scored_as_transformers_does(ranks):
+    _, results = ranks
+    for (name, comm), result in results.items():
+        twin = transformers_twin(random_model(MODELS[name]))
+        for prompt, scores in zip(PROMPTS, result["scores"], strict=True):
+            with torch.no_grad():
+                logs = twin(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+            expected = [logs[at, token].item() for at, token in enumerate(prompt[1:])]
+            assert scores == pytest.approx(expected, abs=1e-4), f"{name} over {comm}"
+
+
 @pytest.mark.parametrize("stage", ["dtype", "weights", "cache"])
 def test_when_one_rank_cannot_load_all_ranks_hear_why_at_once(tmp_path, stage):
     """They used to wait an hour for it, in another collective than it was in."""

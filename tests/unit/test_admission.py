@@ -29,7 +29,10 @@ def request_for(max_new_tokens: int, explicit: bool, **fields: Any) -> Generatio
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
     others = {name: value for name, value in fields.items() if name not in _SAMPLING}
     params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
-    return GenerationRequest(**{"prompt": "x", **others}, sampling=params, max_new_tokens_explicit=explicit)
+    if "dialog" not in others:
+        prompt = others.pop("prompt", "x")
+        others.setdefault("prompts", (prompt,))
+    return GenerationRequest(**others, sampling=params, max_new_tokens_explicit=explicit)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     prompt: int, wanted: int, explicit: bool, param: str, numbers: list[str]
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        fit_context(request_for(wanted, explicit, dialog=HI, prompt=None), prompt, 100)
+        fit_context(request_for(wanted, explicit, dialog=HI), prompt, 100)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "context_length_exceeded", param)
     assert all(number in caught.value.message for number in numbers)
 
@@ -77,7 +80,7 @@ def test_a_default_is_clipped_to_no_less_than_min_new_tokens() -> None:
 
 def test_a_refusal_speaks_the_dialect_of_the_request() -> None:
     names = FieldNames(dialog="messages", max_new_tokens="max_tokens")
-    request = request_for(50, True, prompt=None, dialog=HI, names=names)
+    request = request_for(50, True, dialog=HI, names=names)
     with pytest.raises(ApiError) as caught:
         fit_context(request, 51, 100)
     assert caught.value.param == "max_tokens"
@@ -144,7 +147,7 @@ def admission() -> Admission:
 
 def test_an_admitted_request_keeps_its_sampling_but_for_what_admission_decides(admission: Admission) -> None:
     request = request_for(500, False, prompt=(1, 2, 3), temperature=0.5, seed=3, logit_bias={9: 1.5}, logprobs=4)
-    admitted = admission.admit(request)
+    (admitted,) = admission.admit(request)
     stop_ids = tiny("sentencepiece").stop_ids
     assert admitted.prompt == [1, 2, 3]
     assert admitted.params == request.sampling.but(max_new_tokens=97, stop_ids=stop_ids)
@@ -162,14 +165,15 @@ def test_an_admitted_request_keeps_its_sampling_but_for_what_admission_decides(a
 def test_what_ends_an_answer_is_the_format_s_and_the_request_s_to_say(
     admission: Admission, fields: dict[str, Any], stop_ids: set[int]
 ) -> None:
-    assert admission.admit(request_for(1, True, prompt=(1,), **fields)).params.stop_ids == stop_ids
+    (admitted,) = admission.admit(request_for(1, True, prompt=(1,), **fields))
+    assert admitted.params.stop_ids == stop_ids
 
 
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
         ({"n": 9}, "invalid_value", "n"),
-        ({"prompt": None, "dialog": HI}, "chat_not_supported", "dialog"),
+        ({"dialog": HI}, "chat_not_supported", "dialog"),
         ({"prompt": "x" * 1600}, "context_length_exceeded", "prompt"),
         ({"prompt": (10**6,)}, "token_out_of_range", "prompt[0]"),
     ],

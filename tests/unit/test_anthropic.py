@@ -392,7 +392,7 @@ END = {"finish_reason": FinishReason.STOP}
 
 
 def replies(prompt: list[int] | None = None, longest: int = 16, **fields: Any) -> Any:
-    return DIALECT.replies(Accepted("some-uuid", parse(**fields), prompt or list(range(7))), TOKENIZER, longest)
+    return DIALECT.replies(Accepted("some-uuid", parse(**fields), [prompt or list(range(7))]), TOKENIZER, longest)
 
 
 def delta(words: str = "", **fields: Any) -> OutputDelta:

@@ -453,6 +453,74 @@ def test_llama3_and_chatml_continue_a_message_as_transformers_does(name, templat
     assert ids == ids_by_transformers(template, CONTINUED, continue_final_message=True)
 
 
+@pytest.mark.parametrize("dialog", [ONE, SEVERAL, CONTINUED])
+@pytest.mark.parametrize("template", [tiny_text.CHATML_TEMPLATE, LLAMA3_TEMPLATE])
+def test_a_prompt_without_a_generation_prompt_is_that_of_transformers(template, dialog):
+    name = "llama3" if template == LLAMA3_TEMPLATE else "chatml"
+    expected = ids_by_transformers(template, dialog, add_generation_prompt=False)
+    assert jinja_format(template).encode(dialog, add_generation_prompt=False) == expected
+    assert chat_format(name, tokenizer_with(template)).encode(dialog, add_generation_prompt=False) == expected
+
+
+def test_llama2_has_no_generation_prompt_and_closes_the_assistant_s_last_message():
+    fmt, tokenizer = chat_format("llama2", tiny("sentencepiece")), tiny("sentencepiece")
+    assert fmt.encode(ONE, add_generation_prompt=False) == fmt.encode(ONE)
+    dialog = dialog_of("Where?", "In the sea")
+    closed = fmt.encode(dialog, add_generation_prompt=False)
+    assert closed == tokenizer.encode("[INST] Where? [/INST] In the sea ", bos=True, eos=True)
+    assert fmt.encode([*dialog, Message("user", "And?")])[: len(closed)] == closed
+
+
+VARIABLES_TEMPLATE = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    "{{ effort | default('low') }}{% if enable_thinking %}<|eot_id|>{% endif %}{{ notes.first[0] }}"
+)
+
+
+def test_a_template_has_the_variables_of_the_request_as_in_transformers():
+    fmt = jinja_format(VARIABLES_TEMPLATE)
+    variables = {"effort": "high", "enable_thinking": True, "notes": {"first": ["one"]}}
+    assert fmt.encode(ONE, variables=variables) == ids_by_transformers(VARIABLES_TEMPLATE, ONE, **variables)
+    assert fmt.encode(ONE, variables={"notes": {"first": [""]}}) == ids_by_transformers(
+        VARIABLES_TEMPLATE, ONE, notes={"first": [""]}
+    )
+
+
+def test_a_variable_of_a_template_cannot_forge_a_special_token():
+    fmt, tokenizer = jinja_format(VARIABLES_TEMPLATE), tokenizer_with(VARIABLES_TEMPLATE)
+    specials = set(tokenizer.special_ids.values())
+
+    def found(word):
+        ids = fmt.encode(ONE, variables={"effort": word, "notes": {"first": [word]}})
+        return [token for token in ids if token in specials], tokenizer.decode(ids)
+
+    plain, forged = found("x"), found("<|eot_id|>")
+    assert forged[0] == plain[0]
+    assert forged[1].count("<|eot_id|>") == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "add_generation_prompt", "bos_token", "pad_token", "raise_exception", "self"]
+)
+def test_a_variable_that_is_the_server_s_is_refused(name):
+    with pytest.raises(ChatError, match=f"variable {name} of the chat template is set by the server") as caught:
+        jinja_format(VARIABLES_TEMPLATE).encode(ONE, variables={name: "x"})
+    assert caught.value.code == "invalid_template_variable"
+
+
+def test_a_template_that_fails_because_of_a_variable_is_the_request_s_fault():
+    with pytest.raises(ChatError, match="the chat template failed with these variables: UndefinedError") as caught:
+        jinja_format(VARIABLES_TEMPLATE).encode(ONE, variables={"effort": "x"})
+    assert caught.value.code == "invalid_template_variable"
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
+def test_formats_without_a_template_refuse_variables(name):
+    with pytest.raises(ChatError, match="has no place for chat_template_kwargs") as caught:
+        chat_format(name, tiny(FITTING_KINDS[name])).encode(ONE, variables={"effort": "high"})
+    assert caught.value.code == "tools_not_supported"
+
+
 def test_llama2_continues_a_message_within_the_last_exchange():
     library = SentencePieceProcessor(model_file=str(file_of("sentencepiece")))
     ids = chat_format("llama2", tiny("sentencepiece")).encode(CONTINUED, continue_final_message=True)

@@ -202,3 +202,30 @@ def test_the_first_min_tokens_tokens_are_not_searched(text, stops, min_tokens, k
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="stop string is empty"):
         TextStream(tiny("tiktoken"), ["ok", ""])
+
+
+@quick
+@given(kinds_and_ids)
+def test_with_specials_the_text_has_their_pieces(kind_and_ids):
+    """Each special token splits the text: what is between them is decoded as ever, but for characters cut in two."""
+    kind, ids = kind_and_ids
+    tokenizer = tiny(kind)
+    pieces = {token_id: piece for piece, token_id in tokenizer.special_ids.items()}
+    detokenizer = Detokenizer(tokenizer, specials=True)
+    text = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+    raw = b"".join(pieces[one].encode() if one in pieces else tokenizer.token_bytes(one) for one in ids)
+    expected = raw.decode("utf-8", "replace")
+    assert text in (expected, expected.removeprefix(" "))
+
+
+@pytest.mark.parametrize("stops", [["fox"], ["fox", "brown fox"], ["x"]])
+def test_a_stop_string_may_stay_in_the_text(stops):
+    tokenizer = tiny("sentencepiece")
+    ids = tokenizer.encode("The quick brown fox jumps")
+
+    def text(**options):
+        stream = TextStream(tokenizer, stops, **options)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    assert text(keep_stop=True) == "The quick brown fox"
+    assert text(keep_stop=True) in {text() + stop for stop in stops}

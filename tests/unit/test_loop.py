@@ -278,6 +278,24 @@ def test_a_request_that_finds_the_queue_full_is_told_so_and_the_others_go_on(sta
     assert len(collect_only(loop, "second")) == 6
 
 
+def test_requests_that_were_submitted_together_wait_together_or_not_at_all(start):
+    loop = start(max_seq_len=32_000, max_batch_size=1, max_waiting=3)
+    loop.submit(request_of("first", params=LONG))
+    assert wait_until(lambda: loop.stats().running == 1)
+    loop.submit(request_of("waits"))
+    loop.submit(*(request_of(name, params=GREEDY.but(n=1)) for name in ("a", "b", "c")))
+    events = [collect_only(loop, name)[-1] for name in ("a",)]
+    assert [event.error for event in events] == ["queue_full"]
+    assert loop.engine.scheduler.request_ids() == ["first", "waits"]
+    loop.submit(request_of("d"), request_of("cannot", (10**6,)))
+    assert collect_only(loop, "d")[-1].error == "cannot_run"
+    loop.submit(request_of("e"), request_of("f"))
+    loop.cancel("first")
+    for name in ("e",):
+        assert len(collect_only(loop, name)) == 6
+    assert wait_until(lambda: loop.engine.num_requests == 0)
+
+
 def collect_only(loop, request_id, ends=1):
     """Events of one request up to its end, whatever else comes."""
     events: list[TokenEvent] = []
@@ -344,7 +362,7 @@ from llama_tp.engine.sampling_params import SamplingParams
 class Broken:
     config = SimpleNamespace(heartbeat_s=1.0)
     num_requests = 0
-    def add(self, request, arrival): self.num_requests = 1
+    def add_all(self, requests, arrival): self.num_requests = 1
     def step(self): raise RuntimeError("an all-reduce failed")
 
 logging.basicConfig(stream=sys.stderr)

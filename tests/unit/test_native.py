@@ -30,7 +30,7 @@ HI = [{"role": "user", "content": "Hi"}]
 OPTIONAL = (
     *("mode", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
-    *("logprobs", "top_logprobs", "n", "timeout_s", "stream", "continue_final_message"),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "n", "timeout_s", "stream", "continue_final_message"),
     *("response_format", "structured_outputs"),
 )
 
@@ -49,7 +49,7 @@ def refusal(body: object, defaults: RequestDefaults = DEFAULTS) -> ApiError:
 def test_the_originals_sample_text_is_a_completion() -> None:
     body = b'{"prompt": "what is the recipe of mayonnaise?", "max_new_tokens": 50}\n'
     assert parse_native(body, CHAT_DEFAULTS) == GenerationRequest(
-        prompt="what is the recipe of mayonnaise?",
+        prompts=("what is the recipe of mayonnaise?",),
         sampling=SamplingParams(max_new_tokens=50, temperature=0.6, top_p=0.9, top_k=7, seed=42),
         max_new_tokens_explicit=True,
     )
@@ -58,7 +58,7 @@ def test_the_originals_sample_text_is_a_completion() -> None:
 def test_the_originals_sample_dialog_is_a_chat() -> None:
     dialog = [{"role": "system", "content": "Be brief."}, *HI]
     request = parse(dialog=dialog, max_new_tokens=50, mode="chat")
-    assert request.prompt is None
+    assert request.prompts == ()
     assert request.dialog == (Message("system", "Be brief."), Message("user", "Hi"))
 
 
@@ -152,12 +152,12 @@ def test_of_prompt_and_dialog_the_one_that_is_null_is_not_given() -> None:
 
 
 def test_a_prompt_may_be_token_ids() -> None:
-    assert parse(prompt=[0, 5, 31999]).prompt == (0, 5, 31999)
+    assert parse(prompt=[0, 5, 31999]).prompts == ((0, 5, 31999),)
 
 
 @pytest.mark.parametrize("prompt", [" ", "\n", "\0", "</s><|eot_id|>", "x" * 900_000, "CUDA\n[METRICS]a:1|#:"])
 def test_any_text_but_none_is_a_prompt(prompt: str) -> None:
-    assert parse(prompt=prompt).prompt == prompt
+    assert parse(prompt=prompt).prompts == (prompt,)
 
 
 def test_the_body_may_be_parsed_already() -> None:
@@ -232,6 +232,10 @@ def test_the_field_that_is_there_decides_the_mode(fields: dict[str, Any], mode: 
         ({"dialog": [{"role": "user", "content": "\udc00"}]}, "invalid_unicode", "dialog[0].content"),
         ({"prompt": "x", "max_new_tokens": 0}, "invalid_value", "max_new_tokens"),
         ({"prompt": "x", "max_new_tokens": -1}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "max_new_tokens": -1, "prompt_logprobs": 0}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
+        ({"prompt": "x", "prompt_logprobs": True}, "invalid_type", "prompt_logprobs"),
+        ({"prompt": "x", "prompt_logprobs": 0, "stream": True}, "conflicting_fields", "prompt_logprobs"),
         ({"prompt": "x", "max_new_tokens": 10**9}, "invalid_value", "max_new_tokens"),
         ({"prompt": "x", "max_new_tokens": 1e9}, "invalid_value", "max_new_tokens"),
         ({"prompt": "x", "max_new_tokens": 2**31 + 1}, "invalid_value", "max_new_tokens"),
@@ -374,7 +378,7 @@ WORDS = {5: b" fox", 6: "é".encode()[:1], 7: b""}
 
 
 def replies(**fields: Any) -> NativeReplies:
-    return NativeReplies(parse(prompt="x", **fields), WORDS.__getitem__, 16)
+    return NativeReplies(parse(prompt="x", **fields), [1], WORDS.__getitem__, 16)
 
 
 ONE, TWO = replies(), replies(n=2)
@@ -446,7 +450,7 @@ def test_logprobs_have_the_names_of_openai_s_and_no_infinity() -> None:
 @pytest.mark.parametrize("byte", [b"\0", b"\xff", b'"'])
 def test_a_chunk_of_the_largest_tokens_fits_into_a_line(fields: dict[str, Any], longest: int, byte: bytes) -> None:
     request = parse(prompt="x", stream=True, n=2, **fields)
-    formatter = NativeReplies(request, lambda _: byte * longest, longest)
+    formatter = NativeReplies(request, [1], lambda _: byte * longest, longest)
     count = formatter.chunk_tokens
     assert 1 <= count <= MAX_CHUNK_TOKENS
     logprob = -1.2345678901234567e-05
@@ -537,7 +541,7 @@ def test_anything_is_a_request_or_refused_with_400(body: object) -> None:
         assert json.loads(result.body().decode())["error"]["code"] == result.code
         assert len(result.body().splitlines()) == 1
     else:
-        assert (result.prompt is None) == (result.dialog is not None)
+        assert (not result.prompts) == (result.dialog is not None)
 
 
 def test_every_field_is_in_the_documentation() -> None:
@@ -545,3 +549,20 @@ def test_every_field_is_in_the_documentation() -> None:
     table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert not [name for name in ("prompt", "dialog", *OPTIONAL) if f"`{name}`" not in table]
     assert {*OPTIONAL, "prompt", "dialog"} == native._Body.model_fields.keys()
+
+
+def test_a_prompt_s_log_probabilities_are_a_list_like_the_answer_s() -> None:
+    formatter = NativeReplies(parse(prompt="x", prompt_logprobs=1, max_new_tokens=0), [7, 5], WORDS.__getitem__, 16)
+    end = delta(finish_reason=FinishReason.LENGTH, prompt_logprobs=[Logprobs(-0.5, ((6, -0.25),))])
+    answer = json.loads(formatter.answer([end], Usage(2, 0)))
+    assert answer["prompt_logprobs"] == [
+        {"id": 7, "token": "", "bytes": [], "logprob": None, "top_logprobs": []},
+        {
+            "id": 5,
+            "token": " fox",
+            "bytes": list(b" fox"),
+            "logprob": -0.5,
+            "top_logprobs": [{"id": 6, "token": "\ufffd", "bytes": [0xC3], "logprob": -0.25}],
+        },
+    ]
+    assert (answer["text"], answer["finish_reason"]) == ("", "length")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -165,15 +165,59 @@ def test_a_final_message_is_continued_without_a_generation_prompt() -> None:
     assert not parse(CHAT, add_generation_prompt=True).continue_final_message
     both = refusal(CHAT, continue_final_message=True, add_generation_prompt=True)
     assert (both.code, both.param) == ("conflicting_fields", "add_generation_prompt")
-    neither = refusal(CHAT, add_generation_prompt=False)
-    assert (neither.code, neither.param) == ("unsupported_value", "add_generation_prompt")
+    neither = parse(CHAT, add_generation_prompt=False)
+    assert (neither.continue_final_message, neither.add_generation_prompt) == (False, False)
+
+
+def test_vllm_s_extensions_have_their_effect() -> None:
+    for route in ROUTES:
+        request = parse(
+            route,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            allowed_token_ids=[3, 5, 3],
+            truncate_prompt_tokens=7,
+            prompt_logprobs=4,
+            max_tokens=0,
+        )
+        assert (request.keep_stop, request.special_text, request.truncate_prompt_tokens) == (True, True, 7)
+        sampling = request.sampling
+        assert (sampling.allowed_ids, sampling.prompt_logprobs, sampling.max_new_tokens) == ({3, 5}, 4, 0)
+        options = {"continuous_usage_stats": True}
+        streamed = parse(route, stream=True, stream_options=options, return_tokens_as_token_ids=True)
+        assert (streamed.reply.continuous_usage, streamed.reply.tokens_as_ids) == (True, True)
+        assert not parse(route, stream=True, stream_options={}).reply.continuous_usage
+    variables = {"enable_thinking": False, "date": {"of": ["today"]}}
+    assert parse(CHAT, chat_template_kwargs=variables).template_variables == variables
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores"),
+    [
+        ({"echo": True}, None),
+        ({"echo": True, "max_tokens": 0}, 0),
+        ({"echo": True, "logprobs": 3}, 3),
+        ({"echo": True, "logprobs": 3, "prompt_logprobs": 5, "max_tokens": 0}, 5),
+        ({"logprobs": 3}, None),
+        ({"logprobs": 3, "prompt_logprobs": 1}, 1),
+    ],
+)
+def test_a_prompt_is_scored_if_its_log_probabilities_are_in_the_reply(
+    fields: dict[str, Any], scores: int | None
+) -> None:
+    assert parse(COMPLETIONS, **fields).sampling.prompt_logprobs == scores
+
+
+def test_several_prompts_may_be_texts_and_ids() -> None:
+    assert parse(COMPLETIONS, prompt=["a", [1, 2], "b"], n=2).prompts == ("a", (1, 2), "b")
+    assert parse(COMPLETIONS, prompt=["a", [1, 2], "b"], n=2).num_outputs == 6
 
 
 @pytest.mark.parametrize(
     ("prompt", "parsed"), [("Hi", "Hi"), ([1, 2], (1, 2)), (["Hi"], "Hi"), ([[1, 2]], (1, 2)), (" ", " ")]
 )
 def test_a_prompt_is_a_text_or_ids_or_a_list_of_one_of_these(prompt: object, parsed: object) -> None:
-    assert parse(COMPLETIONS, prompt=prompt).prompt == parsed
+    assert parse(COMPLETIONS, prompt=prompt).prompts == (parsed,)
 
 
 # --- refusals: reliability's table, in this dialect
@@ -237,7 +281,19 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 2}, "unsupported_value", "best_of"),
     ({"store": True}, "unsupported_value", "store"),
     ({"store": 0}, "unsupported_value", "store"),
-    ({"prompt_logprobs": 0}, "unsupported_value", "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
+    ({"prompt_logprobs": 0, "stream": True}, "conflicting_fields", "prompt_logprobs"),
+    ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    ({"max_tokens": -1, "prompt_logprobs": 0}, "invalid_value", "max_tokens"),
+    ({"allowed_token_ids": []}, "invalid_value", "allowed_token_ids"),
+    ({"allowed_token_ids": [1, -1]}, "token_out_of_range", "allowed_token_ids[1]"),
+    ({"truncate_prompt_tokens": 0}, "invalid_value", "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -1}, "invalid_value", "truncate_prompt_tokens"),
+    ({"include_stop_str_in_output": 1}, "invalid_type", "include_stop_str_in_output"),
+    ({"skip_special_tokens": "no"}, "invalid_type", "skip_special_tokens"),
+    ({"priority": 1}, "unsupported_value", "priority"),
+    ({"bad_words": ["x"]}, "unsupported_value", "bad_words"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "Hi"}, "unknown_field", "prompt"),
@@ -277,6 +333,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
         "invalid_value",
         "messages[0].tool_calls",
     ),
+    ({"echo": True}, "unsupported_value", "echo"),
+    ({"chat_template_kwargs": []}, "invalid_type", "chat_template_kwargs"),
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
     ({"audio": {"voice": "alloy"}}, "unsupported_value", "audio"),
     ({"reasoning_effort": "high"}, "unsupported_value", "reasoning_effort"),
@@ -290,11 +348,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [1, -1]}, "token_out_of_range", "prompt[1]"),
     ({"prompt": [[1, -1]]}, "token_out_of_range", "prompt[0]"),
     ({"prompt": [[[1]]]}, "invalid_type", "prompt[0]"),
-    ({"prompt": ["a", "b"]}, "unsupported_value", "prompt"),
-    ({"prompt": [[1], [2]]}, "unsupported_value", "prompt"),
+    ({"prompt": ["a", ""]}, "empty_prompt", "prompt[1]"),
+    ({"prompt": [[1], 2]}, "invalid_type", "prompt[1]"),
+    ({"prompt": ["a", [1, True]]}, "invalid_type", "prompt[1]"),
+    ({"prompt": ["a"] * 1025}, "invalid_value", "prompt"),
     ({"logprobs": True}, "invalid_type", "logprobs"),
     ({"logprobs": 21}, "invalid_value", "logprobs"),
-    ({"echo": True, "logprobs": 0}, "unsupported_value", "echo"),
     ({"suffix": "end"}, "unsupported_value", "suffix"),
 ]
 BAD = [
@@ -335,6 +394,13 @@ HARMLESS: dict[str, Any] = {
     "response_format": {"type": "text"},
     "skip_special_tokens": True,
     "use_beam_search": False,
+    "include_stop_str_in_output": False,
+    "return_tokens_as_token_ids": False,
+    "prompt_logprobs": None,
+    "allowed_token_ids": None,
+    "truncate_prompt_tokens": None,
+    "priority": 0,
+    "bad_words": [],
 }
 HARMLESS_IN_CHAT: dict[str, Any] = {
     "tools": [],
@@ -391,7 +457,7 @@ def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(route: str, d
     except ApiError as error:
         problem = error
     if problem is None:
-        assert (request.prompt is None) == (route == CHAT)
+        assert (not request.prompts) == (route == CHAT)
     else:
         assert problem.status in (400, 404)
         assert problem.message.isprintable()
@@ -413,7 +479,7 @@ OPENAI_USAGE = {
 def replies(route: str, prompt: list[int] | None = None, longest: int = 16, **fields: Any) -> Any:
     request = parse(route, **fields)
     ids = TOKENIZER.encode("Hi", bos=True) if prompt is None else prompt
-    return DIALECTS[route].replies(Accepted("some-uuid", request, ids), TOKENIZER, longest)
+    return DIALECTS[route].replies(Accepted("some-uuid", request, [ids]), TOKENIZER, longest)
 
 
 def delta(index: int = 0, text: str = "", ids: Any = (), logprobs: Any = None, **fields: Any) -> OutputDelta:
@@ -481,7 +547,7 @@ def test_usage_is_in_a_stream_only_on_request(route: str) -> None:
 @pytest.mark.parametrize("prompt", ["Hi", "x" * 100_000, "\x00" * 20_000, "é" * 9000])
 def test_a_stream_echoes_the_prompt_in_events_of_limited_size(prompt: str) -> None:
     request = parse(COMPLETIONS, prompt=prompt, echo=True, stream=True, n=2)
-    formatter = DIALECTS[COMPLETIONS].replies(Accepted("one", request, [1, 2]), TOKENIZER, 16)
+    formatter = DIALECTS[COMPLETIONS].replies(Accepted("one", request, [[1, 2]]), TOKENIZER, 16)
     body = formatter.chunk([delta(0, "a", [5], **END), delta(1, "b", [6], **END)], USAGE)
     assert max(map(len, body.split(b"\n\n"))) <= MAX_CHUNK_BYTES
     texts = ["", ""]
@@ -494,7 +560,7 @@ def test_a_stream_echoes_the_prompt_in_events_of_limited_size(prompt: str) -> No
 def test_a_prompt_of_ids_is_echoed_as_text() -> None:
     ids = TOKENIZER.encode("The quick fox", bos=True)
     formatter = DIALECTS[COMPLETIONS].replies(
-        Accepted("one", parse(COMPLETIONS, prompt=ids, echo=True), ids), TOKENIZER, 16
+        Accepted("one", parse(COMPLETIONS, prompt=ids, echo=True), [ids]), TOKENIZER, 16
     )
     body = formatter.answer([delta(text="a", ids=[5], **END)], USAGE)
     assert json.loads(body)["choices"][0]["text"] == TOKENIZER.decode(ids) + "a"
@@ -577,6 +643,131 @@ def test_a_completion_s_offsets_point_to_where_its_tokens_are_in_the_text(text: 
         assert name == raw.decode("utf-8", "replace") or name == "bytes:" + "".join(f"\\x{one:02x}" for one in raw)
 
 
+def scored(ids: list[int]) -> list[Logprobs]:
+    """Log probabilities of a prompt's tokens, each with the two most probable ones."""
+    return [Logprobs(-float(token), ((7, -0.25), (token, -float(token))), rank=2) for token in ids[1:]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_an_echoed_prompt_has_log_probabilities_before_those_of_the_answer(size: int) -> None:
+    prompt, answer = TOKENIZER.encode("The quick é fox", bos=True), TOKENIZER.encode("lazy dog")
+    text = TOKENIZER.decode(prompt + answer)[len(TOKENIZER.decode(prompt)) :]
+    full = delta(
+        text=text, ids=answer, logprobs=[Logprobs(-1.5, ())] * len(answer), prompt_logprobs=scored(prompt), **END
+    )
+    (choice,) = json.loads(replies(COMPLETIONS, prompt, echo=True, logprobs=1).answer([full], USAGE))["choices"]
+    assert choice["text"] == TOKENIZER.decode(prompt + answer)
+    found = choice["logprobs"]
+    values = [None, *(max(-float(token), -9999.0) for token in prompt[1:]), *[-1.5] * len(answer)]
+    assert found["token_logprobs"] == values
+    assert found["top_logprobs"][0] is None
+    assert {len(top) for top in found["top_logprobs"][1 : len(prompt)]} == {2}, "the token, and one alternative"
+    ids = prompt + answer
+    offsets = [len(TOKENIZER.decode(ids[:at]).rstrip("\ufffd")) for at in range(len(ids))]
+    assert found["text_offset"] == offsets
+    assert found["tokens"][0] == "<s>"
+    # The stream adds up to the same.
+    formatter = replies(COMPLETIONS, prompt, echo=True, logprobs=1, stream=True)
+    formatter.chunk_tokens = size
+    *chunks, _ = events(formatter.chunk([full], USAGE))
+    assert len(chunks) == 1 + -(-len(prompt) // size)
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(part["text"] for part in parts) == choice["text"]
+    for name, all_of_them in found.items():
+        assert [one for part in parts for one in part["logprobs"][name]] == all_of_them
+
+
+def test_an_echo_without_an_answer_is_the_prompt_alone() -> None:
+    prompt = TOKENIZER.encode("The quick", bos=True)
+    end = delta(ids=[], logprobs=[], prompt_logprobs=scored(prompt), finish_reason=FinishReason.LENGTH)
+    fields: dict[str, Any] = {"echo": True, "max_tokens": 0}
+    (choice,) = json.loads(replies(COMPLETIONS, prompt, logprobs=0, **fields).answer([end], USAGE))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("The quick", "length")
+    assert len(choice["logprobs"]["tokens"]) == len(prompt)
+    plain = delta(prompt_logprobs=scored(prompt), finish_reason=FinishReason.LENGTH)
+    (choice,) = json.loads(replies(COMPLETIONS, prompt, **fields).answer([plain], USAGE))["choices"]
+    assert (choice["text"], choice["logprobs"]) == ("Hi", None), "as it was sent"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_log_probabilities_of_a_prompt_are_where_vllm_has_them(route: str) -> None:
+    prompt = TOKENIZER.encode("The quick", bos=True)
+    end = delta(text="a", ids=[5], prompt_logprobs=scored(prompt), **END)
+    answer = json.loads(replies(route, prompt, prompt_logprobs=1).answer([end], USAGE))
+    holder = answer if route == CHAT else answer["choices"][0]
+    first, *others = holder["prompt_logprobs"]
+    assert first is None
+    for token, record in zip(prompt[1:], others, strict=True):
+        assert record == {
+            str(token): {"logprob": -float(token), "rank": 2, "decoded_token": TOKENIZER.token_bytes(token).decode()},
+            "7": {"logprob": -0.25, "rank": 1, "decoded_token": TOKENIZER.token_bytes(7).decode("utf-8", "replace")},
+        }
+    assert "prompt_logprobs" not in answer if route == COMPLETIONS else "prompt_logprobs" not in answer["choices"][0]
+    without = json.loads(replies(route, prompt).answer([delta(text="a", ids=[5], **END)], USAGE))
+    assert "prompt_logprobs" not in json.dumps(without)
+
+
+def test_the_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
+    request = parse(COMPLETIONS, prompt=["The", "quick", "fox"], n=2, echo=True, return_token_ids=True)
+    prompts = [TOKENIZER.encode(text, bos=True) for text in request.prompts]
+    outputs = [delta(index, "!", [5], **END) for index in range(6)]
+    formatter = DIALECTS[COMPLETIONS].replies(Accepted("one", request, prompts), TOKENIZER, 16)
+    choices = json.loads(formatter.answer(outputs, USAGE))["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert [choice["text"] for choice in choices] == ["The!", "The!", "quick!", "quick!", "fox!", "fox!"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [prompts[index // 2] for index in range(6)]
+    # In a stream, each begins when its own first token is there.
+    formatter = DIALECTS[COMPLETIONS].replies(Accepted("one", request, prompts), TOKENIZER, 16)
+    late, *early = outputs
+    chunks = events(formatter.chunk(early, None)) + events(formatter.chunk([late], USAGE))[:-1]
+    texts = [""] * 6
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in choices]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_tokens_may_be_written_as_ids(route: str) -> None:
+    fields: dict[str, Any] = {"logprobs": 1} if route == COMPLETIONS else {"logprobs": True, "top_logprobs": 1}
+    output = delta(text="a", ids=[5], logprobs=[Logprobs(-0.5, ((7, -0.25),))], **END)
+    formatter = replies(route, return_tokens_as_token_ids=True, **fields)
+    logprobs = json.loads(formatter.answer([output], USAGE))["choices"][0]["logprobs"]
+    if route == COMPLETIONS:
+        assert logprobs["tokens"] == ["token_id:5"]
+        assert logprobs["top_logprobs"] == [{"token_id:5": -0.5, "token_id:7": -0.25}]
+    else:
+        (record,) = logprobs["content"]
+        assert (record["token"], record["top_logprobs"][0]["token"]) == ("token_id:5", "token_id:7")
+        assert bytes(record["bytes"]) == TOKENIZER.token_bytes(5)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_usage_is_in_every_event_on_request(route: str, include_usage: bool) -> None:
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    formatter = replies(route, [1, 2, 3], stream=True, stream_options=options, return_token_ids=True)
+    body = formatter.chunk([delta(text="a", ids=[5])], None) + formatter.chunk([delta(text="b", ids=[6], **END)], USAGE)
+    *chunks, done = events(body)
+    assert done == b"data: [DONE]"
+    totals = [chunk["usage"] for chunk in chunks if chunk["choices"]]
+    assert [one["completion_tokens"] for one in totals][-2:] == [1, 2]
+    assert {one["prompt_tokens"] for one in totals} == {3}
+    assert all(one["total_tokens"] == 3 + one["completion_tokens"] for one in totals)
+    assert (chunks[-1]["choices"] == []) is include_usage
+    assert (chunks[-1]["usage"] == OPENAI_USAGE) is include_usage
+
+
+@pytest.mark.parametrize("text", ["x", "\x00"])
+def test_a_message_of_a_stream_that_would_end_the_worker_is_refused(text: str) -> None:
+    longest = 6 * 2**20 // len(json.dumps(text).strip('"'))
+    request = parse(COMPLETIONS, prompt=text * longest, echo=True, stream=True)
+    formatter = DIALECTS[COMPLETIONS].replies(Accepted("one", request, [[1, 2]]), TOKENIZER, 16)
+    with pytest.raises(ApiError) as caught:
+        formatter.chunk([delta(text="a", ids=[5])], None)
+    assert caught.value.code == "answer_too_large"
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_error_is_an_object_before_the_stream_and_an_event_in_it(route: str) -> None:
     error = ApiError(500, "nan_logits", "bad")
@@ -610,13 +801,14 @@ def test_no_event_exceeds_the_limit_whatever_the_tokens(route: str, byte: bytes,
 
     class Words:
         drops_leading_space = False
+        special_ids: ClassVar[dict[str, int]] = {}
 
         @staticmethod
         def token_bytes(_: int) -> bytes:
             return byte * longest
 
     request = parse(route, **fields)
-    formatter = DIALECTS[route].replies(Accepted("x" * 36, request, [1]), Words, longest)
+    formatter = DIALECTS[route].replies(Accepted("x" * 36, request, [[1]]), Words, longest)
     count = formatter.chunk_tokens
     assert 1 <= count <= MAX_CHUNK_TOKENS
     value = -1.2345678901234567e-300

@@ -343,7 +343,7 @@ END = {"finish_reason": FinishReason.STOP}
 
 
 def replies(longest: int = 16, **fields: Any) -> Any:
-    return DIALECT.replies(Accepted("some-uuid", parse(**fields), list(range(7))), TOKENIZER, longest)
+    return DIALECT.replies(Accepted("some-uuid", parse(**fields), [list(range(7))]), TOKENIZER, longest)
 
 
 def delta(words: str = "", **fields: Any) -> OutputDelta:
@@ -551,7 +551,7 @@ def test_no_event_with_new_text_exceeds_the_limit_whatever_the_tokens(
             return byte * longest
 
     fields: dict[str, Any] = {} if top is None else {"include": [LOGPROBS], "top_logprobs": top}
-    formatter = DIALECT.replies(Accepted("x" * 36, parse(**fields, stream=True), [1]), Words, longest)
+    formatter = DIALECT.replies(Accepted("x" * 36, parse(**fields, stream=True), [[1]]), Words, longest)
     count = formatter.chunk_tokens
     assert 1 <= count <= MAX_CHUNK_TOKENS
     value = -1.2345678901234567e-300

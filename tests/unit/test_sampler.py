@@ -403,3 +403,22 @@ def test_the_outputs_of_one_request_draw_as_requests_of_successive_seeds_do():
 def test_parameters_that_mean_nothing_are_refused_by_name_value_and_constraint(name, value):
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r}')} must be "):
         SamplingParams(**{name: value})
+
+
+def test_only_allowed_tokens_are_sampled_whatever_their_logits():
+    logits = random_logits(3, 30)
+    allowed = frozenset({3, 5, 8})
+    best = max(allowed, key=lambda token: logits[0, token].item())
+    rows = [
+        row_of("greedy", temperature=0, allowed_ids=allowed),
+        row_of("biased", temperature=0, allowed_ids=allowed, logit_bias={8: 100.0}),
+        row_of("free", temperature=0),
+    ]
+    before = logits.clone()
+    assert sample(Sampler(), logits, rows) == [best, 8, logits[2].argmax().item()]
+    assert torch.equal(logits, before)
+    sampler = Sampler()
+    drawn = {sample(sampler, logits[:1], [row_of("hot", temperature=5.0, allowed_ids=allowed)])[0] for _ in range(60)}
+    assert drawn == allowed
+    with pytest.raises(ValueError, match=r"allowed_ids=.* must be at least one token id"):
+        SamplingParams(allowed_ids=frozenset())

@@ -13,11 +13,20 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine.request import FinishReason, Request, TokenEvent
+from llama_tp.engine import scheduler as scheduler_module
+from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import QueueFull, Scheduler
 
 STOP_ID = 7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_scored_per_step():
+    """So that prompts as short as these take several steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_module, "MAX_SCORED", 3)
+        yield
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Simulation:
         self.num_requests = 0
         self.restarts = 0
         self.hits = 0
+        self.num_scored = 0
         self._rng, self._stops, self._poison = rng, stops, poison
 
     @property
@@ -89,11 +99,16 @@ class Simulation:
     def life(self, request_id, index=0):
         return self.lives[request_id, index]
 
-    def add(self, num_prompt, max_new_tokens, n=1):
+    def add(self, num_prompt, max_new_tokens, n=1, *, scored=False):
         arrival = self.num_requests
         prompt = self._beginning(num_prompt)
         prompt += tuple(self._rng.randrange(100, 1000) for _ in range(num_prompt - len(prompt)))
-        params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=frozenset({STOP_ID}), n=n)
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            stop_ids=frozenset({STOP_ID}),
+            n=n,
+            prompt_logprobs=0 if scored else None,
+        )
         request = Request(f"r{arrival}", prompt, params)
         self.scheduler.add(request)
         self.num_requests += 1
@@ -130,7 +145,10 @@ class Simulation:
         singles = [len(chunk.tokens) == 1 for chunk in plan.chunks]
         assert singles == sorted(singles, reverse=True), "decodes come first"
         assert all(sequence.row < 0 or sequence.row in by_row for sequence in decodes), "a decode waited"
-        assert [(s.request.id, s.index) for s in sampled] == [names[chunk.row] for chunk in plan.chunks if chunk.sample]
+        assert [(s.request.id, s.index) for s in sampled] == [
+            names[chunk.row] for chunk in plan.chunks if self._is_complete(chunk, names)
+        ]
+        self._check_scored(plan, names)
         if oldest is not None:
             assert scheduler.running[0].row in by_row, "the first to run got nothing"
             is_plain = all(life.request.params.n == 1 for life in self.active)
@@ -174,11 +192,39 @@ class Simulation:
             assert is_next or is_new, "a token was left out or computed twice"
             self.hits += 0 if is_next else chunk.start
             life.computed = end
-            assert chunk.sample == (end == len(life.tokens))
+            if life.request.params.prompt_logprobs is None:
+                assert chunk.num_logits == (end == len(life.tokens))
+            assert chunk.num_logits >= self._is_complete(chunk, names)
             expected = [tuple(life.tokens[: position + 1]) for position in range(end)]
             assert self.follower.written(chunk.row, end) == expected, "this cache holds something else"
 
+    def _is_complete(self, chunk, names):
+        return chunk.start + len(chunk.tokens) == len(self.lives[names[chunk.row]].tokens)
+
+    def _check_scored(self, plan, names):
+        """The spans must find the logits of the token before each of their targets."""
+        at = []  # of each of the step's logits: the sequence and the position of the next token
+        for chunk in plan.chunks:
+            end = chunk.start + len(chunk.tokens)
+            at += [(names[chunk.row], position) for position in range(end - chunk.num_logits + 1, end + 1)]
+        spans = self.scheduler.scored
+        assert sum(len(span.targets) for span in spans) <= scheduler_module.MAX_SCORED
+        for span in spans:
+            sequence = span.sequence
+            first = len(sequence.scores)
+            expected = [((sequence.request.id, sequence.index), 1 + first + i) for i in range(len(span.targets))]
+            assert at[span.row : span.row + len(span.targets)] == expected
+            assert span.targets == sequence.request.prompt[1 + first : 1 + first + len(span.targets)]
+        if spans:
+            sampled = [names[chunk.row] for chunk in plan.chunks if self._is_complete(chunk, names)]
+            assert [at[row] for row in self.scheduler.sampled_rows] == [
+                (name, len(self.lives[name].tokens)) for name in sampled
+            ]
+
     def _commit(self, sampled):
+        self.scheduler.commit_scores(
+            [[Logprobs(-float(target), ()) for target in span.targets] for span in self.scheduler.scored]
+        )
         ids = [self._sample() for _ in sampled]
         expected = [
             (life, token)
@@ -191,8 +237,12 @@ class Simulation:
             assert not life.has_ended, "an event after the end"
             life.events.append(happened)
             num_generated = len(life.tokens) - len(life.request.prompt)
+            self._check_scores(life, happened)
+            happened.prompt_logprobs = None
             if token is None:
                 assert happened == TokenEvent(request_id, None, FinishReason.ERROR, "nan_logits", index)
+            elif not life.request.params.max_new_tokens:
+                assert happened == TokenEvent(request_id, None, FinishReason.LENGTH, index=index)
             elif token == STOP_ID:
                 assert happened == TokenEvent(request_id, None, FinishReason.STOP, index=index)
             else:
@@ -200,6 +250,19 @@ class Simulation:
                 is_last = num_generated + 1 == life.request.params.max_new_tokens
                 reason = FinishReason.LENGTH if is_last else None
                 assert happened == TokenEvent(request_id, token, reason, index=index)
+
+    def _check_scores(self, life, happened):
+        """Those of the whole prompt, once per request, with the first event of the output that computed it."""
+        request = life.request
+        others = [one for one in self.lives.values() if one.request is request]
+        is_first = request.params.prompt_logprobs is not None and not any(
+            len(one.events) > (one is life) for one in others
+        )
+        if is_first and happened.error is None:
+            assert [-one.chosen for one in happened.prompt_logprobs] == list(request.prompt[1:])
+            self.num_scored += 1
+        else:
+            assert happened.prompt_logprobs is None
 
     def _sample(self):
         draw = self._rng.random()
@@ -258,10 +321,11 @@ def scenarios(draw):
     requests = []
     for _ in range(draw(st.integers(1, 8))):
         num_prompt = draw(st.integers(1, config.max_seq_len - 1))
-        num_new = draw(st.integers(1, config.max_seq_len - num_prompt))
+        scored = draw(st.sampled_from([False, False, True]))
+        num_new = draw(st.integers(0 if scored else 1, config.max_seq_len - num_prompt))
         leaves_at = draw(st.none() | st.integers(0, 25))
         n = draw(st.sampled_from([1, 1, 2, 4]))
-        requests.append((draw(st.integers(0, 12)), num_prompt, num_new, n, leaves_at, draw(st.booleans())))
+        requests.append((draw(st.integers(0, 12)), num_prompt, num_new, n, leaves_at, draw(st.booleans()), scored))
     return config, requests
 
 
@@ -277,9 +341,9 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
     simulation = Simulation(config, rng, stops=stops, poison=poison)
     leaving: dict[tuple[int, bool], list[Life]] = {}
     for step in range(40):
-        for arrives_at, num_prompt, num_new, n, leaves_at, in_mid_step in requests:
+        for arrives_at, num_prompt, num_new, n, leaves_at, in_mid_step, scored in requests:
             if arrives_at == step:
-                simulation.add(num_prompt, num_new, n)
+                simulation.add(num_prompt, num_new, n, scored=scored)
                 if leaves_at is not None:
                     life = list(simulation.lives.values())[-1]
                     leaving.setdefault((max(step, leaves_at), in_mid_step), []).append(life)
@@ -291,10 +355,11 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
     event("with preemption" if simulation.restarts else "without preemption")
     event("with several outputs" if any(life.index for life in simulation.lives.values()) else "of one output each")
     event("with prefix hits" if simulation.hits else "without prefix hits")
+    event("with scores" if simulation.num_scored else "without scores")
     for life in simulation.lives.values():
         last = life.events[-1].finish_reason if life.events else None
         if not life.cancelled and last is FinishReason.LENGTH:
-            assert len(life.events) == life.request.params.max_new_tokens
+            assert len(life.events) == max(1, life.request.params.max_new_tokens)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -307,7 +372,8 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
     while simulation.num_requests < 2000 or simulation.active:
         while simulation.num_requests < 2000 and len(simulation.active) < 12:
             num_prompt = rng.randint(1, 12)
-            simulation.add(num_prompt, rng.randint(1, 20 - num_prompt), n=rng.choice([1, 1, 2, 3]))
+            num_new, n = rng.randint(1, 20 - num_prompt), rng.choice([1, 1, 2, 3])
+            simulation.add(num_prompt, num_new, n, scored=rng.random() < 0.2)
         leaving = [life for life in simulation.active if rng.random() < 0.01]
         for life in leaving[1:]:
             if not life.has_ended:
@@ -317,6 +383,7 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
     simulation.check_nothing_is_left()
     assert simulation.restarts > 500, "too many pages"
     assert simulation.hits > 500, "nothing was shared"
+    assert simulation.num_scored > 100
 
 
 @settings(deadline=None, max_examples=60)
@@ -325,9 +392,11 @@ def test_the_steps_of_a_crowd_are_at_most_those_of_one_after_the_other(scenario,
     """The first to run computes a token a step at least, whatever the others do."""
     config, requests = scenario
     simulation = Simulation(config, rng)
-    for _, num_prompt, num_new, n, _, _ in requests:
-        simulation.add(num_prompt, num_new, n)
-    assert simulation.run() <= sum(n * (num_prompt + num_new - 1) for _, num_prompt, num_new, n, _, _ in requests)
+    for _, num_prompt, num_new, n, _, _, scored in requests:
+        simulation.add(num_prompt, num_new, n, scored=scored)
+    assert simulation.run() <= sum(
+        n * (num_prompt + max(1, num_new) - 1) for _, num_prompt, num_new, n, _, _, _ in requests
+    )
 
 
 def simulation_of(*, pages=None, stops=0.0, **config):

@@ -14,7 +14,7 @@ import torch
 
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason
-from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.engine.sampling_params import KNOBS, SamplingParams
 from llama_tp.model_args import ModelArgs
 from llama_tp.serving import reply_size
 from llama_tp.serving.errors import ApiError
@@ -682,7 +682,7 @@ def poison(service, *outputs):
             for sequence in engine.scheduler.running
             if sequence.request.prompt == (1, 2, 3) and sequence.index in outputs and sequence.num_generated >= 3
         }
-        sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
+        sampled = [chunk.row for chunk in plan.chunks if chunk.num_logits]
         if bad := [at for at, row in enumerate(sampled) if row in victims]:
             logits = logits.clone()
             logits[bad] = math.nan
@@ -1023,3 +1023,235 @@ def test_the_model_is_described_whatever_the_method(service, body):
     assert json.loads(replies["list"].body)["data"] == [json.loads(replies["one"].body)]
     assert json.loads(replies["one"].body)["max_model_len"] == MAX_SEQ_LEN
     assert [replies[one].status for one in ("list", "one", "other")] == [200, 200, 404]
+
+
+def scores_by_engine(model, ids):
+    """Checked against transformers in test_prompt_logprobs.py."""
+    params = SamplingParams(max_new_tokens=0, prompt_logprobs=2)
+    (done,) = engine_of(model, max_seq_len=MAX_SEQ_LEN).generate([ids], params)
+    return [None, *(pytest.approx(one.chosen, abs=1e-4) for one in done.prompt_logprobs)]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+@pytest.mark.parametrize("prompt", [PROMPT, [1, 5, 9, 40, 41]])
+def test_an_echoed_prompt_is_scored_in_one_piece_and_in_a_stream(service, model, tokenizer, prompt, max_tokens):
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": max_tokens, "temperature": 0, "n": 2}
+    status, answer = ask(service, COMPLETIONS, **body)
+    ids = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 2 * max_tokens
+    for choice in answer["choices"]:
+        assert choice["text"].startswith(tokenizer.decode(ids))
+        assert choice["finish_reason"] == "length"
+        assert choice["logprobs"]["token_logprobs"][: len(ids)] == scores_by_engine(model, ids)
+        assert {len(values) for values in choice["logprobs"].values()} == {len(ids) + max_tokens}
+        starts = [*choice["logprobs"]["text_offset"][1:], len(choice["text"])]
+        assert starts == sorted(starts)
+    chunks, _ = sse(service, COMPLETIONS, **body)
+    for choice in answer["choices"]:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            streamed = [value for part in parts if part["logprobs"] for value in part["logprobs"][name]]
+            if name == "text_offset" or name == "tokens":
+                assert streamed == values
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS, ""])
+def test_a_prompt_is_scored_in_every_dialect(service, model, tokenizer, route):
+    asked = {"messages": DIALOG} if route == CHAT else {"prompt": PROMPT}
+    length = {"max_tokens": 0} if route else {"max_new_tokens": 0}
+    status, answer = ask(service, route, **asked, **length, prompt_logprobs=1)
+    ids = tokenizer.encode("[INST] Where is the fox? [/INST]" if route == CHAT else PROMPT, bos=True)
+    assert (status, answer["usage"]["prompt_tokens"]) == (200, len(ids))
+    holder = answer["choices"][0] if route == COMPLETIONS else answer
+    records = holder["prompt_logprobs"]
+    if route:
+        values = [one and one[str(token)]["logprob"] for one, token in zip(records, ids, strict=True)]
+    else:
+        values = [one["logprob"] for one in records]
+    assert values == scores_by_engine(model, ids)
+    assert service.metrics.snapshot().prompt_tokens == len(ids)
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(make_service):
+    service = make_service(max_seq_len=64)
+    body = {"prompt": [1, *range(5, 68)], "echo": True, "logprobs": 0}
+    status, answer = ask(service, COMPLETIONS, **body, max_tokens=0)
+    assert (status, len(answer["choices"][0]["logprobs"]["tokens"])) == (200, 64)
+    status, answer = ask(service, COMPLETIONS, **body, max_tokens=1)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    status, answer = ask(service, COMPLETIONS, **{**body, "prompt": [1, *range(5, 69)]}, max_tokens=0)
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "prompt has 65 tokens, but the context of 64 tokens must hold it; send at most 64",
+    )
+
+
+def test_more_scores_than_an_answer_holds_are_refused(service):
+    body = {"prompt": [[5] * 400] * 4, "echo": True, "logprobs": 20, "max_tokens": 0}
+    for streaming in (False, True):
+        status, answer = ask(service, COMPLETIONS, **body, stream=streaming)
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "answer_too_large", "logprobs")
+    assert ask(service, COMPLETIONS, **{**body, "logprobs": 5})[0] == 200
+
+
+SEVERAL = [PROMPT, [1, 5, 9], "A"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_several_prompts_get_what_they_get_alone(service, n):
+    body = {"temperature": 1.0, "seed": 7, "max_tokens": 20, "n": n, "echo": True}
+    alone = [ask(service, COMPLETIONS, prompt=prompt, **body)[1] for prompt in SEVERAL]
+    status, answer = ask(service, COMPLETIONS, prompt=SEVERAL, **body)
+    assert status == 200
+    assert [choice["index"] for choice in answer["choices"]] == list(range(3 * n))
+    assert [choice["text"] for choice in answer["choices"]] == [
+        choice["text"] for one in alone for choice in one["choices"]
+    ]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert answer["usage"][name] == sum(one["usage"][name] for one in alone)
+    chunks, _ = sse(service, COMPLETIONS, prompt=SEVERAL, **body, stream_options={"include_usage": True})
+    texts = [""] * (3 * n)
+    for chunk in chunks[:-1]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in answer["choices"]]
+    assert without_details(chunks[-1]["usage"]) == without_details(answer["usage"])
+
+
+def test_several_prompts_wait_together_or_not_at_all(make_service):
+    service = make_service(max_seq_len=32_768, max_batch_size=1, max_waiting=3)
+    open_one(service, "running", prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 30_000})
+    assert wait_until(lambda: service._loop.engine.scheduler.running)
+    open_one(service, "waiting", prompt=PROMPT, **{**SAMPLED, "max_new_tokens": 5})
+    status, answer = ask(service, COMPLETIONS, prompt=SEVERAL)
+    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    assert service._loop.engine.num_requests == 2, "some of them are waiting"
+    status, answer = ask(service, COMPLETIONS, prompt=SEVERAL, n=2)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "invalid_value", "prompt")
+    service.close("running")
+    collect(service, "waiting")
+    assert ask(service, COMPLETIONS, prompt=SEVERAL)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "param"),
+    [
+        (["a", [1, 10**6]], "token_out_of_range", "prompt[1][1]"),
+        (["a", [1] * 512], "context_length_exceeded", "prompt[1]"),
+        (["a", "fox " * 225_000], "context_length_exceeded", "prompt[1]"),
+    ],
+)
+def test_one_prompt_that_cannot_run_refuses_them_all(service, prompt, code, param):
+    status, answer = ask(service, COMPLETIONS, prompt=prompt)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, code, param)
+    assert service._loop.engine.num_requests == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_one_prompt_that_fails_ends_them_all(service, streaming):
+    poison(service, 0)
+    body = {"prompt": [[1, 5, 9], [1, 2, 3], [4]], "temperature": 1.0, "top_k": 30, "seed": 7, "max_tokens": 400}
+    open_one(service, "bad", COMPLETIONS, **body, stream=streaming)
+    *_, last = collect(service, "bad")["bad"]
+    assert b"nan_logits" in last.body
+    assert last.status == 500
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
+
+
+def test_closing_a_request_of_several_prompts_cancels_them_all(make_service):
+    service = make_service(max_seq_len=32_768, max_batch_size=2)
+    open_one(service, "left", COMPLETIONS, prompt=SEVERAL, max_tokens=30_000, stream=True)
+    assert wait_until(lambda: service.poll(0.01) and service.is_generating("left"))
+    service.close("left")
+    assert wait_until(lambda: service._loop.engine.num_requests == 0)
+    assert service.metrics.snapshot().finished[FinishReason.CANCELLED] == 3
+
+
+def test_a_message_of_a_stream_has_parts_of_a_limited_number_of_outputs(make_service, monkeypatch):
+    monkeypatch.setattr(reply_size, "MAX_CHUNK_OUTPUTS", 2)
+    service = make_service()
+    body = {"prompt": [[1, 5, 9]] * 5, "temperature": 1.0, "seed": 7, "max_tokens": 30}
+    _, answer = ask(service, COMPLETIONS, **body)
+    open_one(service, "many", COMPLETIONS, **body, stream=True)
+    texts = [""] * 5
+    for reply in collect(service, "many")["many"]:
+        events = [event.removeprefix(b"data: ") for event in reply.body.split(b"\n\n")[:-1]]
+        choices = [choice for event in events if event != b"[DONE]" for choice in json.loads(event)["choices"]]
+        assert len({choice["index"] for choice in choices}) <= 2
+        for choice in choices:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_is_part_of_the_text_on_request(service, streaming):
+    body = {"prompt": PROMPT, "temperature": 1.0, "seed": 7, "max_tokens": 60, "stop": "e"}
+
+    def text(**fields):
+        if streaming:
+            return "".join(chunk["choices"][0]["text"] for chunk in sse(service, COMPLETIONS, **body, **fields)[0])
+        return ask(service, COMPLETIONS, **body, **fields)[1]["choices"][0]["text"]
+
+    assert text(include_stop_str_in_output=True) == text() + "e"
+
+
+def test_a_stop_token_s_text_is_part_of_the_text_on_request(service, tokenizer):
+    (word,) = tokenizer.encode("the")
+    body = {"prompt": PROMPT, "logit_bias": {str(word): 100}, "stop_token_ids": [word], "max_tokens": 3}
+    assert text_of(ask(service, COMPLETIONS, **body)[1]["choices"][0]) == ""
+    _, answer = ask(service, COMPLETIONS, **body, include_stop_str_in_output=True)
+    assert (text_of(answer["choices"][0]), answer["choices"][0]["finish_reason"]) == (" the", "stop")
+    end = {"logit_bias": {str(tokenizer.eos_id): 100}, "include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert text_of(ask(service, COMPLETIONS, prompt=PROMPT, **end)[1]["choices"][0]) == "</s>"
+
+
+def test_special_tokens_are_text_on_request(service, tokenizer):
+    body = {"prompt": PROMPT, "logit_bias": {str(tokenizer.bos_id): 100}, "max_tokens": 2}
+    assert text_of(ask(service, COMPLETIONS, **body)[1]["choices"][0]) == ""
+    assert text_of(ask(service, COMPLETIONS, **body, skip_special_tokens=False)[1]["choices"][0]) == "<s><s>"
+    chunks, _ = sse(service, COMPLETIONS, **body, skip_special_tokens=False)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "<s><s>"
+
+
+def test_only_allowed_tokens_are_sampled(service):
+    _, answer = ask(
+        *(service, COMPLETIONS),
+        prompt=PROMPT,
+        temperature=2.0,
+        max_tokens=60,
+        allowed_token_ids=[40, 41, 50],
+        return_token_ids=True,
+    )
+    assert set(answer["choices"][0]["token_ids"]) == {40, 41, 50}
+    status, answer = ask(service, COMPLETIONS, prompt=PROMPT, allowed_token_ids=[40, 10**6])
+    assert (status, answer["error"]["param"]) == (400, "allowed_token_ids[1]")
+
+
+@pytest.mark.parametrize("prompt", ["The quick brown fox jumps", [1, 5, 9, 40, 41]])
+def test_a_truncated_prompt_is_its_end(service, tokenizer, prompt):
+    ids = (tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt)[-3:]
+    body = {"temperature": 0, "max_tokens": 5, "echo": True}
+    _, answer = ask(service, COMPLETIONS, prompt=prompt, truncate_prompt_tokens=3, return_token_ids=True, **body)
+    _, expected = ask(service, COMPLETIONS, prompt=ids, **body)
+    assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
+    assert answer["choices"][0]["prompt_token_ids"] == ids
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert ask(service, COMPLETIONS, prompt="fox " * 225_000, truncate_prompt_tokens=3)[0] == 200
+    _, answer = ask(service, CHAT, messages=DIALOG, truncate_prompt_tokens=3, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+def test_a_dialog_may_be_sent_without_a_place_for_an_answer(service, tokenizer):
+    messages = [*DIALOG, {"role": "assistant", "content": "In the sea"}]
+    body = {"messages": messages, "add_generation_prompt": False, "max_tokens": 0, "prompt_logprobs": 0}
+    _, answer = ask(service, CHAT, **body, return_token_ids=True)
+    whole = tokenizer.encode("[INST] Where is the fox? [/INST] In the sea ", bos=True, eos=True)
+    assert answer["prompt_token_ids"] == whole
+    assert len(answer["prompt_logprobs"]) == len(whole)
+
+
+def test_variables_without_a_template_are_refused(service):
+    status, answer = ask(service, CHAT, messages=DIALOG, chat_template_kwargs={"enable_thinking": True})
+    assert (status, answer["error"]["code"]) == (400, "tools_not_supported")

@@ -18,8 +18,8 @@ class Accepted:
     id: str
     """TorchServe's, which clients get as X-Request-Id."""
     request: GenerationRequest
-    prompt: Sequence[int]
-    """Its token ids."""
+    prompts: Sequence[Sequence[int]]
+    """Token ids of each of its prompts; of one, if it has a dialog."""
 
 
 class Replies(Protocol):

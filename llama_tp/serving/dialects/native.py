@@ -24,7 +24,7 @@ from llama_tp.serving.fields import (
     ABSENT,
     KNOB_TYPES,
     LogitBias,
-    MaxNewTokens,
+    MaxNewTokensOrNone,
     MinNewTokens,
     NumOutputs,
     Seed,
@@ -53,7 +53,7 @@ class NativeDialect:
         return parse_native(body, self._defaults)
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> NativeReplies:
-        return NativeReplies(accepted.request, tokenizer.token_bytes, longest_token)
+        return NativeReplies(accepted.request, accepted.prompts[0], tokenizer.token_bytes, longest_token)
 
     def error(self, error: ApiError) -> bytes:
         return error.body()
@@ -96,7 +96,7 @@ class _Fields(StrictModel):
     dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
     mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
     continue_final_message: bool = False
-    max_new_tokens: MaxNewTokens = ABSENT
+    max_new_tokens: MaxNewTokensOrNone = ABSENT
     min_new_tokens: MinNewTokens = 0
     logit_bias: LogitBias = ABSENT
     seed: Seed = ABSENT
@@ -105,6 +105,7 @@ class _Fields(StrictModel):
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
+    prompt_logprobs: TopLogprobs = ABSENT
     n: NumOutputs = 1
     timeout_s: TimeoutS = ABSENT
     stream: bool = False
@@ -138,9 +139,10 @@ def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:
         seed=given.get("seed", defaults.seed),
         n=fields.n,
         logprobs=fields.top_logprobs if fields.logprobs else None,
+        prompt_logprobs=fields.prompt_logprobs,
     )
     return GenerationRequest(
-        prompt=given.get("prompt"),
+        prompts=(given["prompt"],) if "prompt" in given else (),
         dialog=given.get("dialog"),
         continue_final_message=fields.continue_final_message,
         grammar=grammar,
@@ -178,6 +180,12 @@ def _check_pairs(given: dict[str, Any]) -> None:
     if most is not None and least > most:
         message = f"min_new_tokens={least} must be at most max_new_tokens={most}"
         raise ApiError(400, "invalid_value", message, "min_new_tokens")
+    if most == 0 and "prompt_logprobs" not in given:
+        message = "max_new_tokens=0 must be at least 1, or needs prompt_logprobs"
+        raise ApiError(400, "invalid_value", message, "max_new_tokens")
+    if given.get("stream") and "prompt_logprobs" in given:
+        message = "prompt_logprobs is not possible in a stream; leave out one of prompt_logprobs and stream"
+        raise ApiError(400, "conflicting_fields", message, "prompt_logprobs")
     if given.get("continue_final_message") and "dialog" not in given:
         message = "continue_final_message=true needs a dialog; a prompt is continued anyway"
         raise ApiError(400, "conflicting_fields", message, "continue_final_message")
@@ -191,8 +199,15 @@ class NativeReplies:
 
     chunk_type = "application/jsonl"
 
-    def __init__(self, request: GenerationRequest, token_bytes: Callable[[int], bytes], longest_token: int) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prompt: Sequence[int],
+        token_bytes: Callable[[int], bytes],
+        longest_token: int,
+    ) -> None:
         self.chunk_tokens = chunk_tokens(request, longest_token)
+        self._prompt = prompt
         self._has_index = request.sampling.n > 1
         self._token_bytes = token_bytes
 
@@ -208,7 +223,10 @@ class NativeReplies:
         choices = [self._record(output) for output in outputs]
         for choice in choices:
             del choice["ids"]
-        answer = {"choices": choices} if self._has_index else choices[0]
+        answer: dict[str, Any] = {"choices": choices} if self._has_index else choices[0]
+        scores = next((one.prompt_logprobs for one in outputs if one.prompt_logprobs is not None), None)
+        if scores is not None:
+            answer["prompt_logprobs"] = self._prompt_logprobs(scores)
         body = to_json({**answer, "usage": usage.fields()}) + b"\n"
         check_answer(body)
         return body
@@ -216,6 +234,12 @@ class NativeReplies:
     def error(self, error: ApiError) -> bytes:
         """One line, also at the end of a stream that fails after its status was sent."""
         return error.body() + b"\n"
+
+    def _prompt_logprobs(self, scores: Sequence[Logprobs]) -> list[dict[str, Any]]:
+        """One for each of the prompt's tokens; the first has no log probability."""
+        first = token_logprobs(self._prompt[0], Logprobs(0.0, ()), self._token_bytes) | {"logprob": None}
+        others = zip(self._prompt[1:], scores, strict=True)
+        return [first, *(token_logprobs(token, one, self._token_bytes) for token, one in others)]
 
     def _record(self, delta: OutputDelta) -> dict[str, Any]:
         """The fields of one output in a line of a stream."""

@@ -16,6 +16,9 @@ Parsed = tuple[str, list[ToolCallDelta]]
 class ToolCallParser(Protocol):
     """Finds the calls in one answer while its text arrives. What only looks like a call stays text: nothing is lost."""
 
+    reads_specials: bool
+    """Whether it needs the text of special tokens."""
+
     def push(self, text: str) -> Parsed:
         """What is now known of the answer's text so far, beyond what was returned before."""
 

@@ -45,7 +45,7 @@ class HermesFormat:
         self.markers = tuple(tag for tag in (_OPEN, _CLOSE) if tag in special_ids)
 
     def parser(self, names: Collection[str]) -> HermesParser:
-        return HermesParser()
+        return HermesParser(reads_specials=bool(self.markers))
 
     def grammar(self, tools: Sequence[Json], choice: ToolChoice, answer: Grammar | None) -> Grammar:
         before, after = (tag if tag in self.markers else f'"{tag}"' for tag in (_OPEN, _CLOSE))
@@ -66,7 +66,8 @@ class HermesFormat:
 class HermesParser:
     """The ToolCallParser of one answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reads_specials: bool) -> None:
+        self.reads_specials = reads_specials
         self._num_calls = 0
         self._held = ""  # text that may belong to a tag, or precede one
         self._scanner: CallScanner | None = None

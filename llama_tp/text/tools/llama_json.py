@@ -56,6 +56,8 @@ class LlamaJsonFormat:
 class LlamaJsonParser:
     """The ToolCallParser of one answer: if it begins with a call of a known tool, it consists of calls."""
 
+    reads_specials = False
+
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._scanner: CallScanner | None = None

@@ -70,6 +70,8 @@ class PythonicParser:
     A call is passed on when it is complete: only then are its arguments known to be literals.
     """
 
+    reads_specials = False
+
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._held = ""

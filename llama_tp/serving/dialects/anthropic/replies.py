@@ -34,7 +34,7 @@ class MessageReplies:
     def __init__(self, accepted: Accepted, model_name: str, longest_token: int) -> None:
         self.chunk_tokens = chunk_tokens(accepted.request, longest_token)
         self._request_id = accepted.id
-        self._num_prompt = len(accepted.prompt)
+        self._num_prompt = len(accepted.prompts[0])
         self._message: dict[str, Any] = {
             "id": f"msg_{accepted.id}",
             "type": "message",

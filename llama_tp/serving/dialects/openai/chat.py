@@ -20,7 +20,7 @@ from llama_tp.serving.dialects.openai.unsupported import CHAT
 from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
+from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokensOrNone, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
@@ -54,6 +54,8 @@ class ChatDialect:
             continue_final_message=given.get("continue_final_message", False),
             tools=tools,
             tool_choice=replace(choice, parallel=given.get("parallel_tool_calls", True)) if tools else ToolChoice(),
+            add_generation_prompt=given.get("add_generation_prompt", True),
+            template_variables=given.get("chat_template_kwargs", {}),
         )
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> ChatReplies:
@@ -143,7 +145,7 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     }
 
     messages: Messages
-    max_completion_tokens: MaxNewTokens = ABSENT
+    max_completion_tokens: MaxNewTokensOrNone = ABSENT
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
     add_generation_prompt: bool = True
@@ -151,6 +153,7 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     tools: ChatTools = ABSENT
     tool_choice: Annotated[Any, AfterValidator(_tool_choice)] = ABSENT
     parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = ABSENT
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}
@@ -176,6 +179,3 @@ def check_continuation(given: Given) -> None:
     if continues and adds_prompt:
         message = "continue_final_message=true contradicts add_generation_prompt=true; leave one of them out"
         raise ApiError(400, "conflicting_fields", message, "add_generation_prompt")
-    if not continues and not adds_prompt:
-        message = "add_generation_prompt=false is supported with continue_final_message=true only; leave it out"
-        raise ApiError(400, "unsupported_value", message, "add_generation_prompt")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, create_model
@@ -13,16 +14,18 @@ from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import CompletionReplies
-from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in
+from llama_tp.serving.dialects.openai.request import Route, SharedFields, given_in
 from llama_tp.serving.dialects.openai.unsupported import COMPLETIONS
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, TopLogprobs, token_ids
-from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
+from llama_tp.serving.generation import FieldNames, GenerationRequest, Prompt, RequestDefaults
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 16
 """OpenAI's default, and vLLM's."""
+MAX_PROMPTS = 1024
 _NAMES = FieldNames(max_new_tokens="max_tokens", min_new_tokens="min_tokens", top_logprobs="logprobs")
+_ECHO_NAMES = replace(_NAMES, prompt_logprobs="logprobs")
 
 
 class CompletionsDialect:
@@ -33,9 +36,9 @@ class CompletionsDialect:
 
     def parse(self, body: object) -> GenerationRequest:
         given = given_in(self._route.validate(_Body, body))
-        _check_pairs(given)
+        names = _NAMES if "prompt_logprobs" in given else _ECHO_NAMES
         return self._route.request(
-            given, _NAMES, logprobs=given.get("logprobs"), echo=given.get("echo", False), prompt=given["prompt"]
+            given, names, logprobs=given.get("logprobs"), echo=given.get("echo", False), prompts=given["prompt"]
         )
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> CompletionReplies:
@@ -45,22 +48,31 @@ class CompletionsDialect:
         return error.body()
 
 
-def _one_prompt(value: object) -> str | tuple[int, ...]:
-    """A text, token ids, or a list of one of these."""
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    """A text, token ids, or a list of these."""
     if not isinstance(value, (str, list)):
-        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
+        raise PydanticCustomError("invalid_type", "must be a string, a list of token ids, or a list of these")
     if not value:
         raise PydanticCustomError("empty_prompt", "must not be empty")
     if isinstance(value, str):
-        return value
+        return (value,)
     if not isinstance(value[0], (str, list)):
-        return token_ids(value)
-    if len(value) > 1:
-        raise PydanticCustomError("unsupported_value", "must be one prompt; send the others in their own requests")
+        return (token_ids(value),)
+    if len(value) > MAX_PROMPTS:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_PROMPTS} prompts")
+    return tuple(_one_of(prompt, at) for at, prompt in enumerate(value))
+
+
+def _one_of(prompt: object, at: int) -> Prompt:
+    """One of several prompts."""
+    if not isinstance(prompt, (str, list)):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids", {"at": at})
+    if not prompt:
+        raise PydanticCustomError("empty_prompt", "must not be empty", {"at": at})
     try:
-        return _one_prompt(value[0]) if isinstance(value[0], str) or not value[0] else token_ids(value[0])
+        return prompt if isinstance(prompt, str) else token_ids(prompt)
     except PydanticCustomError as error:
-        raise PydanticCustomError(error.type, error.message_template, {"at": 0}) from None
+        raise PydanticCustomError(error.type, error.message_template, {"at": at}) from None
 
 
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
@@ -71,17 +83,10 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
         "min_new_tokens": "did you mean min_tokens?",
     }
 
-    prompt: Annotated[Any, AfterValidator(_one_prompt)]
+    prompt: Annotated[Any, AfterValidator(_prompts)]
     echo: bool = False
     logprobs: TopLogprobs = ABSENT
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in COMPLETIONS.items()}
 _Body = create_model("_Body", __base__=_Fields, **_unsupported)
-
-
-def _check_pairs(given: Given) -> None:
-    """ApiError where two fields contradict each other."""
-    if given.get("echo") and "logprobs" in given:
-        message = f"echo=true with logprobs={given['logprobs']} is not supported; leave one of them out"
-        raise ApiError(400, "unsupported_value", message, "echo")

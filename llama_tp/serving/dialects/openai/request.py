@@ -6,25 +6,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, create_model
+from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.dialects.openai.unsupported import EVERYWHERE
 from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.dialects.structure import FIELDS, grammar_in
-from llama_tp.serving.dialects.unsupported import IGNORED, only
+from llama_tp.serving.dialects.unsupported import IGNORED
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
     ABSENT,
     KNOB_TYPES,
+    MAX_NEW_TOKENS,
+    AllowedTokenIds,
     LogitBias,
-    MaxNewTokens,
+    MaxNewTokensOrNone,
     MinNewTokens,
     NumOutputs,
     Seed,
     StopStrings,
     StopTokenIds,
+    TopLogprobs,
 )
 from llama_tp.serving.generation import FieldNames, GenerationRequest, ReplyOptions
 from llama_tp.serving.strict_model import StrictModel
@@ -36,7 +39,7 @@ Given = Mapping[str, Any]
 class _StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: IGNORED = False
-    continuous_usage_stats: only(False) = False  # type: ignore[valid-type]
+    continuous_usage_stats: bool = False
 
 
 def _all_if_minus_one(value: object) -> object:
@@ -47,12 +50,18 @@ def _all_if_minus_one(value: object) -> object:
 class _Shared(StrictModel):
     model: str = ABSENT
     min_tokens: MinNewTokens = 0
-    max_tokens: MaxNewTokens = ABSENT
+    max_tokens: MaxNewTokensOrNone = ABSENT
     logit_bias: LogitBias = ABSENT
     seed: Seed = ABSENT
     stop: StopStrings = ABSENT
     stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: AllowedTokenIds = ABSENT
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = ABSENT
+    prompt_logprobs: TopLogprobs = ABSENT
+    return_tokens_as_token_ids: bool = False
     n: NumOutputs = 1
     stream: bool = False
     stream_options: _StreamOptions = ABSENT
@@ -74,31 +83,42 @@ class Route(ModelRoute):
         self, given: Given, names: FieldNames, *, logprobs: int | None, echo: bool = False, **prompt: Any
     ) -> GenerationRequest:
         """The request that the fields of a route describe. `prompt`: the fields of GenerationRequest that hold it."""
-        _check_pairs(given, names)
+        _check_pairs(given, names, echo)
         options = given.get("stream_options")
         grammar, grammar_name = grammar_in(given, min_tokens=names.min_new_tokens)
         return GenerationRequest(
             **prompt,
             grammar=grammar,
-            sampling=self._sampling(given, names, logprobs),
+            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
+            sampling=self._sampling(given, names, logprobs, echo),
             max_new_tokens_explicit=names.max_new_tokens in given,
             stop=tuple(given.get("stop", ())),
+            keep_stop=given.get("include_stop_str_in_output", False),
+            special_text=not given.get("skip_special_tokens", True),
             stop_token_ids=given.get("stop_token_ids", ()),
             ignore_eos=given.get("ignore_eos", False),
             stream=given.get("stream", False),
             reply=ReplyOptions(
                 echo=echo,
+                prompt_logprobs=given.get("prompt_logprobs"),
                 usage_in_stream=options is not None and options.include_usage,
+                continuous_usage=options is not None and options.continuous_usage_stats,
+                tokens_as_ids=given.get("return_tokens_as_token_ids", False),
                 token_ids=given.get("return_token_ids", False),
             ),
             names=replace(names, grammar=grammar_name),
         )
 
-    def _sampling(self, given: Given, names: FieldNames, logprobs: int | None) -> SamplingParams:
+    def _sampling(self, given: Given, names: FieldNames, logprobs: int | None, echo: bool) -> SamplingParams:
         least = given.get("min_tokens", 0)
         most = given.get(names.max_new_tokens)
         if most is None:
             most = max(self.max_tokens, least)
+        scores = [given["prompt_logprobs"]] if "prompt_logprobs" in given else []
+        if echo and logprobs is not None:
+            scores.append(logprobs)
+        if most == 0:
+            scores.append(0)  # what the engine asks for
         return SamplingParams(
             max_new_tokens=most,
             min_new_tokens=least,
@@ -107,6 +127,8 @@ class Route(ModelRoute):
             seed=given.get("seed", self.seed),
             n=given.get("n", 1),
             logprobs=logprobs,
+            prompt_logprobs=max(scores, default=None),
+            allowed_ids=given.get("allowed_token_ids"),
         )
 
 
@@ -126,12 +148,18 @@ def text_or_refusal(part: object) -> str:
     return text
 
 
-def _check_pairs(given: Given, names: FieldNames) -> None:
+def _check_pairs(given: Given, names: FieldNames, echo: bool) -> None:
     """ApiError where two fields contradict each other."""
     least, most = given.get("min_tokens", 0), given.get(names.max_new_tokens)
     if most is not None and least > most:
         message = f"min_tokens={least} must be at most {names.max_new_tokens}={most}"
         raise ApiError(400, "invalid_value", message, "min_tokens")
+    if most == 0 and not echo and "prompt_logprobs" not in given:
+        message = f"{names.max_new_tokens}=0 must be at least 1, or needs echo=true or prompt_logprobs"
+        raise ApiError(400, "invalid_value", message, names.max_new_tokens)
+    if given.get("stream") and "prompt_logprobs" in given:
+        message = "prompt_logprobs is not possible in a stream; leave out one of prompt_logprobs and stream"
+        raise ApiError(400, "conflicting_fields", message, "prompt_logprobs")
     if "stream_options" in given and not given.get("stream"):
         message = "stream_options needs stream=true, which is not given"
         raise ApiError(400, "conflicting_fields", message, "stream_options")

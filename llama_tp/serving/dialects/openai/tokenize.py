@@ -64,7 +64,7 @@ class TokenizeQuery:
         strings = _texts(prompts.tokenizer, ids) if given.get("return_token_strs") else None
         answer = {"count": len(ids), "max_model_len": prompts.max_seq_len, "tokens": ids, "token_strs": strings}
         encoded = to_json(answer) + b"\n"
-        check_answer(encoded, param=request.prompt_name, remedy="send a shorter text")
+        check_answer(encoded, param=request.prompt_name(), remedy="send a shorter text")
         return encoded
 
     def error(self, error: ApiError) -> bytes:
@@ -79,7 +79,7 @@ class DetokenizeQuery:
 
     def answer(self, body: object, prompts: Prompts) -> bytes:
         tokens = self._route.validate(_Detokenize, body).tokens
-        ids = prompts.prompt_ids(GenerationRequest(prompt=tokens, sampling=SamplingParams(), names=_OF_TOKENS))
+        ids = prompts.prompt_ids(GenerationRequest(prompts=(tokens,), sampling=SamplingParams(), names=_OF_TOKENS))
         encoded = to_json({"prompt": _text(prompts.tokenizer, ids)}) + b"\n"
         check_answer(encoded, param="tokens", remedy="send fewer of them")
         return encoded
@@ -92,9 +92,10 @@ def _request(given: Given) -> GenerationRequest:
     """The request with this prompt. ApiError where fields contradict each other."""
     _check_pairs(given)
     return GenerationRequest(
-        prompt=given.get("prompt"),
+        prompts=(given["prompt"],) if "prompt" in given else (),
         dialog=given.get("messages"),
         continue_final_message=given.get("continue_final_message", False),
+        add_generation_prompt=given.get("add_generation_prompt", True),
         tools=given.get("tools", ()),
         sampling=SamplingParams(),
         names=_NAMES,

@@ -19,14 +19,8 @@ EVERYWHERE: dict[str, Any] = {
     "use_beam_search": only(False),
     "length_penalty": IGNORED,  # of beam search alone
     "early_stopping": only(False),
-    "include_stop_str_in_output": only(False),
-    "skip_special_tokens": only(True),
     "spaces_between_special_tokens": IGNORED,  # there are none in the text
-    "truncate_prompt_tokens": only(),
-    "prompt_logprobs": only(),
-    "return_tokens_as_token_ids": only(False),
     "bad_words": only([]),
-    "allowed_token_ids": only(),
     "logits_processors": only([]),
     "guided_decoding_backend": IGNORED,
     "priority": only(0),
@@ -49,7 +43,6 @@ CHAT: dict[str, Any] = {
     "add_special_tokens": only(False),
     "documents": only([]),
     "chat_template": only(),
-    "chat_template_kwargs": only({}),
     "mm_processor_kwargs": only({}),
     "include_reasoning": IGNORED,  # it is never separated from the text
 }

@@ -14,7 +14,7 @@ from typing import Any
 from llama_tp.engine.request import FinishReason
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.events import event
-from llama_tp.serving.dialects.openai.logprobs import chat_logprobs
+from llama_tp.serving.dialects.openai.logprobs import TokenNames, chat_logprobs
 from llama_tp.serving.dialects.openai.responses.output import FunctionCall, Item, Text
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.errors import ApiError
@@ -35,7 +35,7 @@ class ResponseReplies:
     def __init__(self, accepted: Accepted, model_name: str, tokenizer: Tokenizer, longest_token: int) -> None:
         self.chunk_tokens = chunk_tokens(accepted.request, longest_token)
         self._id = accepted.id
-        self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer)
         self._created = int(time.time())
         self._model_name = model_name
         self._echoed = accepted.request.reply.echoed
@@ -146,7 +146,7 @@ class ResponseReplies:
     def _logprobs(self, delta: OutputDelta) -> list[Any]:
         if delta.logprobs is None:
             return []
-        content: list[Any] = chat_logprobs(delta.ids, delta.logprobs, self._tokenizer.token_bytes)["content"]
+        content: list[Any] = chat_logprobs(delta.ids, delta.logprobs, self._names)["content"]
         return content
 
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
