@@ -57,8 +57,11 @@ class Admission:
         most = fit_answer(request, max(fitting))
         end_ids = frozenset() if request.ignore_eos else stop_ids
         end_ids |= frozenset(request.stop_token_ids)
+        bad_words = tuple(ids for word in request.bad_words for ids in self._tokens_of(word))
         return [
-            Admitted(prompt, request.sampling.but(max_new_tokens=min(fits, most), stop_ids=end_ids))
+            Admitted(
+                prompt, request.sampling.but(max_new_tokens=min(fits, most), stop_ids=end_ids, bad_words=bad_words)
+            )
             for prompt, fits in zip(prompts, fitting, strict=True)
         ]
 
@@ -102,6 +105,12 @@ class Admission:
             if error.code == "invalid_template_variable":
                 param = names.chat_template_kwargs
             raise ApiError(400, error.code, str(error), param) from None
+
+    def _tokens_of(self, word: str) -> list[tuple[int, ...]]:
+        """What vLLM bans for a word: its tokens, and those that it has after a space if only the first one differs."""
+        bare, spaced = (tuple(self._tokenizer.encode(space + word.lstrip())) for space in ("", " "))
+        is_other = bool(bare) and len(spaced) == len(bare) and spaced[0] != bare[0]
+        return [bare, spaced] if is_other else [bare] if bare else []
 
     def _check_length(self, texts: list[str], name: str) -> None:
         """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""

@@ -43,7 +43,6 @@ EVERYWHERE: dict[str, Any] = {
     "length_penalty": IGNORED,  # of beam search alone
     "early_stopping": only(False),
     "spaces_between_special_tokens": IGNORED,  # there are none in the text
-    "bad_words": only([]),
     "logits_processors": only([]),
     "structured_outputs": only(),
     "guided_json": only(),
