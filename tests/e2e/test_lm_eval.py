@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from llama_tp.checkpoint import demo
 from tests.e2e.torchserve_rig import TorchServe, package, serve
 from tests.paths import ROOT
 
@@ -39,18 +38,6 @@ def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """transformers' model of the publisher's file, and its tokenizer."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("gguf")
-    gguf = demo.extract_gguf(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
-    for weight in model.parameters():
-        weight.data = weight.data.to(torch.bfloat16).float()  # as in the checkpoint
-    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-
-
 def evaluate(server: TorchServe, tokenizer: Path, work: Path, *arguments: str) -> dict[int, list[list[float | bool]]]:
     """By document: the log likelihood of each choice, and whether it is what greedy search finds."""
     url = f"http://127.0.0.1:{server.inference_port}/predictions/llama/1.0/v1/completions"
@@ -73,9 +60,10 @@ def evaluate(server: TorchServe, tokenizer: Path, work: Path, *arguments: str) -
     return {record["doc_id"]: [pair[0] for pair in record["resps"]] for record in records}
 
 
-def by_transformers(theirs: tuple[Any, Any]) -> dict[int, list[tuple[float, bool]]]:
+def by_transformers(demo_in_transformers: tuple[Any, Any]) -> dict[int, list[tuple[float, bool]]]:
     """The same, by teacher forcing."""
-    model, tokenizer = theirs
+    model, tokenizer = demo_in_transformers
+    torch.set_num_threads(1)  # several would wait for each other where others compute, too
     found = {}
     for index, line in enumerate(TASK.read_text().splitlines()):
         document = json.loads(line)
@@ -93,11 +81,11 @@ def by_transformers(theirs: tuple[Any, Any]) -> dict[int, list[tuple[float, bool
 
 
 def test_log_likelihoods_are_those_of_transformers(
-    server: TorchServe, demo_folder: Path, theirs: tuple[Any, Any], tmp_path: Path
+    server: TorchServe, demo_folder: Path, demo_in_transformers: tuple[Any, Any], tmp_path: Path
 ) -> None:
     """With four prompts a request."""
     found = evaluate(server, demo_folder / "converted_checkpoints", tmp_path, "--batch_size", "4")
-    expected = by_transformers(theirs)
+    expected = by_transformers(demo_in_transformers)
     assert len(found) == len(expected) == 16
     for index, pairs in expected.items():
         assert [float(value) for value, _ in found[index]] == pytest.approx([value for value, _ in pairs], abs=1e-3)
