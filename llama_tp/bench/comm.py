@@ -55,7 +55,7 @@ def bench_comm(*, batch: int, rounds: int) -> None:
 def _publish(comm: Comm, batch: int, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds from when a plan is ready on the leader until the leader continues, and until the last follower has
     decoded it."""
-    plan = StepPlan(1, tuple(Chunk(row, 100 + row, (7,), True) for row in range(batch)), ((0, 6, 9),))
+    plan = StepPlan(1, tuple(Chunk(row, 100 + row, (7,), 1) for row in range(batch)), ((0, 6, 9),))
     x = torch.ones(4096)
     mine = []
 

@@ -188,6 +188,7 @@ class Engine:
             ("logit_bias: token id", request.params.logit_bias),
             ("stop_ids: token id", request.params.stop_ids),
             ("allowed_ids: token id", request.params.allowed_ids or ()),
+            ("bad_words: token id", [token for word in request.params.bad_words for token in word]),
         ):
             are_ints = {int, bool}.issuperset(map(type, tokens))  # fast: a prompt may have 100,000 tokens
             if not are_ints and (others := [token for token in tokens if not isinstance(token, int)]):

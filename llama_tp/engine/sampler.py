@@ -1,9 +1,9 @@
 """Logits and per-request parameters -> token ids.
 
-Order of operations: penalties, logit_bias, allowed_ids, min_new_tokens, the grammar's mask (`edit`); then temperature,
-top_k, top_p, min_p, each applied to the result of the previous one (`probabilities`); then one draw. Every sequence has
-its own generator, so its draws do not depend on the rest of the batch. Greedy sequences use no generator. Each
-operation is vectorized over the sequences that request it; the others cost nothing.
+Order of operations: penalties, logit_bias, allowed_ids, bad_words, min_new_tokens, the grammar's mask (`edit`); then
+temperature, top_k, top_p, min_p, each applied to the result of the previous one (`probabilities`); then one draw. Every
+sequence has its own generator, so its draws do not depend on the rest of the batch. Greedy sequences use no generator.
+Each operation is vectorized over the sequences that request it; the others cost nothing.
 
 Legend: S sampled sequences, V vocabulary.
 """
@@ -108,8 +108,8 @@ class Sampler:
         }
 
     def edit(self, logits: Tensor, sequences: Items[Sequence]) -> Tensor:
-        """The logits (S, V) after penalties, logit_bias, allowed_ids, min_new_tokens and the masks of grammars; the
-        same tensor if no sequence has any.
+        """The logits (S, V) after penalties, logit_bias, allowed_ids, bad_words, min_new_tokens and the masks of
+        grammars; the same tensor if no sequence has any.
 
         Reads only the logits of tokens that a sequence contains or a request names.
         """
@@ -117,13 +117,20 @@ class Sampler:
         penalized = [index for index, one in enumerate(params) if one.has_penalty]
         biased = [index for index, one in enumerate(params) if one.logit_bias]
         restricted = [index for index, one in enumerate(params) if one.allowed_ids is not None]
-        too_short = [
-            index
+        banned = [
+            (index, word[-1])
             for index, sequence in enumerate(sequences)
-            if sequence.num_generated < params[index].min_new_tokens and params[index].stop_ids
+            for word in params[index].bad_words
+            if _output_ends_with(sequence, word[:-1])
+        ]
+        banned += [
+            (index, token)
+            for index, sequence in enumerate(sequences)
+            if sequence.num_generated < params[index].min_new_tokens
+            for token in params[index].stop_ids
         ]
         constrained = [index for index, sequence in enumerate(sequences) if sequence.request.grammar is not None]
-        if not (penalized or biased or restricted or too_short or constrained):
+        if not (penalized or biased or restricted or banned or constrained):
             return logits
         edited = logits.clone()
         flat = edited.view(-1)
@@ -136,8 +143,8 @@ class Sampler:
         for index in restricted:
             allowed = _on(flat, list(params[index].allowed_ids or ()))
             edited[index] = torch.full_like(edited[index], float("-inf")).index_copy(0, allowed, edited[index, allowed])
-        if too_short:
-            where = [index * edited.size(-1) + token for index in too_short for token in params[index].stop_ids]
+        if banned:
+            where = [index * edited.size(-1) + token for index, token in banned]
             flat.index_fill_(0, _on(flat, where), float("-inf"))
         if constrained:
             outputs = [(sequences[index].request.id, sequences[index].index) for index in constrained]
@@ -197,6 +204,10 @@ class Sampler:
             else:
                 state.generator.manual_seed((seed + sequence.index) % 2**63)
         return torch.empty(like.size(-1), device=like.device).exponential_(generator=state.generator)
+
+
+def _output_ends_with(sequence: Sequence, ids: tuple[int, ...]) -> bool:
+    return len(ids) <= sequence.num_generated and tuple(sequence.tokens[len(sequence.tokens) - len(ids) :]) == ids
 
 
 def argmax(x: Tensor) -> Tensor:

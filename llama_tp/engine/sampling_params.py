@@ -51,8 +51,8 @@ def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
 class SamplingParams:
     """How one request is sampled. The defaults are plain sampling from the model's distribution.
 
-    Applied in this order: the three penalties, logit_bias, allowed_ids, min_new_tokens, the request's grammar,
-    temperature, top_k, top_p, min_p, one draw.
+    Applied in this order: the three penalties, logit_bias, allowed_ids, bad_words, min_new_tokens, the request's
+    grammar, temperature, top_k, top_p, min_p, one draw.
     """
 
     max_new_tokens: int = 128
@@ -77,6 +77,8 @@ class SamplingParams:
     """Added to the logits of these token ids."""
     allowed_ids: frozenset[int] | None = None
     """If set, no other token is sampled."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Tokens that the output must not have in a row: the last of them is not sampled after the others."""
     seed: int | None = None
     """Seed of the request's own generator; None: a random one. Output i of n uses seed + i."""
     stop_ids: frozenset[int] = frozenset()
@@ -108,6 +110,7 @@ class SamplingParams:
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             ("logit_bias", all(abs(bias) <= 1000 for bias in self.logit_bias.values()), "numbers in [-1000, 1000]"),
             ("allowed_ids", self.allowed_ids is None or len(self.allowed_ids) > 0, "at least one token id"),
+            ("bad_words", all(self.bad_words), "sequences of at least one token id"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("n", self.n >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),

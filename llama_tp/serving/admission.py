@@ -78,9 +78,11 @@ class Admission:
         most = fit_answer(request, max(fitting))
         end_ids = frozenset() if request.ignore_eos else stop_ids
         end_ids |= frozenset(request.stop_token_ids)
+        bad_words = tuple(ids for word in request.bad_words for ids in self._tokens_of(word))
+        params = request.sampling.but(stop_ids=end_ids, bad_words=bad_words)
         grammar = self._compile(request)
         return [
-            Admitted(prompt, request.sampling.but(max_new_tokens=min(fits, most), stop_ids=end_ids), grammar)
+            Admitted(prompt, params.but(max_new_tokens=min(fits, most)), grammar)
             for prompt, fits in zip(prompts, fitting, strict=True)
         ]
 
@@ -169,6 +171,12 @@ class Admission:
             return self._grammars.compile(grammar, begins_text=not request.continues_text)
         except GrammarError as error:
             raise ApiError(400, "invalid_grammar", f"{name} cannot be followed: {error}", name) from None
+
+    def _tokens_of(self, word: str) -> list[tuple[int, ...]]:
+        """What vLLM bans for a word: its tokens, and those that it has after a space if only the first one differs."""
+        bare, spaced = (tuple(self.tokenizer.encode(space + word.lstrip())) for space in ("", " "))
+        is_other = bool(bare) and len(spaced) == len(bare) and spaced[0] != bare[0]
+        return [bare, spaced] if is_other else [bare] if bare else []
 
     def _check_length(self, texts: list[str], name: str) -> None:
         """Refuse texts that cannot fit however they are tokenized, without tokenizing them: that would take seconds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import KNOBS, Knob
@@ -16,6 +16,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
 MAX_ALLOWED_IDS = 4096
+MAX_BAD_WORDS = 64
 MAX_BIASES = 1024
 MAX_BIAS = 100
 
@@ -95,6 +96,11 @@ LogitBias = Annotated[Any, AfterValidator(_biases)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(max_length=MAX_BAD_WORDS),
+    FailFast(),
 ]
 AllowedTokenIds = Annotated[Any, AfterValidator(_allowed_ids)]
 StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]

@@ -87,7 +87,7 @@ class GenerationRequest:
     truncate_prompt_tokens: int | None = None
     """Keep only this many of the prompt's tokens, the last ones."""
     sampling: SamplingParams
-    """stop_ids is still empty; ids in logit_bias are not yet checked against the vocabulary."""
+    """stop_ids and bad_words are still empty; ids in logit_bias are not yet checked against the vocabulary."""
     max_new_tokens_explicit: bool = False
     """Whether the client set max_new_tokens: then it is kept or refused. A default is clipped to what fits."""
     stop: tuple[str, ...] = ()
@@ -98,6 +98,8 @@ class GenerationRequest:
     """Whether the text has the pieces of special tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Additional ids that end the answer, not yet checked against the vocabulary."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose tokens must not be in the answer in a row."""
     ignore_eos: bool = False
     """Whether the model's own end tokens are ignored: only stop_token_ids end the answer."""
     timeout_s: float | None = None

@@ -42,17 +42,19 @@ def cut_size(chunk: bytes) -> int:
 
 
 def chunk_outputs(request: GenerationRequest, prompt_bytes: int) -> int:
-    """How many outputs may have a part in one message of a stream, which must stay below MAX_ANSWER_BYTES, too. An
-    output's first part may echo a prompt of `prompt_bytes`, each of which may become \\u0000."""
+    """How many outputs may have a part in one message of a stream, which must stay below MAX_ANSWER_BYTES, too. The
+    first part of an output may echo a prompt of `prompt_bytes` for each of its n siblings; each byte may become
+    \\u0000."""
     if not request.reply.echo:
         return MAX_CHUNK_OUTPUTS
     if request.sampling.prompt_logprobs is not None:
         return 1
-    return max(1, min(MAX_CHUNK_OUTPUTS, MAX_ANSWER_BYTES // 2 // max(1, 6 * prompt_bytes)))
+    num_bytes = 6 * prompt_bytes * request.sampling.n
+    return max(1, min(MAX_CHUNK_OUTPUTS, MAX_ANSWER_BYTES // 2 // max(1, num_bytes)))
 
 
 def check_answer(body: bytes, *, param: str = "stream", remedy: str = "set stream to get it") -> None:
-    """ApiError for a non-streaming answer over MAX_ANSWER_BYTES."""
+    """ApiError for a non-streaming answer, or a message of a stream, over MAX_ANSWER_BYTES."""
     if len(body) > MAX_ANSWER_BYTES:
         message = f"the answer has {len(body)} bytes, but may have at most {MAX_ANSWER_BYTES}; {remedy}"
         raise ApiError(400, "answer_too_large", message, param)

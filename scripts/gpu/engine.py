@@ -84,7 +84,7 @@ class _Correctness:
             r.expect(f"{self.name}: prototype, {label}, against llama_tp", found["error"] < MAX_ERROR[dtype], found)
 
     def logits_error(self, dtype: torch.dtype) -> float:
-        plan = StepPlan(1, (Chunk(0, 0, tuple(self.prompts[2]), True),), tuple((0, i, i) for i in range(12)))
+        plan = StepPlan(1, (Chunk(0, 0, tuple(self.prompts[2]), 1),), tuple((0, i, i) for i in range(12)))
         ours, theirs = (engine.runner.execute(plan) for engine in (self.twin(dtype), self.on_cpu()))
         assert ours is not None
         assert theirs is not None

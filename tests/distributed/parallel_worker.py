@@ -26,7 +26,7 @@ from tests.tiny_model import MODELS, UNEVEN, VARIANTS, random_model
 TOKENS = tuple(range(3, 43))
 PROMPTS = [[5, 6, 7], list(range(40)), [1], [9, 8] * 11]
 SCORE = SamplingParams(max_new_tokens=0, prompt_logprobs=2)
-PLAN = StepPlan(1, (Chunk(0, 0, TOKENS, True),), tuple((0, index, index) for index in range(3)))
+PLAN = StepPlan(1, (Chunk(0, 0, TOKENS, 1),), tuple((0, index, index) for index in range(3)))
 
 
 def main() -> None:

@@ -47,20 +47,8 @@ def test_the_capital_of_france_is_paris(greedy, demo_folder):
         assert tokenizer.decode(pairs[-1][1]).startswith(ANSWER)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """transformers' model of the publisher's file."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("gguf")
-    gguf = demo.extract_gguf(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
-    for weight in model.parameters():
-        weight.data = weight.data.to(torch.bfloat16).float()  # as in the shards
-    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-
-
-def test_greedy_tokens_are_those_of_transformers(greedy, theirs):
-    model, _ = theirs
+def test_greedy_tokens_are_those_of_transformers(greedy, demo_in_transformers):
+    model, _ = demo_in_transformers
     for prompt, generated in greedy[1]:
         ids = torch.tensor([prompt])
         expected = model.generate(
@@ -69,9 +57,9 @@ def test_greedy_tokens_are_those_of_transformers(greedy, theirs):
         assert generated == expected[0, len(prompt) :].tolist()
 
 
-def test_perplexity_is_that_of_transformers(demo_folder, theirs, capsys):
+def test_perplexity_is_that_of_transformers(demo_folder, demo_in_transformers, capsys):
     """Of the text of `bench quality`, in windows of 512 of their tokenizer's tokens."""
-    model, tokenizer = theirs
+    model, tokenizer = demo_in_transformers
     quality(str(demo_folder / "converted_checkpoints"), dtype="float32")
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     ids = tokenizer((files("llama_tp.bench") / TEXT).read_text(), return_tensors="pt").input_ids

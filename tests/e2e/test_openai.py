@@ -133,6 +133,74 @@ def test_the_asynchronous_client_gets_the_same(server: TorchServe, client: Any) 
     assert text == complete(client, **SAMPLED).choices[0].text
 
 
+def test_an_echoed_prompt_comes_with_its_log_probabilities(client: Any, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPT, bos=tokenizer.adds_bos)
+    for length in (0, 1):
+        (choice,) = complete(client, echo=True, logprobs=2, max_tokens=length, temperature=0).choices
+        assert choice.text.startswith(PROMPT)
+        logprobs = choice.logprobs
+        assert logprobs.token_logprobs[0] is None
+        assert len(logprobs.token_logprobs) == len(logprobs.tokens) == len(logprobs.top_logprobs) == len(ids) + length
+        chunks = list(complete(client, echo=True, logprobs=2, max_tokens=length, temperature=0, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+        parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+        assert [token for part in parts for token in part.tokens] == logprobs.tokens
+    (greedy,) = complete(client, max_tokens=1, logprobs=0, temperature=0).choices
+    assert logprobs.token_logprobs[-1] == pytest.approx(greedy.logprobs.token_logprobs[0], abs=1e-4)
+    extra = {"prompt_logprobs": 1}
+    scored = complete(client, max_tokens=1, temperature=0, extra_body=extra).choices[0].prompt_logprobs
+    values = [one and one[str(token)]["logprob"] for one, token in zip(scored, ids, strict=True)]
+    assert values[1:] == pytest.approx(logprobs.token_logprobs[1 : len(ids)], abs=1e-4)
+    answer = chat(client, max_tokens=1, extra_body={**extra, "return_token_ids": True})
+    assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids)
+
+
+def test_several_prompts_are_answered_in_one_request(client: Any, tokenizer: Tokenizer) -> None:
+    prompts = [PROMPT, "1, 2, 3,"]
+    alone = [complete(client, prompt=prompt, n=2, **SAMPLED) for prompt in prompts]
+    expected = [choice.text for one in alone for choice in one.choices]
+    for asked in (prompts, [tokenizer.encode(prompt, bos=tokenizer.adds_bos) for prompt in prompts]):
+        together = complete(client, prompt=asked, n=2, **SAMPLED)
+        assert [choice.text for choice in together.choices] == expected
+        assert [choice.index for choice in together.choices] == [0, 1, 2, 3]
+        assert together.usage.total_tokens == sum(one.usage.total_tokens for one in alone)
+    texts = [""] * 4
+    for chunk in complete(client, prompt=prompts, n=2, **SAMPLED, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, prompt=["a"] * (MAX_WAITING + 1))
+    assert caught.value.param == "prompt"
+
+
+def test_vllm_s_extensions_change_the_text(client: Any) -> None:
+    greedy = {"temperature": 0, "max_tokens": 60}
+    text = (
+        chat(client, **greedy, extra_body={"include_stop_str_in_output": True}, stop=" is").choices[0].message.content
+    )
+    assert text.endswith(" is")
+    shown = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert chat(client, **greedy, extra_body=shown).choices[0].message.content == ANSWER + "<|im_end|>"
+    bare = chat(client, max_tokens=1, extra_body={"add_generation_prompt": False, "return_token_ids": True})
+    full = chat(client, max_tokens=1, extra_body={"return_token_ids": True})
+    assert full.prompt_token_ids[: len(bare.prompt_token_ids)] == bare.prompt_token_ids != full.prompt_token_ids
+    same = chat(client, max_tokens=1, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert same.usage.prompt_tokens == full.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, extra_body={"chat_template_kwargs": {"messages": []}})
+    assert (caught.value.param, caught.value.code) == ("chat_template_kwargs", "invalid_template_variable")
+    (allowed,) = complete(
+        client, max_tokens=5, extra_body={"allowed_token_ids": [28], "return_token_ids": True}
+    ).choices
+    assert allowed.token_ids == [28] * 5
+    last = complete(client, max_tokens=1, echo=True, extra_body={"truncate_prompt_tokens": 1}).choices[0].text
+    assert last.startswith(" time")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(complete(client, max_tokens=3, stream=True, stream_options=options))
+    assert [chunk.usage.completion_tokens for chunk in chunks][-1] == 3
+    assert all(chunk.usage.total_tokens == 4 + chunk.usage.completion_tokens for chunk in chunks)
+
+
 def test_logprobs_are_in_the_form_of_each_route(client: Any, tokenizer: Tokenizer) -> None:
     (choice,) = chat(client, temperature=0, logprobs=True, top_logprobs=2).choices
     assert "".join(one.token for one in choice.logprobs.content) == ANSWER

@@ -43,5 +43,5 @@ def test_a_plan_that_was_cut_or_padded_is_not_taken_for_another(plan, num_words)
 
 
 def test_the_plan_of_a_decode_step_of_32_sequences_is_smaller_than_a_kilobyte():
-    plan = StepPlan(1, tuple(Chunk(row, 100, (7,), True) for row in range(32)), ((3, 6, 9), (4, 6, 10)))
+    plan = StepPlan(1, tuple(Chunk(row, 100, (7,), 1) for row in range(32)), ((3, 6, 9), (4, 6, 10)))
     assert len(encode(plan)) < 1024

@@ -56,7 +56,7 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     runner = load_engine(str(folder), args, EngineConfig(max_seq_len=128, device="cpu"), ALONE).runner
     tokens = torch.randint(0, 416, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     pages = tuple((0, index, index) for index in range(3))
-    logits = runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), True),), pages))[0]
+    logits = runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), 1),), pages))[0]
     torch.testing.assert_close(logits, model(torch.tensor([tokens])).logits[0, -1], atol=TOLERANCE, rtol=0)
 
 

@@ -112,7 +112,7 @@ def test_a_hugging_face_export_computes_in_transformers_what_we_compute(stored, 
     runner = runner_of(model, EngineConfig(max_seq_len=128, max_batch_size=4))
     for position, token in enumerate(prompt):
         pages = () if position else ((0, 0, 0), (0, 1, 1))
-        logits = runner.execute(StepPlan(position + 1, (Chunk(0, position, (token,), True),), pages))
+        logits = runner.execute(StepPlan(position + 1, (Chunk(0, position, (token,), 1),), pages))
         torch.testing.assert_close(logits[0], expected[position], atol=TOLERANCE, rtol=0)
     engine = engine_of(model)
     completion = engine.generate([prompt], SamplingParams(max_new_tokens=20, temperature=0))[0]

@@ -46,7 +46,7 @@ def logits_of(source, folder, tokens):
     config = EngineConfig(max_seq_len=CONTEXT, max_batch_size=4, device="cpu")
     runner = load_engine(str(folder / "out"), args, config, ALONE).runner
     pages = tuple((0, index, index) for index in range(5))
-    return runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), True),), pages))[0]
+    return runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), 1),), pages))[0]
 
 
 def tokens_of(count, seed=1):

@@ -69,7 +69,7 @@ def test_logits_are_those_of_transformers(pair):
     expected = model(torch.tensor([tokens])).logits[0]
     start = 0
     for number, size in enumerate((40, 1, 1, 29, 1)):
-        chunk = Chunk(0, start, tuple(tokens[start : start + size]), True)
+        chunk = Chunk(0, start, tuple(tokens[start : start + size]), 1)
         pages = tuple((0, index, index) for index in range(5)) if number == 0 else ()
         logits = runner.execute(StepPlan(number + 1, (chunk,), pages))
         start += size

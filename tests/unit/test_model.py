@@ -36,7 +36,7 @@ def test_prefill_equals_transformers(pair):
     model, twin = pair
     tokens = tokens_of(model, 100)
     runner = engine_of(model).runner
-    logits = runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), True),), pages(0, 0, 7)))
+    logits = runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), 1),), pages(0, 0, 7)))
     torch.testing.assert_close(logits[0], expected_logits(twin, tokens)[-1], atol=TOLERANCE, rtol=0)
 
 
@@ -52,7 +52,7 @@ def test_chunked_prefill_and_decode_equal_transformers(pair, sizes, scattered):
     )
     start = 0
     for size in sizes:
-        chunk = Chunk(2, start, tuple(tokens[start : start + size]), True)
+        chunk = Chunk(2, start, tuple(tokens[start : start + size]), 1)
         logits = runner.execute(StepPlan(1, (chunk,), table if start == 0 else ()))
         start += size
         torch.testing.assert_close(logits[0], expected[start - 1], atol=TOLERANCE, rtol=0)
@@ -64,10 +64,10 @@ def test_sequences_of_one_step_do_not_see_each_other(pair):
     prompts = [tokens_of(model, count, seed=count) for count in (30, 9, 50, 21)]
     runner = engine_of(model).runner
     tables = tuple(update for row in range(4) for update in pages(row, 8 * row, 4))
-    first = tuple(Chunk(row, 0, tuple(p[:n]), False) for row, p, n in zip(range(3), prompts, (29, 8, 20), strict=False))
+    first = tuple(Chunk(row, 0, tuple(p[:n]), 0) for row, p, n in zip(range(3), prompts, (29, 8, 20), strict=0))
     assert runner.execute(StepPlan(1, first, tables)) is None
     second = tuple(
-        Chunk(row, start, tuple(prompts[row][start:]), True) for row, start in ((0, 29), (1, 8), (2, 20), (3, 0))
+        Chunk(row, start, tuple(prompts[row][start:]), 1) for row, start in ((0, 29), (1, 8), (2, 20), (3, 0))
     )
     logits = runner.execute(StepPlan(2, second))
     for row, prompt in enumerate(prompts):

@@ -177,10 +177,12 @@ def test_vllm_s_extensions_have_their_effect() -> None:
             skip_special_tokens=False,
             allowed_token_ids=[3, 5, 3],
             truncate_prompt_tokens=7,
+            bad_words=["a", "b c"],
             prompt_logprobs=4,
             max_tokens=0,
         )
         assert (request.keep_stop, request.special_text, request.truncate_prompt_tokens) == (True, True, 7)
+        assert request.bad_words == ("a", "b c")
         sampling = request.sampling
         assert (sampling.allowed_ids, sampling.prompt_logprobs, sampling.max_new_tokens) == ({3, 5}, 4, 0)
         options = {"continuous_usage_stats": True}
@@ -293,7 +295,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"include_stop_str_in_output": 1}, "invalid_type", "include_stop_str_in_output"),
     ({"skip_special_tokens": "no"}, "invalid_type", "skip_special_tokens"),
     ({"priority": 1}, "unsupported_value", "priority"),
-    ({"bad_words": ["x"]}, "unsupported_value", "bad_words"),
+    ({"bad_words": "x"}, "invalid_type", "bad_words"),
+    ({"bad_words": ["x", ""]}, "invalid_value", "bad_words[1]"),
+    ({"bad_words": ["x"] * 65}, "invalid_value", "bad_words"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "Hi"}, "unknown_field", "prompt"),

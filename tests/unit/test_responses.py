@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -546,6 +546,8 @@ def test_no_event_with_new_text_exceeds_the_limit_whatever_the_tokens(
     byte: bytes, top: int | None, longest: int
 ) -> None:
     class Words:
+        special_ids: ClassVar[dict[str, int]] = {}
+
         @staticmethod
         def token_bytes(_: int) -> bytes:
             return byte * longest

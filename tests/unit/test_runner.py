@@ -91,10 +91,10 @@ def test_who_joins_or_leaves_is_laid_out_once_more(model):
 def test_a_place_that_now_belongs_to_another_sequence_is_not_the_guessed_one(model):
     """The new one has found its first page in the cache, and computes one token where the old one would have."""
     runner = engine_of(model, page_size=4).runner
-    runner.execute(StepPlan(1, (Chunk(1, 0, (9, 8, 7, 6), True),), ((1, 0, 5),)))
-    runner.execute(StepPlan(2, (Chunk(0, 0, (1, 2, 3, 4), True),), ((0, 0, 0), (0, 1, 1))))
-    logits = runner.execute(StepPlan(3, (Chunk(0, 4, (5,), True),), ((0, 0, 5), (0, 1, 6)), freed=(0, 1)))
-    whole = StepPlan(1, (Chunk(2, 0, (9, 8, 7, 6, 5), True),), ((2, 0, 3), (2, 1, 4)))
+    runner.execute(StepPlan(1, (Chunk(1, 0, (9, 8, 7, 6), 1),), ((1, 0, 5),)))
+    runner.execute(StepPlan(2, (Chunk(0, 0, (1, 2, 3, 4), 1),), ((0, 0, 0), (0, 1, 1))))
+    logits = runner.execute(StepPlan(3, (Chunk(0, 4, (5,), 1),), ((0, 0, 5), (0, 1, 6)), freed=(0, 1)))
+    whole = StepPlan(1, (Chunk(2, 0, (9, 8, 7, 6, 5), 1),), ((2, 0, 3), (2, 1, 4)))
     torch.testing.assert_close(logits, engine_of(model, page_size=4).runner.execute(whole), atol=1e-5, rtol=0)
 
 

@@ -422,3 +422,17 @@ def test_only_allowed_tokens_are_sampled_whatever_their_logits():
     assert drawn == allowed
     with pytest.raises(ValueError, match=r"allowed_ids=.* must be at least one token id"):
         SamplingParams(allowed_ids=frozenset())
+
+
+def test_bad_words_are_not_completed():
+    logits = torch.zeros(1, 10)
+    logits[0, 3], logits[0, 4] = 2.0, 1.0
+    words = {"temperature": 0, "bad_words": ((3,), (7, 8, 3))}
+    assert sample(Sampler(), logits, [row_of("one token", **words)]) == [4]
+    words = {"temperature": 0, "bad_words": ((7, 8, 3), (5, 4))}
+    request = Request("several", (7, 8), SamplingParams(**words))
+    for output, best in (([], 3), ([8], 3), ([7, 8], 4), ([7, 7, 8], 4), ([7, 8, 5], 3), ([7, 8, 1], 3)):
+        sequence = Sequence(request, [*request.prompt, *output])
+        assert sample(Sampler(), logits, [sequence]) == [best], f"after {output}"
+    with pytest.raises(ValueError, match="bad_words"):
+        SamplingParams(bad_words=((),))

@@ -1255,3 +1255,13 @@ def test_a_dialog_may_be_sent_without_a_place_for_an_answer(service, tokenizer):
 def test_variables_without_a_template_are_refused(service):
     status, answer = ask(service, CHAT, messages=DIALOG, chat_template_kwargs={"enable_thinking": True})
     assert (status, answer["error"]["code"]) == (400, "tools_not_supported")
+
+
+def test_bad_words_are_not_in_the_answer(service, tokenizer):
+    (word,) = tokenizer.encode("the")
+    body = {"prompt": PROMPT, "logit_bias": {str(word): 100}, "max_tokens": 20, "return_token_ids": True}
+    assert set(ask(service, COMPLETIONS, **body)[1]["choices"][0]["token_ids"]) == {word}
+    assert word not in ask(service, COMPLETIONS, **body, bad_words=["the"])[1]["choices"][0]["token_ids"]
+    pairs = ask(service, COMPLETIONS, **body, bad_words=["the the"])[1]["choices"][0]["token_ids"]
+    assert word in pairs
+    assert (word, word) not in set(itertools.pairwise(pairs))

@@ -136,7 +136,6 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (TOKENIZE, {"messages": [{"role": "robot", "content": "a"}]}, "invalid_role", "messages[0].role"),
     (TOKENIZE, {"messages": [*HI, *HI]}, "invalid_role_order", "messages[1].role"),
     (TOKENIZE, {"messages": HI, "add_special_tokens": True}, "unsupported_value", "add_special_tokens"),
-    (TOKENIZE, {"messages": HI, "add_generation_prompt": False}, "unsupported_value", "add_generation_prompt"),
     (TOKENIZE, {"messages": HI, "chat_template": "x"}, "unsupported_value", "chat_template"),
     (DETOKENIZE, {}, "missing_field", "tokens"),
     (DETOKENIZE, {"tokens": "a"}, "invalid_type", "tokens"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from llama_tp.engine.request import FinishReason
@@ -69,14 +70,14 @@ class _Replies(ABC):
         self._num_tokens = 0
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
-        """An event for each delta. Each output begins with its `_opening`; the stream ends with the usage, if
-        requested."""
+        """An event for each delta. The outputs of a prompt begin with their `_opening` when the first of them does; the
+        stream ends with the usage, if requested."""
         _raise_first_error(deltas)
         events = []
         for delta in deltas:
-            if delta.index not in self._begun:
-                self._begun.add(delta.index)
-                events += [self._event(choice, **fields) for choice, fields in self._opening(delta)]
+            for one in self._beginning(delta):
+                events += [self._event(choice, **fields) for choice, fields in self._opening(one)]
+        for delta in deltas:
             self._num_tokens += len(delta.ids)
             events.append(self._event(self._delta(delta)))
         if usage is not None:
@@ -85,8 +86,17 @@ class _Replies(ABC):
                 events.append(b"data: " + last + b"\n\n")
             events.append(_DONE)
         body = b"".join(events)
-        check_answer(body)
+        check_answer(body, remedy="leave out echo, or send a shorter prompt")
         return body
+
+    def _beginning(self, delta: OutputDelta) -> list[OutputDelta]:
+        """The delta as the first of each output that begins with it."""
+        if delta.index in self._begun:
+            return []
+        n = self._request.sampling.n
+        siblings = range(delta.index // n * n, (delta.index // n + 1) * n)
+        self._begun.update(siblings)
+        return [replace(delta, index=index) for index in siblings]
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
         _raise_first_error(outputs)

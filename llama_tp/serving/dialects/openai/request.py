@@ -20,6 +20,7 @@ from llama_tp.serving.fields import (
     KNOB_TYPES,
     MAX_NEW_TOKENS,
     AllowedTokenIds,
+    BadWords,
     LogitBias,
     MaxNewTokensOrNone,
     MinNewTokens,
@@ -59,6 +60,7 @@ class _Shared(StrictModel):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     allowed_token_ids: AllowedTokenIds = ABSENT
+    bad_words: BadWords = ABSENT
     truncate_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = ABSENT
     prompt_logprobs: TopLogprobs = ABSENT
     return_tokens_as_token_ids: bool = False
@@ -95,6 +97,7 @@ class Route(ModelRoute):
             stop=tuple(given.get("stop", ())),
             keep_stop=given.get("include_stop_str_in_output", False),
             special_text=not given.get("skip_special_tokens", True),
+            bad_words=tuple(given.get("bad_words", ())),
             stop_token_ids=given.get("stop_token_ids", ()),
             ignore_eos=given.get("ignore_eos", False),
             stream=given.get("stream", False),

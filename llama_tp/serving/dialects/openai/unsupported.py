@@ -20,7 +20,6 @@ EVERYWHERE: dict[str, Any] = {
     "length_penalty": IGNORED,  # of beam search alone
     "early_stopping": only(False),
     "spaces_between_special_tokens": IGNORED,  # there are none in the text
-    "bad_words": only([]),
     "logits_processors": only([]),
     "guided_decoding_backend": IGNORED,
     "priority": only(0),
