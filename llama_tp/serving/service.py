@@ -218,7 +218,7 @@ class LlamaService:
         ]
         num_prompt = sum(map(len, prompts))
         record = RequestRecord(self.metrics, num_prompt, opened)
-        most = chunk_outputs(request, max(map(self._num_bytes, prompts)))
+        most = chunk_outputs(request, max(map(self._num_bytes, prompts)) if request.reply.echo else 0)
         self._active[request_id] = _Active(request, replies, keys, num_prompt, outputs, most, record)
         self._loop.submit(
             *(

@@ -770,6 +770,7 @@ def test_a_message_of_a_stream_that_would_end_the_worker_is_refused(text: str) -
     with pytest.raises(ApiError) as caught:
         formatter.chunk([delta(text="a", ids=[5])], None)
     assert caught.value.code == "answer_too_large"
+    assert json.loads(formatter.error(caught.value)), "nothing of the stream has been sent"
 
 
 @pytest.mark.parametrize("route", ROUTES)

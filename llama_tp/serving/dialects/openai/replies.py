@@ -67,6 +67,7 @@ class _Replies(ABC):
         self._before = b"data: " + to_json(self._fields)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if request.reply.usage_in_stream else b"]}\n\n"
         self._begun: set[int] = set()  # outputs
+        self._has_begun = False
         self._num_tokens = 0
 
     def chunk(self, deltas: Sequence[OutputDelta], usage: Usage | None) -> bytes:
@@ -87,6 +88,7 @@ class _Replies(ABC):
             events.append(_DONE)
         body = b"".join(events)
         check_answer(body, remedy="leave out echo, or send a shorter prompt")
+        self._has_begun = True
         return body
 
     def _beginning(self, delta: OutputDelta) -> list[OutputDelta]:
@@ -108,7 +110,7 @@ class _Replies(ABC):
     def error(self, error: ApiError) -> bytes:
         """An object, or an event at the end of a stream that fails after its status was sent."""
         body = error.body()
-        return b"data: " + body + b"\n\n" + _DONE if self._begun else body + b"\n"
+        return b"data: " + body + b"\n\n" + _DONE if self._has_begun else body + b"\n"
 
     def _event(self, choice: dict[str, Any], **fields: Any) -> bytes:
         if self._request.reply.continuous_usage:
