@@ -22,6 +22,7 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
+from llama_tp.serving.page.assembly import chat_page
 from llama_tp.serving.reply import Reply
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class LlamaService:
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token)
         self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
-        self._documents = model_documents(model_name, config.max_seq_len)
+        self._documents = {**model_documents(model_name, config.max_seq_len), "chat": chat_page()}
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}
         self._num_started = 0
@@ -101,7 +102,7 @@ class LlamaService:
     def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
         """Accept a request to a route below the model's own. An error becomes its only reply."""
         if (document := self._documents.get(route)) is not None:
-            self._immediate.append(Reply(request_id, document))
+            self._immediate.append(document.reply(request_id))
             return
         if (dialect := self._dialects.get(route)) is None:
             routes = ", ".join(filter(None, [*self._dialects, *self._documents]))

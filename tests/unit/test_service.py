@@ -1023,3 +1023,11 @@ def test_the_model_is_described_whatever_the_method(service, body):
     assert json.loads(replies["list"].body)["data"] == [json.loads(replies["one"].body)]
     assert json.loads(replies["one"].body)["max_model_len"] == MAX_SEQ_LEN
     assert [replies[one].status for one in ("list", "one", "other")] == [200, 200, 404]
+
+
+def test_the_chat_page_is_answered_as_html(service):
+    service.open("page", b"", "chat")
+    (reply,) = service.poll(0)
+    assert (reply.status, reply.is_last, reply.content_type) == (200, True, "text/html; charset=utf-8")
+    assert reply.body.startswith(b"<!doctype html>")
+    assert reply.headers["content-security-policy"].startswith("default-src 'none'")

@@ -7,6 +7,7 @@ import time
 from llama_tp.serving.dialects.base import Dialect
 from llama_tp.serving.dialects.openai.chat import ChatDialect
 from llama_tp.serving.dialects.openai.completions import CompletionsDialect
+from llama_tp.serving.document import Document
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.generation import RequestDefaults
 
@@ -19,7 +20,7 @@ def openai_dialects(defaults: RequestDefaults, model_name: str) -> dict[str, Dia
     }
 
 
-def model_documents(model_name: str, max_seq_len: int) -> dict[str, bytes]:
+def model_documents(model_name: str, max_seq_len: int) -> dict[str, Document]:
     """The answers of the routes that describe the model, by route."""
     model = {
         "id": model_name,
@@ -29,6 +30,6 @@ def model_documents(model_name: str, max_seq_len: int) -> dict[str, bytes]:
         "max_model_len": max_seq_len,  # vLLM's field
     }
     return {
-        "v1/models": to_json({"object": "list", "data": [model]}) + b"\n",
-        f"v1/models/{model_name}": to_json(model) + b"\n",
+        "v1/models": Document(to_json({"object": "list", "data": [model]}) + b"\n"),
+        f"v1/models/{model_name}": Document(to_json(model) + b"\n"),
     }
