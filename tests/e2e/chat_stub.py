@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ MODEL = {"id": "llama", "object": "model", "max_model_len": 2048}
 
 @dataclass(frozen=True)
 class Answer:
-    """What the stub sends for one request: pieces of a body as they are, waiting for each event among them."""
+    """What the stub sends for one request: pieces of a body as they are, waiting for events and seconds among them."""
 
-    pieces: Iterable[bytes | threading.Event]
+    pieces: Iterable[bytes | threading.Event | float]
     status: int = 200
     content_type: str = "text/event-stream"
     breaks_off: bool = False
@@ -125,6 +126,8 @@ def serve_stub() -> Iterator[Stub]:
                 for piece in answer.pieces:
                     if isinstance(piece, threading.Event):
                         piece.wait(30)
+                    elif isinstance(piece, float):
+                        time.sleep(piece)
                     else:
                         self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 if not answer.breaks_off:

@@ -44,6 +44,7 @@ class Generation {
   #end(error) {
     if (error.name === "AbortError") {
       this.answer.state = "stopped";
+      this.server.reportAbort();
       return;
     }
     this.answer.state = "failed";

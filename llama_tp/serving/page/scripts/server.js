@@ -45,6 +45,14 @@ class Server {
     return (await response.json()).data[0];
   }
 
+  /**
+   * Make the server notice that an answer was aborted. TorchServe reports a client that has gone with the next request
+   * only; until then, the engine would go on for some seconds.
+   */
+  reportAbort() {
+    setTimeout(() => this.model().catch(() => {}), 100);
+  }
+
   /** The chunks of a streamed answer, parsed. A Problem if it fails; an AbortError if it is aborted. */
   async *chunks(body, signal) {
     const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
