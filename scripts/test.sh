@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-# ensure_browser LOG_FILE: the chat page is tested in a real one. Without it, those tests are skipped, or fail if CI is set.
+# ensure_browser LOG_FILE: the chat page is tested in a real one. Without it, those tests are skipped, or fail if REQUIRE_BROWSER is set.
 ensure_browser() {
     local log=$1 name root=()
     for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do
