@@ -365,6 +365,17 @@ def test_tags_in_an_answer_are_shown_as_text(stub: Stub, page: Page) -> None:
     expect(page.get_by_role("article", name="You").locator(".bubble")).to_have_text("<i>How?</i>")
 
 
+@pytest.mark.parametrize("code", ["<script>x = 1</script>", "<b onclick='x'>&lt;</b> <!-- -->", "'</code></pre><b>'"])
+@pytest.mark.parametrize("language", ["html", "js", "python", "no-such-language"])
+def test_code_is_shown_as_it_was_written(stub: Stub, page: Page, language: str, code: str) -> None:
+    """Colouring puts elements into it."""
+    stub.answers = [streamed(f"```{language}\n", code, "\n```")]
+    send(page, "Show me")
+    expect(completed(page).locator("pre")).to_have_text(f"{code}\n", use_inner_text=False)
+    assert (answer(page).locator("pre span").count() > 0) == (language in ("html", "js", "python"))
+    expect(answer(page).locator(":is(pre script, pre b)")).to_have_count(0)
+
+
 SECOND_WALL = """async () => {
   await new Promise((go) => setTimeout(go)); // what playwright calls may evaluate text, what a timer calls may not
   const passed = [];

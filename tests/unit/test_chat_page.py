@@ -127,4 +127,4 @@ def test_the_vendored_files_are_those_of_the_table():
         path.name: sha256(path.read_bytes()).hexdigest() for path in vendor.iterdir() if path.name.endswith(".js")
     }
     assert hashes == table
-    assert len(hashes) == 2
+    assert len(hashes) == 3

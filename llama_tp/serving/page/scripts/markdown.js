@@ -5,7 +5,7 @@
 
 const SAFE_URL = /^(?:https?:\/\/|mailto:)/i;
 
-const markdown = markdownit({ html: false, linkify: true, typographer: false });
+const markdown = markdownit({ html: false, linkify: true, typographer: false, highlight: highlighted });
 markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false, fuzzyIP: false });
 markdown.validateLink = (url) => SAFE_URL.test(url);
 
@@ -29,7 +29,7 @@ for (const cell of ["th_open", "td_open"]) {
 const SANITIZED = {
   ALLOWED_TAGS: [
     ...["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code"],
-    ...["em", "strong", "s", "a", "table", "thead", "tbody", "tr", "th", "td"],
+    ...["em", "strong", "s", "a", "span", "table", "thead", "tbody", "tr", "th", "td"],
   ],
   ALLOWED_ATTR: ["href", "title", "start", "class"],
   ALLOWED_URI_REGEXP: SAFE_URL,
@@ -37,7 +37,19 @@ const SANITIZED = {
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
-const CLASS = /^(?:language-[\w+#.-]{1,32}|align-(?:left|center|right))$/;
+const CLASS = /^(?:language-[\w+#.-]{1,32}|align-(?:left|center|right)|hljs-[a-z_-]+(?: [a-z]+_)*)$/;
+
+/** HTML of code with its parts marked, or "" if the language is not known. Kept, as an answer is rendered many times. */
+function highlighted(code, language) {
+  if (!hljs.getLanguage(language)) return "";
+  const key = `${language} ${code}`;
+  if (!highlighted.kept.has(key)) {
+    if (highlighted.kept.size > 100) highlighted.kept.clear();
+    highlighted.kept.set(key, hljs.highlight(code, { language, ignoreIllegals: true }).value);
+  }
+  return highlighted.kept.get(key);
+}
+highlighted.kept = new Map();
 
 /** A fragment with the text's elements. */
 function rendered(text) {
