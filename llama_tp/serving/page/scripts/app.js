@@ -16,7 +16,8 @@ class App {
   constructor() {
     this.conversations = this.history.load();
     for (const conversation of this.conversations) this.#endInterrupted(conversation);
-    this.current = newConversation(this.history.settings);
+    const shown = this.history.shown;
+    this.current = this.conversations.find(({ id }) => id === shown) ?? this.#newConversation();
     this.settings = new SettingsDialog(() => this.#settingsChanged());
     this.text = byId("composer-text");
     this.#listen();
@@ -32,7 +33,7 @@ class App {
     if (!content.trim() || this.running.has(this.current.id)) return;
     const parent = shownMessages(this.current).at(-1)?.id ?? ROOT;
     this.text.value = "";
-    this.current.draft = "";
+    this.#setDraft("");
     this.#keep(this.current);
     this.#ask(parent, content);
   }
@@ -42,7 +43,7 @@ class App {
   }
 
   newChat() {
-    this.#open(newConversation(structuredClone(this.history.settings)));
+    this.#open(this.#newConversation());
     this.text.focus();
   }
 
@@ -51,17 +52,23 @@ class App {
     const editor = editorNode(message);
     const area = editor.querySelector("textarea");
     const close = () => {
+      delete message.edited;
       editor.replaceWith(node);
       node.querySelector("[data-action=edit]").focus();
     };
     editor.addEventListener("submit", (event) => {
       event.preventDefault();
       if (!area.value.trim() || this.running.has(this.current.id)) return;
+      delete message.edited;
       this.#ask(message.parent, area.value);
       this.text.focus();
     });
     editor.querySelector("[data-action=cancel-edit]").addEventListener("click", close);
-    area.addEventListener("input", () => fit(area));
+    area.addEventListener("input", () => {
+      message.edited = area.value;
+      this.#saveSoon(this.current);
+      fit(area);
+    });
     area.addEventListener("keydown", (event) => {
       if (sendsMessage(event)) {
         event.preventDefault();
@@ -207,6 +214,12 @@ class App {
 
   // --- showing --------------------------------------------------------------------------------------------------
 
+  #newConversation() {
+    const conversation = newConversation(this.history.settings);
+    conversation.draft = this.history.draft;
+    return conversation;
+  }
+
   #open(conversation) {
     this.current = conversation;
     this.#isPinned = true;
@@ -215,6 +228,7 @@ class App {
   }
 
   #showConversation() {
+    this.history.shown = this.current.id;
     this.text.value = this.current.draft;
     fit(this.text);
     this.#showMessages();
@@ -412,10 +426,15 @@ class App {
   }
 
   #typed() {
-    this.current.draft = this.text.value;
+    this.#setDraft(this.text.value);
     fit(this.text);
     this.#showComposer();
+  }
+
+  #setDraft(text) {
+    this.current.draft = text;
     if (this.conversations.includes(this.current)) this.#saveSoon(this.current);
+    else this.history.draft = text;
   }
 
   #keyInComposer(event) {

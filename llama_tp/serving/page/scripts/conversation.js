@@ -43,10 +43,21 @@ function addMessage(conversation, parent, role, content) {
   return message;
 }
 
+/** Messages for the server. What was asked without success is part of the next question: formats want roles to alternate. */
+function dialogOf(messages) {
+  const dialog = [];
+  for (const { role, content } of messages) {
+    if (role === "assistant" && content === "") continue;
+    if (dialog.at(-1)?.role === role) dialog.at(-1).content += `\n\n${content}`;
+    else dialog.push({ role, content });
+  }
+  return dialog;
+}
+
 /** The body of the request for an answer to the messages. */
 function requestFor(conversation, messages, model) {
   const { system, sampling } = conversation.settings;
-  const dialog = messages.map(({ role, content }) => ({ role, content }));
+  const dialog = dialogOf(messages);
   if (system.trim()) dialog.unshift({ role: "system", content: system });
   const continues = messages.at(-1).role === "assistant";
   return {

@@ -52,6 +52,32 @@ class ChatHistory {
     return key?.startsWith(prefix) ? key.slice(prefix.length) : null;
   }
 
+  /** The text written in a new conversation, which is stored only once it is sent. */
+  get draft() {
+    return this.#storage.getItem(`${this.#prefix}draft`) ?? "";
+  }
+
+  set draft(text) {
+    this.#set("draft", text);
+  }
+
+  /** The id of the conversation that this tab shows, for when it is reloaded. */
+  get shown() {
+    try {
+      return sessionStorage.getItem(`${this.#prefix}shown`);
+    } catch {
+      return null;
+    }
+  }
+
+  set shown(id) {
+    try {
+      sessionStorage.setItem(`${this.#prefix}shown`, id);
+    } catch {
+      // Storage is disabled.
+    }
+  }
+
   /** The settings that a new conversation begins with. */
   get settings() {
     try {
@@ -64,7 +90,7 @@ class ChatHistory {
   }
 
   set settings(settings) {
-    this.#set(`settings`, JSON.stringify(settings));
+    this.#set("settings", JSON.stringify(settings));
   }
 
   #set(name, text) {

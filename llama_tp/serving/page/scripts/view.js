@@ -115,7 +115,7 @@ function precise(number) {
 /** The editor that replaces a user message. */
 function editorNode(message) {
   const area = el("textarea", { class: "edit-text", "aria-label": "Edit message", rows: "1" });
-  area.value = message.content;
+  area.value = message.edited ?? message.content;
   return el(
     "form",
     { class: "editor" },
