@@ -128,3 +128,11 @@ def test_the_vendored_files_are_those_of_the_table():
     }
     assert hashes == table
     assert len(hashes) == 3
+
+
+def test_every_icon_that_is_used_is_in_the_sheet(page):
+    sheet = {one["id"].removeprefix("icon-") for one in page.all("symbol")}
+    used = {one["href"].removeprefix("#icon-") for one in page.all("use")}
+    for path in FOLDER.joinpath("scripts").iterdir():
+        used |= set(re.findall(r'(?:\bicon\("|iconButton\("|#icon-)([a-z]+)', path.read_text()))
+    assert used == sheet

@@ -7,9 +7,10 @@ function messageNode(message, versions, { isLast }) {
   const node = message.role === "user" ? userNode(message) : answerNode(message);
   node.id = `message-${message.id}`;
   node.dataset.id = message.id;
+  node.dataset.isLast = String(isLast);
   const actions = el("div", { class: "actions" });
   if (versions.length > 1) actions.append(versionSwitch(message, versions));
-  actions.append(...(message.role === "user" ? userButtons() : answerButtons(message, isLast)));
+  actions.append(...(message.role === "user" ? userButtons() : answerButtons()));
   if (message.role === "assistant") actions.append(el("span", { class: "stats" }));
   node.append(actions);
   if (message.role === "assistant") updateAnswer(node, message);
@@ -36,12 +37,11 @@ function userButtons() {
   ];
 }
 
-function answerButtons(message, isLast) {
+function answerButtons() {
   return [
     iconButton("copy", "Copy answer", { "data-action": "copy" }),
     iconButton("retry", "Regenerate answer", { "data-action": "regenerate" }),
-    isLast ? iconButton("continue", "Continue answer", { "data-action": "continue" }) : null,
-  ].filter(Boolean);
+  ];
 }
 
 function versionSwitch(message, versions) {
@@ -63,11 +63,9 @@ function updateAnswer(node, message) {
   node.dataset.state = message.state ?? "";
   if (message.content) replaceChildren(prose, rendered(message.content));
   else prose.replaceChildren(...(isGenerating ? [waiting()] : []));
-  node.querySelector(".outcome").replaceChildren(...outcomeOf(message));
+  const canContinue = node.dataset.isLast === "true" && message.content !== "";
+  node.querySelector(".outcome").replaceChildren(...outcomeOf(message, canContinue));
   node.querySelector(".stats")?.replaceChildren(...(isGenerating ? [] : statsOf(message.stats)));
-  const canContinue = !isGenerating && message.content !== "" && message.state !== "stop";
-  const button = node.querySelector("[data-action=continue]");
-  if (button) button.hidden = !canContinue;
 }
 
 function waiting() {
@@ -77,14 +75,20 @@ function waiting() {
 }
 
 /** How the answer ended, if not by itself. */
-function outcomeOf(message) {
-  if (message.problem) return [problemNode(message.problem)];
+function outcomeOf(message, canContinue) {
+  const more = canContinue ? continueButton() : null;
+  if (message.problem) return [problemNode(message.problem, more)];
   const notes = { length: "Stopped at the token limit.", stopped: "Stopped." };
   const note = notes[message.state];
-  return note ? [el("p", { class: "note" }, note)] : [];
+  return note ? [el("p", { class: "note" }, note, more)] : [];
 }
 
-function problemNode({ title, detail, remedy }) {
+function continueButton() {
+  const attributes = { type: "button", class: "plain", "data-action": "continue", "aria-label": "Continue answer" };
+  return el("button", attributes, "Continue");
+}
+
+function problemNode({ title, detail, remedy }, more = null) {
   const buttons = {
     retry: ["retry", "Try again"],
     token: ["enter-token", "Enter token"],
@@ -93,7 +97,7 @@ function problemNode({ title, detail, remedy }) {
   const [action, label] = buttons[remedy] ?? [];
   const texts = el("div", {}, el("strong", {}, title), el("p", {}, detail));
   const button = action ? el("button", { type: "button", class: "plain", "data-action": action }, label) : null;
-  return el("div", { class: "problem" }, texts, button);
+  return el("div", { class: "problem" }, texts, button, more);
 }
 
 /** Figures of an answer, as nodes. */
