@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +16,5 @@ class Reply:
     status: int = 200
     """HTTP status. Only a request's first reply sets it."""
     content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Further HTTP headers. Only a request's first reply sets them."""

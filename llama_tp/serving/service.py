@@ -25,6 +25,7 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
+from llama_tp.serving.page.assembly import chat_page
 from llama_tp.serving.reply import Reply
 from llama_tp.serving.reply_size import chunk_outputs, cut_size
 from llama_tp.text.chat import ChatFormat
@@ -107,7 +108,7 @@ class LlamaService:
             **openai_queries(defaults, model_name),
             **anthropic_queries(defaults, model_name),
         }
-        self._documents = model_documents(model_name, config.max_seq_len)
+        self._documents = {**model_documents(model_name, config.max_seq_len), "chat": chat_page()}
         self._active: dict[str, _Active] = {}
         self._prompt_of: dict[str, tuple[str, int]] = {}  # key in the engine -> request, and which of its prompts
         self._num_started = 0
@@ -131,7 +132,7 @@ class LlamaService:
     def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
         """Accept a request to a route below the model's own. An error becomes its only reply."""
         if (document := self._documents.get(route)) is not None:
-            self._immediate.append(Reply(request_id, document))
+            self._immediate.append(document.reply(request_id))
             return
         dialect = self._dialects.get(route) or self._queries.get(route)
         if dialect is None:

@@ -132,6 +132,8 @@ class Batch:
         context = self._context
         context.set_response_status(code=reply.status, phrase=_PHRASES.get(reply.status, ""), idx=index)
         context.set_response_content_type(index, reply.content_type)
+        for name, value in reply.headers.items():
+            context.set_response_header(index, name, value)
         if reply.status in (429, 503):
             context.set_response_header(index, "retry-after", str(RETRY_AFTER_S))
 

@@ -54,7 +54,7 @@ class Context:
         self.content_types[idx] = value
 
     def set_response_header(self, idx, key, value):
-        self.headers[idx] = (key, value)
+        self.headers.setdefault(idx, {})[key] = value
 
 
 class Service:
@@ -348,13 +348,21 @@ def test_a_client_that_may_not_know_chunks_gets_a_whole_answer(module, headers):
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"), [(429, {0: ("retry-after", "1")}), (503, {0: ("retry-after", "1")}), (400, {})]
+    ("status", "expected"), [(429, {0: {"retry-after": "1"}}), (503, {0: {"retry-after": "1"}}), (400, {})]
 )
 def test_who_is_refused_for_lack_of_capacity_is_told_when_to_come_again(module, status, expected):
     handler = handler_of(module, [Reply("a", b"{}", status=status)])
     data, context = batch("a")
     handler.handle(data, context)
     assert context.headers == expected
+
+
+def test_a_reply_brings_its_own_headers(module):
+    headers = {"content-security-policy": "default-src 'none'", "referrer-policy": "no-referrer"}
+    handler = handler_of(module, [Reply("a", b"<!doctype html>", content_type="text/html", headers=headers)])
+    data, context = batch("a")
+    handler.handle(data, context)
+    assert (context.headers, context.content_types) == ({0: headers}, {0: "text/html"})
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])

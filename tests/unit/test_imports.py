@@ -114,7 +114,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.engine.sampling_params",
         *(f"llama_tp.serving.{name}" for name in ("encoding", "errors", "fields", "strict_json", "strict_model")),
         *(f"llama_tp.serving.{name}" for name in ("generation", "reply_size", "admission", "output", "metrics")),
-        *modules_below("llama_tp.serving.dialects"),
+        *modules_below("llama_tp.serving.dialects", "llama_tp.serving.document", "llama_tp.serving.page"),
         "llama_tp.resources",
         *modules_below("llama_tp.checkpoint.hub"),
         "llama_tp.checkpoint.formats.quantization_config",

@@ -1265,3 +1265,11 @@ def test_bad_words_are_not_in_the_answer(service, tokenizer):
     pairs = ask(service, COMPLETIONS, **body, bad_words=["the the"])[1]["choices"][0]["token_ids"]
     assert word in pairs
     assert (word, word) not in set(itertools.pairwise(pairs))
+
+
+def test_the_chat_page_is_answered_as_html(service):
+    service.open("page", b"", "chat")
+    (reply,) = service.poll(0)
+    assert (reply.status, reply.is_last, reply.content_type) == (200, True, "text/html; charset=utf-8")
+    assert reply.body.startswith(b"<!doctype html>")
+    assert reply.headers["content-security-policy"].startswith("default-src 'none'")

@@ -10,6 +10,7 @@ from llama_tp.serving.dialects.openai.completions import CompletionsDialect
 from llama_tp.serving.dialects.openai.responses.dialect import ResponsesDialect
 from llama_tp.serving.dialects.openai.tokenize import DetokenizeQuery, TokenizeQuery
 from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.document import Document
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import RequestDefaults
@@ -31,7 +32,7 @@ def openai_queries(defaults: RequestDefaults, model_name: str) -> dict[str, Quer
     return queries | {f"v1/{name}": query for name, query in queries.items()}
 
 
-def model_documents(model_name: str, max_seq_len: int) -> dict[str, bytes]:
+def model_documents(model_name: str, max_seq_len: int) -> dict[str, Document]:
     """The answers of the routes that describe the model, by route."""
     model = {
         "id": model_name,
@@ -41,6 +42,6 @@ def model_documents(model_name: str, max_seq_len: int) -> dict[str, bytes]:
         "max_model_len": max_seq_len,  # vLLM's field
     }
     return {
-        "v1/models": to_json({"object": "list", "data": [model]}) + b"\n",
-        f"v1/models/{model_name}": to_json(model) + b"\n",
+        "v1/models": Document(to_json({"object": "list", "data": [model]}) + b"\n"),
+        f"v1/models/{model_name}": Document(to_json(model) + b"\n"),
     }
