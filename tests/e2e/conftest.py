@@ -20,7 +20,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo_server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     """A server of the demo's model in float32, with 8 slots."""
     work = tmp_path_factory.mktemp("model")
@@ -34,7 +34,7 @@ def demo_server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo_tokenizer(demo_folder: Path) -> Tokenizer:
     return load_tokenizer(demo_folder / "converted_checkpoints")
 

@@ -1,0 +1,164 @@
+"""Structured output and tool calls with the official clients: a real TorchServe with the demo's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import jsonschema
+import pytest
+from pydantic import BaseModel, Field
+
+from tests.e2e.torchserve_rig import TorchServe
+from tests.schemas import SCHEMAS
+from tests.waiting import PATIENCE_S
+
+openai = pytest.importorskip("openai")
+anthropic = pytest.importorskip("anthropic")
+
+pytestmark = pytest.mark.e2e
+
+QUESTION = [{"role": "user", "content": "Describe the weather in Paris."}]
+SAMPLED = {"model": "llama", "temperature": 1.0, "max_tokens": 120}
+NUM_ANSWERS = 200
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+NOW = {"type": "function", "function": {"name": "now", "description": "The time."}}
+
+
+class Weather(BaseModel):
+    sky: Literal["clear", "cloudy"]
+    degrees: int = Field(ge=-20, le=40)
+
+
+@pytest.fixture(scope="module")
+def client(demo_server: TorchServe) -> Iterator[Any]:
+    url = f"http://127.0.0.1:{demo_server.inference_port}/predictions/llama/1.0/v1"
+    with openai.OpenAI(base_url=url, api_key="none", timeout=PATIENCE_S, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def claude(demo_server: TorchServe) -> Iterator[Any]:
+    url = f"http://127.0.0.1:{demo_server.inference_port}/predictions/llama/1.0"
+    with anthropic.Anthropic(base_url=url, api_key="none", timeout=PATIENCE_S, max_retries=0) as made:
+        yield made
+
+
+def answers_to(client: Any, name: str, seed: int) -> list[str]:
+    """The texts of the answers that end with stop."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMAS[name]}}
+    done = client.chat.completions.create(messages=QUESTION, response_format=form, n=3, seed=seed, **SAMPLED)
+    return [choice.message.content for choice in done.choices if choice.finish_reason == "stop"]
+
+
+def test_two_hundred_sampled_answers_are_valid_under_their_schemas(client: Any) -> None:
+    found: dict[str, list[str]] = {name: [] for name in SCHEMAS}
+    with ThreadPoolExecutor(4) as threads:
+        for seed in range(0, 300, 10):
+            for name, texts in zip(SCHEMAS, threads.map(lambda name: answers_to(client, name, seed), SCHEMAS)):  # noqa: B023, B905
+                found[name] += texts
+            if sum(map(len, found.values())) >= NUM_ANSWERS:
+                break
+    assert sum(map(len, found.values())) >= NUM_ANSWERS
+    assert sum(map(bool, found.values())) >= 20, "answers under almost every schema end"
+    for name, texts in found.items():
+        validator = jsonschema.Draft202012Validator(SCHEMAS[name])
+        for text in texts:
+            validator.validate(json.loads(text))
+
+
+def test_the_client_parses_an_answer_into_a_model(client: Any) -> None:
+    chat = client.chat.completions.parse(messages=QUESTION, response_format=Weather, seed=1, **SAMPLED)
+    assert isinstance(chat.choices[0].message.parsed, Weather)
+    response = client.responses.parse(model="llama", input="The weather in Paris?", text_format=Weather, temperature=1)
+    assert isinstance(response.output_parsed, Weather)
+
+
+def test_completions_follow_vllm_s_fields(client: Any) -> None:
+    done = client.completions.create(
+        **{**SAMPLED, "prompt": "The sky is", "seed": 1, "n": 4},
+        extra_body={"structured_outputs": {"choice": [" blue", " grey"]}},
+    )
+    assert {choice.text for choice in done.choices} <= {" blue", " grey"}
+    done = client.completions.create(
+        **{**SAMPLED, "prompt": "My number is", "seed": 1}, extra_body={"guided_regex": " [0-9]{3}-[0-9]{4}"}
+    )
+    assert len(done.choices[0].text) == 9
+
+
+def test_a_tool_is_called_and_its_result_goes_back(client: Any) -> None:
+    first = client.chat.completions.create(
+        messages=QUESTION, tools=[WEATHER, NOW], tool_choice="required", parallel_tool_calls=False, seed=3, **SAMPLED
+    )
+    (choice,) = first.choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    if call.function.name == "get_weather":
+        jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 degrees"}
+    second = client.chat.completions.create(
+        messages=[*QUESTION, choice.message.model_dump(exclude_none=True), result],
+        **{**SAMPLED, "temperature": 0, "max_tokens": 20},
+        tools=[WEATHER, NOW],
+    )
+    assert second.choices[0].message.content
+
+
+def test_streamed_calls_are_those_of_the_whole_answer(client: Any) -> None:
+    fields = {
+        **SAMPLED,
+        "messages": QUESTION,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+        "parallel_tool_calls": False,
+        "seed": 5,
+    }
+    (call,) = client.chat.completions.create(**fields).choices[0].message.tool_calls
+    pieces = []
+    with client.chat.completions.create(**fields, stream=True) as stream:
+        for chunk in stream:
+            for delta in chunk.choices[0].delta.tool_calls or ():
+                pieces.append(delta)
+    assert (pieces[0].function.name, {piece.index for piece in pieces}) == ("get_weather", {0})
+    assert "".join(piece.function.arguments for piece in pieces) == call.function.arguments
+    assert len(pieces) > 3, "the arguments arrive as they are generated"
+
+
+def test_responses_call_functions(client: Any) -> None:
+    tool = {"type": "function", **WEATHER["function"]}
+    response = client.responses.create(
+        model="llama", input="The weather in Rome?", tools=[tool], tool_choice="required", parallel_tool_calls=False
+    )
+    (item,) = response.output
+    assert (item.type, item.name) == ("function_call", "get_weather")
+    jsonschema.validate(json.loads(item.arguments), PARAMETERS)
+
+
+def test_claude_s_client_uses_a_tool(claude: Any) -> None:
+    tool = {"name": "get_weather", "input_schema": PARAMETERS}
+    fields: dict[str, Any] = {
+        "model": "llama",
+        "max_tokens": 120,
+        "messages": QUESTION,
+        "tools": [tool],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
+    message = claude.messages.create(**fields)
+    assert message.stop_reason == "tool_use"
+    (block,) = message.content
+    jsonschema.validate(block.input, PARAMETERS)
+    with claude.messages.stream(**fields) as stream:
+        (streamed,) = stream.get_final_message().content
+    jsonschema.validate(streamed.input, PARAMETERS)
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": "sunny, 21 degrees"}
+    turns = [*QUESTION, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+    again = claude.messages.create(**{**fields, "messages": turns, "tool_choice": {"type": "none"}, "max_tokens": 10})
+    assert again.content[0].type == "text"
