@@ -219,6 +219,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "invalid_type", "messages"),
     ({"messages": []}, "empty_messages", "messages"),
     ({"messages": "Hi"}, "invalid_type", "messages"),
+    ({"messages": HI * 8193}, "invalid_value", "messages"),
     ({"messages": [123]}, "invalid_type", "messages[0]"),
     ({"messages": [{}]}, "invalid_type", "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "invalid_type", "messages[0].content"),

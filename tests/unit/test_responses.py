@@ -200,6 +200,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"model": 5}, "invalid_type", "model"),
     *(({"input": value}, "empty_prompt", "input") for value in ("", [])),
     *(({"input": value}, "invalid_type", "input") for value in (5, None, {}, True)),
+    ({"input": [{"role": "user", "content": "Hi"}] * 8193}, "invalid_value", "input"),
     ({"input": [123]}, "invalid_type", "input[0]"),
     ({"input": [{}]}, "invalid_type", "input[0].role"),
     ({"input": [{"role": "user"}]}, "invalid_type", "input[0].content"),
