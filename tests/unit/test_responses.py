@@ -534,6 +534,10 @@ def test_an_error_is_an_object_before_the_stream_and_an_event_in_it() -> None:
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"code": "server_error", "message": "bad"}
     assert failed["response"]["output"][0]["content"][0]["text"] == "a"
+    formatter = replies(stream=True)
+    with pytest.raises((AssertionError, IndexError)):
+        formatter.chunk([delta(tool_calls=[ToolCallDelta(0, "more of a call that has not begun")])], None)
+    assert json.loads(formatter.error(error)) == {"error": error.fields()}, "nothing of the stream has been sent"
     broken = delta(finish_reason=FinishReason.ERROR, error=error)
     for reply in (lambda: replies().answer([broken], USAGE), lambda: replies(stream=True).chunk([broken], USAGE)):
         with pytest.raises(ApiError) as caught:
