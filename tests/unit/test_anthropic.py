@@ -219,6 +219,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "invalid_type", "messages"),
     ({"messages": []}, "empty_messages", "messages"),
     ({"messages": "Hi"}, "invalid_type", "messages"),
+    ({"messages": HI * 8193}, "invalid_value", "messages"),
     ({"messages": [123]}, "invalid_type", "messages[0]"),
     ({"messages": [{}]}, "invalid_type", "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "invalid_type", "messages[0].content"),
@@ -517,6 +518,10 @@ def test_an_error_is_an_object_before_the_stream_and_an_event_in_it() -> None:
     assert json.loads(formatter.error(error)) == expected
     formatter.chunk([delta("a")], None)
     assert events(formatter.error(error)) == [expected]
+    formatter = replies(stream=True)
+    with pytest.raises((AssertionError, IndexError)):
+        formatter.chunk([delta(**called(0, "more of a call that has not begun"))], None)
+    assert json.loads(formatter.error(error)) == expected, "nothing of the stream has been sent"
     failed = delta(finish_reason=FinishReason.ERROR, error=error)
     for reply in (lambda: replies().answer([failed], USAGE), lambda: replies(stream=True).chunk([failed], USAGE)):
         with pytest.raises(ApiError) as caught:

@@ -88,6 +88,14 @@ def test_a_stop_string_may_begin_with_the_space_between_a_prompt_and_its_complet
     assert stream.stopped
 
 
+def test_a_stream_tells_which_stop_string_it_found():
+    tokenizer = tiny("tiktoken")
+    for stops, found in [(["x", "b"], "b"), (["b", "ab"], "ab"), (["bc", "ab"], "ab"), (["x"], None), ([], None)]:
+        stream = TextStream(tokenizer, stops)
+        run(stream, tokenizer.encode("aabc"))
+        assert stream.stop_string == found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_character_that_a_prompt_leaves_unfinished_is_finished(kind):
     tokenizer = tiny(kind)

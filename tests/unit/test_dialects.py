@@ -32,7 +32,7 @@ MAX_SEQ_LEN = 512
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[LlamaService]:
+def loop() -> Iterator[EngineLoop]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     tokenizer = tiny("sentencepiece")
@@ -41,13 +41,19 @@ def service() -> Iterator[LlamaService]:
     model.output.weight[list(tokenizer.stop_ids)] = 0  # never among the most probable: no answer ends by chance
     loop = EngineLoop(engine_of(model, max_seq_len=MAX_SEQ_LEN), abandon_after_s=3600.0)
     loop.start()
+    yield loop
+    loop.stop()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def service(loop: EngineLoop) -> LlamaService:
+    tokenizer = tiny("sentencepiece")
     greedy = {knob.name: knob.default for knob in KNOBS} | {"temperature": 0.0}
     defaults = RequestDefaults(
         mode="chat", max_new_tokens=24, seed=None, sampling=greedy, configured=frozenset(["temperature"])
     )
-    yield LlamaService(loop, tokenizer, chat_format("llama2", tokenizer), defaults, model_name="llama")
-    loop.stop()
-    torch.set_num_threads(before)
+    return LlamaService(loop, tokenizer, chat_format("llama2", tokenizer), defaults, model_name="llama")
 
 
 _counter = itertools.count()
@@ -202,6 +208,18 @@ def test_events_larger_than_a_chunk_are_sent_in_pieces(service: LlamaService) ->
     assert [event["type"] for event in events][:2] == ["response.created", "response.in_progress"]
     assert events[-1]["type"] == "response.incomplete"
     assert all(event["response"]["metadata"] == metadata for event in (events[0], events[1], events[-1]))
+
+
+def test_pieces_do_not_wait_for_new_tokens(
+    service: LlamaService, loop: EngineLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.open("waiting", body_of(RESPONSES, "Hi", 300, stream=True, metadata={"a": "x" * 500_000}), RESPONSES)
+    while not service.poll(0.2):
+        pass
+    monkeypatch.setattr(loop, "poll", lambda _timeout_s: [])
+    pieces = [reply for _ in range(10) for reply in service.poll(0.0)]
+    assert len(pieces) == 10
+    service.close("waiting")
 
 
 def test_a_client_that_leaves_between_two_pieces_is_forgotten(service: LlamaService) -> None:

@@ -200,6 +200,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"model": 5}, "invalid_type", "model"),
     *(({"input": value}, "empty_prompt", "input") for value in ("", [])),
     *(({"input": value}, "invalid_type", "input") for value in (5, None, {}, True)),
+    ({"input": [{"role": "user", "content": "Hi"}] * 8193}, "invalid_value", "input"),
     ({"input": [123]}, "invalid_type", "input[0]"),
     ({"input": [{}]}, "invalid_type", "input[0].role"),
     ({"input": [{"role": "user"}]}, "invalid_type", "input[0].content"),
@@ -533,6 +534,10 @@ def test_an_error_is_an_object_before_the_stream_and_an_event_in_it() -> None:
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"code": "server_error", "message": "bad"}
     assert failed["response"]["output"][0]["content"][0]["text"] == "a"
+    formatter = replies(stream=True)
+    with pytest.raises((AssertionError, IndexError)):
+        formatter.chunk([delta(tool_calls=[ToolCallDelta(0, "more of a call that has not begun")])], None)
+    assert json.loads(formatter.error(error)) == {"error": error.fields()}, "nothing of the stream has been sent"
     broken = delta(finish_reason=FinishReason.ERROR, error=error)
     for reply in (lambda: replies().answer([broken], USAGE), lambda: replies(stream=True).chunk([broken], USAGE)):
         with pytest.raises(ApiError) as caught:

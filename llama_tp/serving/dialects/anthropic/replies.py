@@ -57,7 +57,6 @@ class MessageReplies:
         if delta.error is not None:
             raise delta.error
         events = [] if self._has_begun else [*self._opening()]
-        self._has_begun = True
         if delta.text:
             if self._open != _TEXT:
                 events += self._begin(_TEXT, {"type": "text", "text": ""}, "text_delta", "text")
@@ -66,6 +65,7 @@ class MessageReplies:
             events += self._call(call)
         if usage is not None:
             events += self._closing(delta, usage)
+        self._has_begun = True  # not earlier: a chunk that cannot be built is not sent
         return b"".join(events) or _PING
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:

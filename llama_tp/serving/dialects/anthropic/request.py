@@ -23,7 +23,7 @@ from llama_tp.serving.dialects.tools import (
     function_tool,
     unique_tools,
 )
-from llama_tp.serving.dialects.turns import Turns
+from llama_tp.serving.dialects.turns import FewItems, Turns
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, KNOB_TYPES, MaxNewTokens, Seed, StopStrings, must_be_text
@@ -139,7 +139,7 @@ class PromptFields(StrictModel):
     }
 
     model: str = ABSENT
-    messages: Annotated[list[InputMessage], FailFast(), AfterValidator(_some_messages)]
+    messages: Annotated[list[InputMessage], FailFast(), FewItems, AfterValidator(_some_messages)]
     system: Texts = ABSENT
     tools: Annotated[list[Annotated[_Tool, BeforeValidator(_client_tool)]], FailFast(), Few, AfterValidator(_tools)] = (
         ABSENT

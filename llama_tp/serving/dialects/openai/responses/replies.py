@@ -50,7 +50,6 @@ class ResponseReplies:
         if delta.error is not None:
             raise delta.error
         events = [] if self._has_begun else [*self._opening()]
-        self._has_begun = True
         is_empty = usage is not None and not self._items
         if delta.text or (not delta.tool_calls and (is_empty or delta.logprobs)):
             events += self._text(delta)
@@ -58,6 +57,7 @@ class ResponseReplies:
             events += self._call(call)
         if usage is not None:
             events += self._closing(delta, usage)
+        self._has_begun = True  # not earlier: a chunk that cannot be built is not sent
         return b"".join(events) or _COMMENT
 
     def answer(self, outputs: Sequence[OutputDelta], usage: Usage) -> bytes:
