@@ -47,10 +47,10 @@ class Server {
 
   /**
    * Make the server notice that an answer was aborted. TorchServe reports a client that has gone with the next request
-   * only; until then, the engine would go on for some seconds.
+   * only; until then, the engine would go on for some seconds. On a busy machine, TorchServe itself notices late.
    */
   reportAbort() {
-    setTimeout(() => this.model().catch(() => {}), 100);
+    for (const delay of [100, 700, 3000]) setTimeout(() => this.model().catch(() => {}), delay);
   }
 
   /** The chunks of a streamed answer, parsed. A Problem if it fails; an AbortError if it is aborted. */
