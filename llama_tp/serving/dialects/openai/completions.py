@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import CompletionReplies
-from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in
+from llama_tp.serving.dialects.openai.request import Given, Names, Route, SharedFields, given_in
 from llama_tp.serving.dialects.openai.unsupported import COMPLETIONS
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, TopLogprobs, token_ids
@@ -28,8 +28,8 @@ _NAMES = FieldNames(max_new_tokens="max_tokens", min_new_tokens="min_tokens", to
 class CompletionsDialect:
     """The Dialect of v1/completions."""
 
-    def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
-        self._route = Route.of(defaults, model_name, max_tokens=MAX_TOKENS)
+    def __init__(self, defaults: RequestDefaults, names: Names) -> None:
+        self._route = Route.of(defaults, names, max_tokens=MAX_TOKENS)
 
     def parse(self, body: object) -> GenerationRequest:
         given = given_in(self._route.validate(_Body, body))

@@ -30,6 +30,8 @@ from llama_tp.serving.strict_model import StrictModel, validate
 
 Given = Mapping[str, Any]
 """The fields that a request sets, by name."""
+Names = tuple[str, ...]
+"""What requests may call the model. Answers use the first name."""
 
 
 class _StreamOptions(StrictModel):
@@ -71,7 +73,7 @@ Fields = TypeVar("Fields", bound=StrictModel)
 class Route:
     """What a completion route needs to know of the server."""
 
-    model_name: str
+    names: Names
     max_tokens: int
     """Default."""
     seed: int | None
@@ -79,7 +81,7 @@ class Route:
     """Defaults of the KNOBS of `SamplingParams`."""
 
     @classmethod
-    def of(cls, defaults: RequestDefaults, model_name: str, *, max_tokens: int) -> Route:
+    def of(cls, defaults: RequestDefaults, names: Names, *, max_tokens: int) -> Route:
         """As in vLLM, what the configuration sets is the default; otherwise it is OpenAI's: plain sampling, and
         `max_tokens`."""
         sampling = {
@@ -88,14 +90,18 @@ class Route:
         }
         if "max_new_tokens" in defaults.configured:
             max_tokens = defaults.max_new_tokens
-        return cls(model_name=model_name, max_tokens=max_tokens, seed=defaults.seed, sampling=sampling)
+        return cls(names=names, max_tokens=max_tokens, seed=defaults.seed, sampling=sampling)
+
+    @property
+    def model_name(self) -> str:
+        return self.names[0]
 
     def validate(self, model: type[Fields], body: object) -> Fields:
         """The fields of a body. ApiError with status 404 if it is for another model, else 400 if it is invalid."""
         payload = parse_json(body)
         fields = validate(model, payload)
         name = payload.get("model")
-        if name not in (None, self.model_name):
+        if name is not None and name not in self.names:
             message = f"model={shown(name)} does not exist; this server has {shown(self.model_name)}"
             raise ApiError(404, "model_not_found", message, "model")
         return fields

@@ -1,0 +1,55 @@
+"""What is printed once a model is ready."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llama_tp.torchserve.properties import Properties
+from llama_tp.torchserve.welcome import welcome
+
+
+class Server:
+    """One that is ready."""
+
+    def __init__(self, *, can_chat=True, key_file=None):
+        self.listeners = Properties().listeners("0.0.0.0", 9000)
+        self.url = "http://127.0.0.1:9000/predictions/llama"
+        self.port = 9000
+        self.log_dir = Path("/somewhere/logs")
+        self.served_name = "org/model"
+        self.can_chat = can_chat
+        self.api_key_file = key_file
+
+
+def command(text):
+    (line,) = [line for line in text.splitlines() if line.startswith("  try it")]
+    return shlex.split(line.split("try it", 1)[1])
+
+
+def test_it_has_every_address_and_how_to_stop():
+    text = welcome(Server(), stays=True)
+    for part in (
+        "http://127.0.0.1:9000/predictions/llama/1.0/v1 (OpenAI's API; model 'org/model')",
+        "http://127.0.0.1:9000/predictions/llama/1.0/chat\n",
+        "http://127.0.0.1:9002/metrics",
+        "/somewhere/logs",
+        "Ctrl-C",
+    ):
+        assert part in text
+    assert "llama-tp stop --port 9000" in welcome(Server(), stays=False)
+
+
+@pytest.mark.parametrize(("can_chat", "route"), [(True, "chat/completions"), (False, "completions")])
+def test_the_curl_line_fits_the_model(can_chat, route):
+    text = welcome(Server(can_chat=can_chat), stays=True)
+    assert command(text)[2] == f"http://127.0.0.1:9000/predictions/llama/1.0/v1/{route}"
+    assert ("/chat\n" in text) == can_chat
+
+
+def test_the_key_is_read_from_its_file_whatever_that_is_called():
+    text = welcome(Server(key_file=Path("/my folder/api_key")), stays=True)
+    assert "Authorization: Bearer $(cat '/my folder/api_key')" in command(text)
+    assert "  API key    in /my folder/api_key" in text
