@@ -25,6 +25,8 @@ from llama_tp.torchserve.properties import Address, Listeners, Properties, check
 STOP_S = 20.0
 """How long to wait for TorchServe to exit before killing it."""
 
+KEY_FILE = "key_file.json"
+"""Where TorchServe writes its tokens."""
 _DISTRIBUTION_PORT = 29500
 """TorchServe's default; part of the rendezvous id with which other hosts join the group."""
 
@@ -89,8 +91,13 @@ class TorchServe:
     @property
     def is_open(self) -> bool:
         """Whether it is reachable from other machines and needs neither token nor API key."""
-        tokens_are_off = self.properties.is_true("disable_token_authorization")
-        return tokens_are_off and self.api_key_file is None and not self.listeners.inference.is_loopback
+        needs_nothing = self.token_file is None and self.api_key_file is None
+        return needs_nothing and not self.listeners.inference.is_loopback
+
+    @property
+    def token_file(self) -> Path | None:
+        """The file with TorchServe's tokens; None if they are off."""
+        return None if self.properties.is_true("disable_token_authorization") else self.run_dir / KEY_FILE
 
     @property
     def api_key_file(self) -> Path | None:
@@ -293,7 +300,7 @@ def _client(listeners: Listeners, model_name: str, run_dir: Path, store: Path | 
         listeners.inference,
         listeners.management,
         model_name,
-        key_file=run_dir / "key_file.json",
+        key_file=run_dir / KEY_FILE,
         api_key_file=api_key_file,
     )
 

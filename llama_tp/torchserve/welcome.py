@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from llama_tp.torchserve.server import TorchServe
 
@@ -18,7 +19,8 @@ def welcome(server: TorchServe, *, stays: bool) -> str:
     lines = {
         "base URL": f"{base}/v1 (OpenAI's API; model {server.served_name!r})",
         "chat page": f"{base}/chat" if server.can_chat else "",
-        "try it": _curl(base, str(key_file) if key_file else None, can_chat=server.can_chat),
+        "try it": _curl(base, server.token_file, key_file, can_chat=server.can_chat),
+        "token": f"'inference' in {server.token_file}" if server.token_file else "",
         "API key": f"in {key_file}" if key_file else "",
         "metrics": f"{metrics.scheme}://{metrics.local_host}:{metrics.port}/metrics",
         "logs": str(server.log_dir),
@@ -27,7 +29,15 @@ def welcome(server: TorchServe, *, stays: bool) -> str:
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items() if text) + "\n"
 
 
-def _curl(base: str, key_file: str | None, *, can_chat: bool) -> str:
-    authorization = "" if key_file is None else f' -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"'
+def _curl(base: str, token_file: Path | None, key_file: Path | None, *, can_chat: bool) -> str:
+    """Secrets are read from their files."""
+    authorization = ""
+    if token_file is not None:
+        read = "import json, sys; print(json.load(open(sys.argv[1]))['inference']['key'])"
+        token = f"$(python3 -c {shlex.quote(read)} {shlex.quote(str(token_file))})"
+        authorization += f' -H "Authorization: Bearer {token}"'
+    if key_file is not None:
+        header = "Authorization: Bearer" if token_file is None else "x-api-key:"
+        authorization += f' -H "{header} $(cat {shlex.quote(str(key_file))})"'
     route, body = ("chat/completions", _CHAT) if can_chat else ("completions", _COMPLETION)
     return f"curl -s {base}/v1/{route}{authorization} -H 'Content-Type: application/json' -d '{body}'"

@@ -56,7 +56,7 @@ class Command:
         return "".join(self.out)
 
     def wait_until_ready(self) -> None:
-        ready = wait_until(lambda: "try it" in self.printed or self.process.poll() is not None, timeout_s=120)
+        ready = wait_until(lambda: "try it" in self.printed or self.process.poll() is not None, timeout_s=240)
         assert ready, "".join(self.err)
         assert self.process.poll() is None, "".join(self.err)
 
@@ -290,7 +290,7 @@ def test_the_second_start_needs_no_conversion_and_a_second_ctrl_c_ends_at_once(d
 
 def test_in_the_background_it_is_ended_by_stop_which_drains_too(demo_folder: Path, folder: Path) -> None:
     with started(demo_folder / "converted_checkpoints", folder, "--detach", "--max-seq-len=300") as command:
-        assert command.process.wait(120) == 0, "".join(command.err)
+        assert command.process.wait(240) == 0, "".join(command.err)
         stop = f"llama-tp stop --port {command.port}"
         assert wait_until(lambda: stop in command.printed)
         reader, chunks = streaming(command)
