@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from llama_tp.serving.access import credentials_in
     from llama_tp.serving.errors import ApiError
     from llama_tp.serving.reply import Reply
     from llama_tp.serving.service import LlamaService
@@ -84,13 +85,14 @@ class LlamaHandler:
                 request_id,
             )
             return
+        route = str(headers.get("url_path", ""))
         try:
             body = body_in(batch.parameters(request_id), exchange.transport)
         except ApiError as error:
-            service.refuse(request_id, error)
+            service.refuse(request_id, error, route)
         else:
             can_stream = exchange.transport is Transport.HTTP
-            service.open(request_id, body, str(headers.get("url_path", "")), can_stream=can_stream)
+            service.open(request_id, body, route, can_stream=can_stream, credentials=credentials_in(headers))
 
     def _probe_clients(self, service: LlamaService, batch: Batch) -> None:
         """All slots are taken: begin sending non-streaming answers, the only way to detect disconnected clients.

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import fire
 from fire import decorators
 
+from llama_tp.cli.settings import WrongArguments
+
 decorators.FIRE_METADATA = "__fire_metadata__"  # without the underscores, --help would list it as a command
 
 _RANK_0_GRACE_S = 5.0
@@ -26,7 +28,7 @@ running after that is the only one with an error, and prints its own."""
 
 
 def run_command(function: Callable[..., Any] | Mapping[str, Any], name: str | None = None) -> NoReturn:
-    """Run a function with the command line's arguments. User and disk errors give exit code 1.
+    """Run a function with the command line's arguments. User and disk errors give exit code 1, WrongArguments 2.
 
     Functions that run on several ranks raise on all of them, so under torchrun rank 0 prints the error for all.
     """
@@ -59,7 +61,7 @@ def _run(function: Callable[..., Any] | Mapping[str, Any], name: str | None) -> 
             time.sleep(_RANK_0_GRACE_S + 0.1 * rank)
         line = "; ".join(str(error).splitlines()) or type(error).__name__
         print(f"{name or os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongArguments) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.cli import bench, checkpoints, inspection, planning, serve, terminal
+from llama_tp.cli import bench, cache, checkpoints, inspection, planning, serve, terminal
 from llama_tp.cli.command import run_command
 from llama_tp.threads import bound_spinning
 
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "serve": serve.serve,
     "stop": serve.stop,
     "health": serve.health,
+    "cache": cache.cache,
     "follow": serve.follow,
     "bench": {
         "checkpoint": bench.checkpoint,

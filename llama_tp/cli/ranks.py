@@ -9,19 +9,11 @@ from pathlib import Path
 AUTO = "auto"
 
 
-def automatic_size(n_heads: int, num_gpus: int) -> int:
-    """The number of ranks for `--tp auto`: one per GPU, up to the model's query heads; one on CPUs.
-
-    More ranks on CPUs add no bandwidth. On two idle cores, two ranks of one thread decode 16 % faster than one rank of
-    two threads, but while other work shares the cores they are 26 % slower (docs/benchmarks.md).
-    """
-    return max(1, min(num_gpus, n_heads))
-
-
 def resolve_size(tp: int | str, checkpoint: str, device: str) -> int:
     """The number of ranks that `--tp` asks for. ValueError if the model cannot run on it."""
     from llama_tp.model_args import ModelArgs
     from llama_tp.parallel.sharding import check_tp_size
+    from llama_tp.planning.local import automatic_size
 
     if tp != AUTO and (isinstance(tp, bool) or not isinstance(tp, int) or tp < 1):
         raise ValueError(f"tp={tp!r} must be an integer of at least 1, or {AUTO}")

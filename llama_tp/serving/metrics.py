@@ -67,19 +67,23 @@ class RequestRecord:
 
     def __init__(self, metrics: RequestMetrics, num_prompt: int, opened: float) -> None:
         """opened: by the metrics' clock."""
+        self.opened = opened
+        self.first_token: float | None = None
+        """When it got its first token, by the same clock."""
         self._metrics = metrics
         self._num_prompt = num_prompt
-        self._opened = opened
-        self._has_token = False
+
+    def now(self) -> float:
+        return self._metrics.clock()
 
     def token(self) -> None:
         """One of its outputs has got a token."""
         metrics = self._metrics
         metrics.generation_tokens += 1
-        if not self._has_token:
-            self._has_token = True
+        if self.first_token is None:
+            self.first_token = metrics.clock()
             self.computed()
-            metrics.first_token.add(metrics.clock() - self._opened)
+            metrics.first_token.add(self.first_token - self.opened)
 
     def computed(self) -> None:
         """Its prompt, or the first of several, has been computed."""
@@ -91,4 +95,4 @@ class RequestRecord:
 
     def answered(self) -> None:
         """It gets its last reply, which is not an error."""
-        self._metrics.whole_request.add(self._metrics.clock() - self._opened)
+        self._metrics.whole_request.add(self._metrics.clock() - self.opened)

@@ -15,6 +15,7 @@ from time import monotonic
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
+from llama_tp.serving.access import Access
 from llama_tp.serving.admission import NO_TOOLS, Admission, Limits
 from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
 from llama_tp.serving.dialects.base import Accepted, Dialect, Query, Replies
@@ -28,6 +29,7 @@ from llama_tp.serving.output import Output
 from llama_tp.serving.page.assembly import chat_page
 from llama_tp.serving.reply import Reply
 from llama_tp.serving.reply_size import chunk_outputs, cut_size
+from llama_tp.serving.request_log import CLIENT_GONE, UNKNOWN, log_ended, log_short
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.detokenizer import bytes_with_specials
 from llama_tp.text.tokenizer import Tokenizer
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 class _Active:
     """A request that has not had its last reply."""
 
+    route: str
     request: GenerationRequest
     replies: Replies
     keys: list[str]
@@ -78,7 +81,9 @@ class _Active:
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or why it has none; `tools` likewise. `model_name` is its name in the URL.
+    `chat` is the model's chat format, or why it has none; `tools` likewise. `model_name` is its name in the URL,
+    `served_name` its name in answers, and both may be its name in requests. `access`: who may send requests; None:
+    everybody.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class LlamaService:
         *,
         model_name: str,
         tools: Tools | str = NO_TOOLS,
+        served_name: str | None = None,
+        access: Access | None = None,
     ) -> None:
         self._loop = loop
         self._tokenizer = tokenizer
@@ -99,16 +106,19 @@ class LlamaService:
         longest_token = max(len(tokenizer.token_bytes(token)) for token in tokens)
         self._admission = Admission(tokenizer, chat, limits, longest_token=longest_token, tools=tools)
         self._longest_token = max(len(piece(token)) for token in tokens)  # special or not
+        names = (served_name or model_name, model_name)
         self._dialects: dict[str, Dialect] = {
             "": NativeDialect(defaults),
-            **openai_dialects(defaults, model_name),
-            **anthropic_dialects(defaults, model_name),
+            **openai_dialects(defaults, names),
+            **anthropic_dialects(defaults, names),
         }
         self._queries: dict[str, Query] = {
-            **openai_queries(defaults, model_name),
-            **anthropic_queries(defaults, model_name),
+            **openai_queries(defaults, names),
+            **anthropic_queries(defaults, names),
         }
-        self._documents = {**model_documents(model_name, config.max_seq_len), "chat": chat_page()}
+        self._documents = {**model_documents(names, config.max_seq_len), "chat": chat_page()}
+        self._access = access
+        self._is_draining = self._is_opening = False
         self._active: dict[str, _Active] = {}
         self._prompt_of: dict[str, tuple[str, int]] = {}  # key in the engine -> request, and which of its prompts
         self._num_started = 0
@@ -124,45 +134,48 @@ class LlamaService:
         """Requests that were opened and have neither had their last reply nor been closed."""
         return self._active.keys() | {reply.request_id for reply in self._immediate}
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open. Any thread may ask."""
+        return not (self._is_opening or self._active or self._immediate)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; open ones go on. Any thread may call it, and then wait for `is_idle`."""
+        self._is_draining = True
+
     def is_generating(self, request_id: str) -> bool:
         """Whether a request has tokens, but not its last reply."""
         active = self._active.get(request_id)
         return active is not None and any(output.num_tokens for output in active.outputs)
 
-    def open(self, request_id: str, body: object, route: str = "", *, can_stream: bool = True) -> None:
-        """Accept a request to a route below the model's own. An error becomes its only reply."""
-        if (document := self._documents.get(route)) is not None:
-            self._immediate.append(document.reply(request_id))
-            return
-        dialect = self._dialects.get(route) or self._queries.get(route)
-        if dialect is None:
-            self.refuse(request_id, self._unknown_route(route))
-            return
+    def open(
+        self,
+        request_id: str,
+        body: object,
+        route: str = "",
+        *,
+        can_stream: bool = True,
+        credentials: str | None = None,
+    ) -> None:
+        """Accept a request to a route below the model's own. An error becomes its only reply. `credentials`: the API
+        key that it came with."""
+        self._is_opening = True  # before looking whether to drain: otherwise `is_idle` could be a moment too early
         try:
-            if route in self._dialects:
-                self._start(request_id, self._dialects[route], body, can_stream)
-            else:
-                answer = self._queries[route].answer(body, self._admission)
-                self._immediate.append(Reply(request_id, answer))
+            self._check(credentials, route)
+            self._open(request_id, body, route, can_stream)
         except ApiError as error:
-            self.refuse(request_id, error, dialect)
+            self.refuse(request_id, error, route)
         except Exception as error:
             # The type only: an unexpected error's message may quote user text.
             log.error("parsing request %s failed: %s", request_id, type(error).__name__)
-            failure = ApiError(500, "internal_error", "the server failed to read this request")
-            self.refuse(request_id, failure, dialect)
+            self.refuse(request_id, ApiError(500, "internal_error", "the server failed to read this request"), route)
+        finally:
+            self._is_opening = False
 
-    def _unknown_route(self, route: str) -> ApiError:
-        routes = ", ".join(filter(None, [*self._dialects, *self._queries, *self._documents]))
-        message = (
-            f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
-            f"/predictions/<model>/<version>/ to one of: {routes}"
-        )
-        return ApiError(404, "unknown_route", message)
-
-    def refuse(self, request_id: str, error: ApiError, dialect: Dialect | Query | None = None) -> None:
-        """Answer a request with an error, in the dialect of its route if that is known."""
-        log.info("request %s refused: %s", request_id, error)
+    def refuse(self, request_id: str, error: ApiError, route: str = "") -> None:
+        """Answer a request with an error, in the dialect of its route."""
+        dialect = self._dialects.get(route) or self._queries.get(route)
+        log_short(request_id, route if dialect or route in self._documents else UNKNOWN, error.status, error.code)
         self.metrics.failed(error)
         body = dialect.error(error) if dialect else error.body()
         self._immediate.append(Reply(request_id, body, status=error.status))
@@ -170,13 +183,9 @@ class LlamaService:
     def close(self, request_id: str) -> None:
         """The client has gone: stop generating."""
         self._immediate = [reply for reply in self._immediate if reply.request_id != request_id]
-        if (active := self._active.pop(request_id, None)) is not None:
-            for key in active.keys:
-                del self._prompt_of[key]
-                self._loop.cancel(key)
-            for output in active.outputs:
-                if output.finish_reason is None:
-                    active.record.output_ended(FinishReason.CANCELLED)
+        if (active := self._active.get(request_id)) is not None:
+            self._log(request_id, active, CLIENT_GONE, FinishReason.CANCELLED.value)
+            self._cancel(request_id)
 
     def poll(self, timeout_s: float) -> list[Reply]:
         """All pending replies, at most one per request; waits up to timeout_s for the first."""
@@ -192,7 +201,32 @@ class LlamaService:
             if replies or remaining <= 0 or not self._active:
                 return replies
 
-    def _start(self, request_id: str, dialect: Dialect, body: object, can_stream: bool) -> None:
+    def _check(self, credentials: str | None, route: str) -> None:
+        """ApiError if no request, or not this one, is accepted."""
+        if self._access is not None:
+            self._access.check(credentials, route)
+        if self._is_draining:
+            raise ApiError(503, "shutting_down", "the server is shutting down; send the request to another server")
+
+    def _open(self, request_id: str, body: object, route: str, can_stream: bool) -> None:
+        if (document := self._documents.get(route)) is not None:
+            log_short(request_id, route, 200, "ok")
+            self._immediate.append(document.reply(request_id))
+        elif (dialect := self._dialects.get(route)) is not None:
+            self._start(request_id, route, dialect, body, can_stream)
+        elif (query := self._queries.get(route)) is not None:
+            answer = query.answer(body, self._admission)
+            log_short(request_id, route, 200, "ok")
+            self._immediate.append(Reply(request_id, answer))
+        else:
+            routes = ", ".join(filter(None, [*self._dialects, *self._queries, *self._documents]))
+            message = (
+                f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
+                f"/predictions/<model>/<version>/ to one of: {routes}"
+            )
+            raise ApiError(404, "unknown_route", message)
+
+    def _start(self, request_id: str, route: str, dialect: Dialect, body: object, can_stream: bool) -> None:
         opened = self.metrics.clock()
         request = dialect.parse(body)
         if request.stream and not can_stream:
@@ -220,7 +254,7 @@ class LlamaService:
         num_prompt = sum(map(len, prompts))
         record = RequestRecord(self.metrics, num_prompt, opened)
         most = chunk_outputs(request, max(map(self._num_bytes, prompts)) if request.reply.echo else 0)
-        self._active[request_id] = _Active(request, replies, keys, num_prompt, outputs, most, record)
+        self._active[request_id] = _Active(route, request, replies, keys, num_prompt, outputs, most, record)
         self._loop.submit(
             *(
                 Request(key, tuple(one.prompt), one.params, one.grammar, request.timeout_s)
@@ -258,17 +292,37 @@ class LlamaService:
     def _safely(self, request_id: str, active: _Active) -> Reply:
         """The reply, or, if building it fails, an error for this request alone."""
         try:
-            return self._reply(request_id, active)
+            reply = self._reply(request_id, active)
         except ApiError as error:
-            self.metrics.failed(error)
-            self.close(request_id)
-            return Reply(request_id, active.replies.error(error), status=error.status)
+            return self._failure(request_id, active, error)
         except Exception as error:
             log.error("replying to request %s failed: %s", request_id, type(error).__name__)
-            self.close(request_id)
             failure = ApiError(500, "internal_error", "the server failed to build the response")
-            self.metrics.failed(failure)
-            return Reply(request_id, active.replies.error(failure), status=500)
+            return self._failure(request_id, active, failure)
+        if reply.is_last:
+            reasons = {output.finish_reason.value for output in active.outputs if output.finish_reason is not None}
+            self._log(request_id, active, reply.status, "+".join(sorted(reasons)))
+        return reply
+
+    def _failure(self, request_id: str, active: _Active, error: ApiError) -> Reply:
+        self.metrics.failed(error)
+        self._log(request_id, active, error.status, error.code)
+        self._cancel(request_id)
+        return Reply(request_id, active.replies.error(error), status=error.status)
+
+    def _cancel(self, request_id: str) -> None:
+        """Forget a request, and stop the engine's work for it."""
+        if (active := self._active.pop(request_id, None)) is None:
+            return
+        for key in active.keys:
+            del self._prompt_of[key]
+            self._loop.cancel(key)
+        for output in active.outputs:
+            if output.finish_reason is None:
+                active.record.output_ended(FinishReason.CANCELLED)
+
+    def _log(self, request_id: str, active: _Active, status: int, outcome: str) -> None:
+        log_ended(request_id, active.route, status, outcome, active.usage, active.record)
 
     def _reply(self, request_id: str, active: _Active) -> Reply:
         """The client's next reply. Ends the request if it is the last. ApiError if the request failed."""

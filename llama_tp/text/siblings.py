@@ -11,12 +11,13 @@ from typing import Any
 
 from llama_tp.file_kind import read_small, shown
 
+CHAT_TEMPLATE = "chat_template.jinja"
 SIBLINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 """Optional files in a tokenizer's folder that belong to it."""
 
@@ -68,7 +69,7 @@ class Siblings:
         """Tokens that are special because a file gives them a role."""
         self.stop_ids = frozenset(self._generation_ids("eos"))
         self.added_tokens = [*self._added_tokens(), *self._legacy_added_tokens(folder / "added_tokens.json")]
-        self.chat_template, self.chat_template_file = self._template(folder / "chat_template.jinja")
+        self.chat_template, self.chat_template_file = self._template(folder / CHAT_TEMPLATE)
 
     @property
     def adds_bos(self) -> bool | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from llama_tp.checkpoint.store.manifest import MANIFEST
 from llama_tp.config_error import ConfigError
 from llama_tp.model_args import ModelArgs
+from llama_tp.text.siblings import CHAT_TEMPLATE
 from llama_tp.text.tokenizer_files import copy_tokenizer, find_tokenizer
 from llama_tp.torchserve.config import ModelConfig
 from llama_tp.torchserve.programs import program
@@ -53,6 +54,39 @@ def build_archive(
         _run_archiver(model_name, version, handler, config_file, building)
         folder = Path(building, model_name)
         _add_files(folder, config, checkpoint, tokenizer)
+        if target.exists():
+            target.rename(Path(building, ".old"))
+        folder.rename(target)
+    return target
+
+
+def build_referring_archive(
+    *,
+    model_name: str,
+    config_file: str | Path,
+    tokenizer: str | Path,
+    chat_template: str | Path | None = None,
+    handler: str | Path,
+    model_store: str | Path,
+    version: str = "1.0",
+) -> Path:
+    """Build model_store/model_name without weights: the configuration has the checkpoint's absolute path.
+
+    `chat_template` replaces the tokenizer's. A folder of an earlier call is replaced; FileExistsError if there is one
+    with a checkpoint. ValueError for a configuration that is wrong by itself.
+    """
+    ModelConfig.load(config_file)
+    store = Path(model_store)
+    target = store / model_name
+    if _manifests(target):
+        raise FileExistsError(f"{target} contains a checkpoint, which would be deleted; use another --run_dir")
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store, prefix=".building.") as building:
+        _run_archiver(model_name, version, handler, config_file, building)
+        folder = Path(building, model_name)
+        copy_tokenizer(tokenizer, folder, name=Path(tokenizer).name)
+        if chat_template is not None:
+            shutil.copyfile(chat_template, folder / CHAT_TEMPLATE)
         if target.exists():
             target.rename(Path(building, ".old"))
         folder.rename(target)

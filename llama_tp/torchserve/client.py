@@ -1,14 +1,16 @@
-"""A client for TorchServe on this host: never through a proxy, and with its tokens if required."""
+"""A client for TorchServe on this host: never through a proxy, and with its tokens and API key if required."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import ssl
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_tp.serving.access import read_key
 from llama_tp.torchserve.properties import Address
 
 Kind = Literal["inference", "management"]
@@ -17,10 +19,20 @@ Kind = Literal["inference", "management"]
 class Client:
     """HTTP to one server. Plain http.client, because urllib would use the environment's proxies even for loopback."""
 
-    def __init__(self, inference: Address, management: Address, model_name: str, key_file: Path) -> None:
+    def __init__(
+        self,
+        inference: Address,
+        management: Address,
+        model_name: str,
+        *,
+        key_file: Path,
+        api_key_file: Callable[[], Path | None] = lambda: None,
+    ) -> None:
+        """key_file: TorchServe's tokens. api_key_file: finds the handler's key. The files need not exist."""
         self._addresses: dict[Kind, Address] = {"inference": inference, "management": management}
         self._model_name = model_name
         self._key_file = key_file
+        self._api_key_file = api_key_file
 
     def why_not_ready(self) -> str | None:
         """Why the ranks are not ready; None if they are."""
@@ -74,6 +86,8 @@ class Client:
         headers = {"Content-Type": "application/json"} if body else {}
         if key:
             headers["Authorization"] = f"Bearer {key}"
+        if kind == "inference" and (api_key := self._api_key()):
+            headers["X-Api-Key"] = api_key
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
@@ -89,6 +103,14 @@ class Client:
             self._send("management", "GET", f"/token?type={kind}", None, keys["API"]["key"], timeout_s=5)
             keys = self._read_keys()
         return str(keys[kind]["key"]) if kind in keys else None
+
+    def _api_key(self) -> str | None:
+        if (path := self._api_key_file()) is None:
+            return None
+        try:
+            return read_key(path)
+        except ValueError:
+            return None
 
     def _read_keys(self) -> dict[str, Any]:
         try:

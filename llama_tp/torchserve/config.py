@@ -24,6 +24,8 @@ from llama_tp.serving.generation import RequestDefaults
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+ServedName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
+"""Visible ASCII without spaces: clients and logs can carry it."""
 
 
 class _Section(BaseModel):
@@ -48,6 +50,10 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     """tokenizer.model (Llama 2 or 3), tokenizer.json, or a folder with one."""
     model_args_path: str | None = None
     """model_args.json; by default the one in converted_ckpt_dir."""
+    served_model_name: ServedName | None = None
+    """The model's name in answers of OpenAI's routes; requests may use it or the name in the URL. null: the latter."""
+    api_key_file: str | None = None
+    """A file with the key that requests must have. null: none is needed."""
     mode: Literal["text_completion", "chat"] = "text_completion"
     """What a request with neither prompt nor dialog is asked for."""
     chat_format: Literal["auto", "llama2", "llama3", "chatml", "jinja"] = "auto"

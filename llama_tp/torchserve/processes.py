@@ -16,6 +16,9 @@ from llama_tp.torchserve.properties import Properties
 MARK = "LLAMA_TP_SERVE_PORT"
 """Environment variable of processes started by `llama-tp serve`: the port of its inference API."""
 
+_KILLED_S = 5.0
+"""How long the kernel may take to end a killed process."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
@@ -28,6 +31,8 @@ class Frontend:
     """Whether `llama-tp serve` started it."""
     port: int
     """Port of its inference API."""
+    model_store: Path | None = None
+    """Where it has models from, if its command says so."""
 
     @property
     def working_dir(self) -> Path:
@@ -63,10 +68,12 @@ def _frontend(folder: Path) -> Frontend | None:
     with suppress(ServerError):
         properties = Properties.read(folder / "cwd" / path, environment) if path else None
     pid = int(folder.name)
+    store = folder / "cwd" / os.fsdecode(command[command.index(b"-s") + 1]) if b"-s" in command else None
     if mark := environment.get(MARK):
-        return Frontend(pid, properties, is_ours=True, port=int(mark))
+        return Frontend(pid, properties, is_ours=True, port=int(mark), model_store=store)
     address = properties.address("inference_address") if properties else None
-    return Frontend(pid, properties, is_ours=False, port=address.port if address else 8080)
+    port = address.port if address else 8080
+    return Frontend(pid, properties, is_ours=False, port=port, model_store=store)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -95,6 +102,10 @@ def end_tree(pid: int, grace_s: float) -> None:
     for one in alive:
         with suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
+    deadline = monotonic() + _KILLED_S
+    while any(map(is_alive, alive)) and monotonic() < deadline:
+        reap()
+        sleep(0.01)
 
 
 def reap() -> None:

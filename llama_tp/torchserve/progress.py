@@ -15,6 +15,7 @@ _STAGES = (
 )
 """Text in the ranks' log, and the stage that it begins."""
 
+_NO_CHAT = "chat format: none"
 _REFUSAL = "the model was not loaded: "
 _DIED = "Backend worker process died."
 _REMIND_S = 30.0
@@ -57,6 +58,8 @@ class StartupProgress:
     def __init__(self, log: LogTail) -> None:
         self.refusal: str | None = None
         """The ranks' reason for not loading the model."""
+        self.can_chat = True
+        """Whether the model has a chat format."""
         self._log = log
         self._start = self._last_line = monotonic()
         self._stage = "TorchServe is starting"
@@ -83,6 +86,8 @@ class StartupProgress:
     def _read(self, line: str) -> None:
         if _REFUSAL in line:
             self.refusal = line.partition(_REFUSAL)[2]
+        if _NO_CHAT in line:
+            self.can_chat = False
         if _DIED in line:
             self._num_deaths += 1
         for sign, stage in _STAGES:

@@ -14,7 +14,8 @@ from time import monotonic, sleep
 from llama_tp.config_error import ConfigError
 from llama_tp.resources import METRICS_CONFIG, resource
 from llama_tp.torchserve.client import Client
-from llama_tp.torchserve.environment import frontend_environment, is_private_folder, private_folder
+from llama_tp.torchserve.drain import ANSWER_FOLDER, drain, forget_drain
+from llama_tp.torchserve.environment import frontend_environment, is_private_folder, java_home, private_folder
 from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import end_tree, environment_of, find_frontend, is_alive, reap
 from llama_tp.torchserve.programs import program
@@ -24,6 +25,8 @@ from llama_tp.torchserve.properties import Address, Listeners, Properties, check
 STOP_S = 20.0
 """How long to wait for TorchServe to exit before killing it."""
 
+KEY_FILE = "key_file.json"
+"""Where TorchServe writes its tokens."""
 _DISTRIBUTION_PORT = 29500
 """TorchServe's default; part of the rendezvous id with which other hosts join the group."""
 
@@ -56,11 +59,11 @@ class TorchServe:
         self.log_config = Path(log_config).resolve()
         self.listeners: Listeners = self.properties.listeners(host, port)
         self._pid: int | None = None
+        self.can_chat = True
+        """Whether the model has a chat format. Known once it is ready."""
         self._is_launched = False
         self._log = LogTail(self.log_file)  # skips the output of earlier servers
-        self._client = Client(
-            self.listeners.inference, self.listeners.management, model_name, self.run_dir / "key_file.json"
-        )
+        self._client = _client(self.listeners, model_name, self.run_dir, self.model_store)
 
     @property
     def pid(self) -> int | None:
@@ -87,18 +90,46 @@ class TorchServe:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is reachable from other machines and needs no token."""
-        tokens_are_off = self.properties.is_true("disable_token_authorization")
-        return tokens_are_off and not self.listeners.inference.is_loopback
+        """Whether it is reachable from other machines and needs neither token nor API key."""
+        needs_nothing = self.token_file is None and self.api_key_file is None
+        return needs_nothing and not self.listeners.inference.is_loopback
+
+    @property
+    def token_file(self) -> Path | None:
+        """The file with TorchServe's tokens; None if they are off."""
+        return None if self.properties.is_true("disable_token_authorization") else self.run_dir / KEY_FILE
+
+    @property
+    def api_key_file(self) -> Path | None:
+        """The file with the key that requests must have; None if they need none."""
+        return _api_key_file(self.model_store / self.model_name)
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in answers."""
+        name = _configured(self.model_store / self.model_name, "handler", "served_model_name")
+        return name if isinstance(name, str) else self.model_name
+
+    def check_host(self) -> None:
+        """ServerError if this host lacks what the server needs: free ports, TorchServe, Java."""
+        if running := find_frontend(self.port, ours_only=True):
+            raise ServerError(f"a server is already running on port {self.port} (process {running.pid}); stop it first")
+        for address in dict.fromkeys(self.listeners):
+            check_free(address)
+        if not (torchserve := program("torchserve")).is_file():
+            raise ServerError(f"{torchserve} does not exist; install it: pip install 'llama-tp[serve]'")
+        java_home()
 
     def start(self) -> None:
         """Start the server; it loads the model in the background. ServerError if it cannot start."""
         self._check()
         num_hosts = _num_hosts(self.model_store / self.model_name)
         environment = frontend_environment(port=self.port, log_dir=self.log_dir, num_hosts=num_hosts)
-        tmp_dir = str(private_folder(self.port))
-        environment["TMPDIR"] = tmp_dir  # for torchserve's pid file
-        environment["TEMP"] = tmp_dir  # java.io.tmpdir, for the sockets to the ranks
+        tmp_dir = private_folder(self.port)
+        forget_drain(tmp_dir)
+        environment["TMPDIR"] = str(tmp_dir)  # for torchserve's pid file
+        environment["TEMP"] = str(tmp_dir)  # java.io.tmpdir, for the sockets to the ranks
+        environment[ANSWER_FOLDER] = str(tmp_dir)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         config = self.log_dir / "config.properties"  # run_dir itself may contain the user's file
@@ -129,20 +160,39 @@ class TorchServe:
                 sleep(0.2)
         finally:
             progress.close()
+            self.can_chat = progress.can_chat
         raise ServerError(f"not ready after {timeout_s:g} s: {problem}; see {self.log_file}")
 
     def wait_until_ended(self) -> None:
         """Print the ranks' log while the server runs. ServerError when it exits on its own."""
         while True:
-            for line in self._log.new_lines():
-                print(line, flush=True)
+            self.print_log()
             self._check_alive()
             reap()
             sleep(0.2)
 
-    def stop(self) -> bool:
-        """End the server and its ranks, and wait until they are gone; False if none is running."""
-        return self._is_launched and stop_server(self.port)
+    def print_log(self) -> None:
+        """Print what the ranks have logged since the last call."""
+        for line in self._log.new_lines():
+            print(line, flush=True)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, and wait for the open ones, printing the ranks' log. False if some were open after
+        timeout_s. ServerError if the server exits."""
+
+        def meanwhile() -> None:
+            with suppress(OSError):  # the terminal may be closed
+                self.print_log()
+            self._check_alive()
+
+        is_drained = drain(private_folder(self.port), timeout_s, meanwhile)
+        meanwhile()
+        return is_drained
+
+    def stop(self, grace_s: float = STOP_S) -> bool:
+        """End the server and its ranks, and wait until they are gone; False if none is running. `grace_s`: how long
+        they have before they are killed."""
+        return self._is_launched and stop_server(self.port, grace_s=grace_s)
 
     def _check(self) -> None:
         """Reject anything that would make TorchServe fail or silently ignore a setting."""
@@ -212,14 +262,20 @@ class TorchServe:
             raise ServerError(f"torchserve has exited: {_last_line(console)}; see {console}")
 
 
-def stop_server(port: int) -> bool:
-    """End the server that `llama-tp serve` started on this port, and its ranks; False if none was running."""
+def stop_server(port: int, drain_s: float = 0.0, *, grace_s: float = STOP_S) -> bool:
+    """End the server that `llama-tp serve` started on this port, and its ranks; False if none was running.
+
+    `drain_s`: how long its open requests may take to finish. `grace_s`: how long it may then take before it is killed.
+    """
     frontend = find_frontend(port, ours_only=True)
     if frontend is None:
         return False
     tmp_dir = Path(environment_of(frontend.pid).get("TEMP", ""))
-    end_tree(frontend.pid, STOP_S)
-    if is_private_folder(tmp_dir, port):
+    is_ours = is_private_folder(tmp_dir, port)
+    if drain_s > 0 and is_ours:
+        drain(tmp_dir, drain_s)
+    end_tree(frontend.pid, grace_s)
+    if is_ours:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     return True
 
@@ -230,24 +286,47 @@ def why_unhealthy(model_name: str, port: int, timeout_s: float) -> str | None:
     frontend = find_frontend(port)
     properties = frontend.properties if frontend else None
     if frontend is None or properties is None:
-        folder, listeners = Path(), Properties().listeners(port=port)
+        folder, listeners, store = Path(), Properties().listeners(port=port), None
     else:
-        folder, listeners = frontend.working_dir, properties.listeners()
-    client = Client(listeners.inference, listeners.management, model_name, folder / "key_file.json")
-    return client.why_not_generating(timeout_s)
+        folder, listeners, store = frontend.working_dir, properties.listeners(), frontend.model_store
+    return _client(listeners, model_name, folder, store).why_not_generating(timeout_s)
+
+
+def _client(listeners: Listeners, model_name: str, run_dir: Path, store: Path | None) -> Client:
+    def api_key_file() -> Path | None:
+        return None if store is None else _api_key_file(store / model_name)
+
+    return Client(
+        listeners.inference,
+        listeners.management,
+        model_name,
+        key_file=run_dir / KEY_FILE,
+        api_key_file=api_key_file,
+    )
 
 
 def _num_hosts(model_dir: Path) -> int:
-    """The number of hosts of the model. The ranks report errors in its configuration."""
+    """The number of hosts of the model."""
+    num_hosts = _configured(model_dir, "torchrun", "nnodes")
+    return num_hosts if isinstance(num_hosts, int) else 1
+
+
+def _api_key_file(model_dir: Path) -> Path | None:
+    """The file with the key that requests for the model must have; None if they need none."""
+    path = _configured(model_dir, "handler", "api_key_file")
+    return model_dir / path if isinstance(path, str) else None
+
+
+def _configured(model_dir: Path, section: str, key: str) -> object:
+    """A value in a model's configuration; None if it has none. The ranks report errors in it."""
     from llama_tp.torchserve.config import read_yaml  # needs pydantic, which is not needed to stop a server
 
     try:
         manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
         config = read_yaml(model_dir / manifest["model"]["configFile"])
-        num_hosts = config["torchrun"].get("nnodes", 1)  # type: ignore[index]
+        return config[section].get(key)  # type: ignore[index]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError):
-        return 1
-    return num_hosts if isinstance(num_hosts, int) else 1
+        return None
 
 
 def _last_line(path: str) -> str:

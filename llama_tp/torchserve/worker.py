@@ -19,11 +19,13 @@ from llama_tp.engine.startup import load_engine
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree, gather, is_permanent, one_line
 from llama_tp.parallel.launch import join, meet
+from llama_tp.serving.access import Access, read_key
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import ChatFormat, chat_format
 from llama_tp.text.tokenizer import Tokenizer, load_tokenizer
 from llama_tp.text.tools.choose import Tools, choose_tools
 from llama_tp.torchserve.config import ModelConfig
+from llama_tp.torchserve.drain import drain_on_demand
 from llama_tp.torchserve.failure_marker import FailureMarker
 from llama_tp.torchserve.published_sampling import published_sampling
 
@@ -41,6 +43,8 @@ class LoadedRank:
     tokenizer: Tokenizer
     chat: ChatFormat | str
     """The chat format, or why there is none."""
+    access: Access | None
+    """Who may send requests; None: everybody. Only the leader knows."""
 
 
 def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead: bool) -> LlamaService | None:
@@ -57,8 +61,18 @@ def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead:
     loop.start()
     published = published_sampling(Path(model_dir) / rank.config.handler.tokenizer_path)
     defaults = rank.config.request_defaults(published)
-    tools = _tools_or_why_not(rank)
-    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name, tools=tools)
+    service = LlamaService(
+        loop,
+        rank.tokenizer,
+        rank.chat,
+        defaults,
+        model_name=model_name,
+        tools=_tools_or_why_not(rank),
+        served_name=rank.config.handler.served_model_name,
+        access=rank.access,
+    )
+    drain_on_demand(service)
+    return service
 
 
 def _tools_or_why_not(rank: LoadedRank) -> Tools | str:
@@ -91,6 +105,7 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
     _refuse_again(marker, start)
     with _remembering(marker):
         config, args, engine_config, tokenizer, chat = agree(lambda: _read(yaml_config, model_dir))
+    access = agree(lambda: _access(config, model_dir) if lead else None)
     group = join(
         engine_config.device,
         timeout_s=engine_config.collective_timeout_s,
@@ -104,7 +119,7 @@ def _load_rank(read_yaml: Callable[[], object], model_dir: Path, lead: bool) -> 
     with _remembering(marker):
         engine = agree(lambda: thread.call(lambda: load_engine(folder, args, engine_config, group)))
     marker.forget()
-    return LoadedRank(engine, thread, config, tokenizer, chat)
+    return LoadedRank(engine, thread, config, tokenizer, chat, access)
 
 
 def _refuse_again(marker: FailureMarker, start: float) -> None:
@@ -156,6 +171,15 @@ def _read(
     except ValueError as error:
         raise ConfigError([f"handler.tokenizer_path: {error}"]) from None
     return config, args, engine_config, tokenizer, _chat_or_why_not(config, tokenizer)
+
+
+def _access(config: ModelConfig, model_dir: Path) -> Access | None:
+    """Read again after every restart of the ranks."""
+    path = config.handler.api_key_file
+    try:
+        return None if path is None else Access(read_key(model_dir / path))
+    except ValueError as error:
+        raise ConfigError([f"handler.{error}"]) from None
 
 
 def _wrong_number_of_hosts(config: ModelConfig) -> list[str]:

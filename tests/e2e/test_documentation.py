@@ -66,11 +66,15 @@ def reader(tmp_path: Path, demo_folder: Path, gguf: Path, tiny: Path) -> Path:
     return tmp_path
 
 
+def _no_cache_of_the_user(arguments: tuple[str, ...]) -> dict[str, str]:
+    return {"LLAMA_TP_CACHE": "empty"} if "cache" in arguments else {}
+
+
 def run(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **_no_cache_of_the_user(arguments)},
         input=f"{QUESTION}\n",
         capture_output=True,
         text=True,

@@ -10,9 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,10 +23,10 @@ from tests.e2e.torchserve_rig import (
     CONFIG,
     MARK,
     convert,
-    environment,
     free_ports,
     package,
     processes_marked,
+    variables,
 )
 from tests.paths import CONFIGS, ROOT, SCRIPTS
 from tests.tiny_llama2 import PASSAGE_REQUEST, REST_OF_PASSAGE
@@ -45,20 +42,6 @@ def store(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("modèle été")
     convert(tiny_llama2, work)
     return package(work)
-
-
-@contextmanager
-def variables(**changes: str) -> Iterator[dict[str, str]]:
-    """An environment. AssertionError if something that was started in it is left at the end, and had to be killed."""
-    mark = uuid.uuid4().hex
-    try:
-        yield {**environment(), "PYTHONUNBUFFERED": "1", **changes, MARK: mark}
-    finally:
-        left = processes_marked(mark)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=20)
-    assert not left
 
 
 def run(*argv: str, env: dict[str, str], cwd: Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:

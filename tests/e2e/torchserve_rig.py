@@ -297,6 +297,20 @@ def processes_marked(mark: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _variable(process, MARK) == mark]
 
 
+@contextmanager
+def variables(**changes: str) -> Iterator[dict[str, str]]:
+    """An environment. AssertionError if something that was started in it is left at the end, and had to be killed."""
+    mark = uuid.uuid4().hex
+    try:
+        yield {**environment(), "PYTHONUNBUFFERED": "1", **changes, MARK: mark}
+    finally:
+        left = processes_marked(mark)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=20)
+    assert not left
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago, all different."""
     with ExitStack() as stack:

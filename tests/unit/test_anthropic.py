@@ -34,7 +34,7 @@ def dialect(*configured: str) -> Any:
     defaults = RequestDefaults(
         mode="chat", max_new_tokens=100, seed=42, sampling=SAMPLING, configured=frozenset(configured)
     )
-    return anthropic_dialects(defaults, "llama")["v1/messages"]
+    return anthropic_dialects(defaults, ("llama",))["v1/messages"]
 
 
 DIALECT = dialect()
@@ -557,7 +557,7 @@ class Prompts:
 
 def test_tokens_are_counted_without_the_fields_of_generation() -> None:
     defaults = RequestDefaults(mode="chat", max_new_tokens=100, seed=42, sampling=SAMPLING)
-    query = anthropic_queries(defaults, "llama")["v1/messages/count_tokens"]
+    query = anthropic_queries(defaults, ("llama",))["v1/messages/count_tokens"]
     body = {"model": "llama", "system": "Be brief.", "messages": HI, "tools": [ADD], "thinking": {"type": "disabled"}}
     assert json.loads(query.answer(json.dumps(body).encode(), Prompts())) == {"input_tokens": 3}
     with pytest.raises(ApiError) as caught:

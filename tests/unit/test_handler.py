@@ -69,13 +69,13 @@ class Service:
         self.whole_only = set()
         self.generating = set()
 
-    def open(self, request_id, body, route="", *, can_stream=True):
+    def open(self, request_id, body, route="", *, can_stream=True, credentials=None):
         self.opened.append((request_id, body, route))
         self.open_ids.add(request_id)
         if not can_stream:
             self.whole_only.add(request_id)
 
-    def refuse(self, request_id, error):
+    def refuse(self, request_id, error, route):
         self.refused[request_id] = error
         self.open_ids.add(request_id)
 

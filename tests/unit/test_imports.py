@@ -113,7 +113,10 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.engine.memory",
         "llama_tp.engine.sampling_params",
         *(f"llama_tp.serving.{name}" for name in ("encoding", "errors", "fields", "strict_json", "strict_model")),
-        *(f"llama_tp.serving.{name}" for name in ("generation", "reply_size", "admission", "output", "metrics")),
+        *(
+            f"llama_tp.serving.{name}"
+            for name in ("generation", "reply_size", "admission", "output", "metrics", "access", "request_log")
+        ),
         *modules_below("llama_tp.serving.dialects", "llama_tp.serving.document", "llama_tp.serving.page"),
         "llama_tp.resources",
         *modules_below("llama_tp.checkpoint.hub"),
@@ -150,7 +153,9 @@ LAYERS = {
     "engine": (*CONFIG, "control_groups", "threads", "model", "parallel", "checkpoint"),
     "planning": (*CONFIG, "control_groups", "threads", "resources", "model", "parallel", "engine"),
     "serving": (*CONFIG, "text", "engine"),
-    "torchserve": (*CONFIG, "resources", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
+    "torchserve": (
+        *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine", "planning", "serving"),
+    ),
     "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
     "cli": (
         *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),

@@ -34,7 +34,7 @@ def dialects(*configured: str) -> Any:
     defaults = RequestDefaults(
         mode="chat", max_new_tokens=100, seed=42, sampling=SAMPLING, configured=frozenset(configured)
     )
-    return openai_dialects(defaults, "llama")
+    return openai_dialects(defaults, ("llama", "llama-tp-7"))
 
 
 DIALECTS = dialects()
@@ -824,7 +824,7 @@ def test_no_event_exceeds_the_limit_whatever_the_tokens(route: str, byte: bytes,
 
 
 def test_the_model_is_described() -> None:
-    documents = {route: json.loads(document.body) for route, document in model_documents("llama", 2048).items()}
+    documents = {route: json.loads(document.body) for route, document in model_documents(("llama",), 2048).items()}
     assert documents["v1/models"] == {"object": "list", "data": [documents["v1/models/llama"]]}
     model = documents["v1/models/llama"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("llama", "model", 2048)

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from llama_tp.cli import ranks
-from llama_tp.cli.ranks import automatic_size, resolve_size, run_on_ranks
+from llama_tp.cli.ranks import resolve_size, run_on_ranks
 from llama_tp.model_args import ModelArgs
+from llama_tp.planning.local import automatic_size
 
 
 @pytest.fixture

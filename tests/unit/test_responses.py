@@ -34,7 +34,7 @@ def dialect(*configured: str) -> Any:
     defaults = RequestDefaults(
         mode="chat", max_new_tokens=100, seed=42, sampling=SAMPLING, configured=frozenset(configured)
     )
-    return openai_dialects(defaults, "llama")["v1/responses"]
+    return openai_dialects(defaults, ("llama",))["v1/responses"]
 
 
 DIALECT = dialect()

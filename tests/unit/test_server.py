@@ -475,7 +475,7 @@ def client(frontend, tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     address = Address("http", "127.0.0.1", frontend.server_port)
-    return Client(address, address, "llama", tmp_path / "key_file.json")
+    return Client(address, address, "llama", key_file=tmp_path / "key_file.json")
 
 
 def test_a_server_that_generates_is_healthy_whatever_proxies_there_are(client):
@@ -549,7 +549,9 @@ def test_the_tokens_of_production_outlive_the_server():
     assert minutes > 5 * 365 * 24 * 60
 
 
-@pytest.mark.parametrize("argv", [["--port=abc"], ["--port=0"], ["--prot=1"], ["--wait"]], ids=str)
+@pytest.mark.parametrize(
+    "argv", [["--port=abc"], ["--port=0"], ["--prot=1"], ["--wait=soon"], ["--timeout_s=True"]], ids=str
+)
 def test_the_exit_code_of_health_tells_wrong_arguments_from_a_sick_server(argv):
     command = [sys.executable, "-m", "llama_tp", "health", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -573,6 +575,8 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         lines.flush()
         progress.update()
         assert progress.refusal is None
+        assert progress.can_chat
+        lines.write("2026 [INFO ] chat format: none: it has no template\n")
         lines.write("Backend worker process died.\nmodel_name: llama\n")
         lines.write("2026 [INFO ] the model was not loaded: rank 1: no memory\n2026 [INFO ] Trace")
         lines.flush()
@@ -585,6 +589,7 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         "the ranks are loading the model again, after 1 exited",
     ]
     assert progress.refusal == "rank 1: no memory"
+    assert not progress.can_chat
 
 
 def test_a_log_that_begins_anew_is_read_from_its_beginning(tmp_path):
@@ -630,5 +635,5 @@ def test_a_timeout_that_is_no_time_is_refused_before_anything_starts(seconds, mo
     monkeypatch.setattr(sys, "argv", ["llama-tp", "serve", f"--timeout_s={seconds}"])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert caught.value.code == 1
-    assert "must be a number of seconds above 0" in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "must be a number" in capsys.readouterr().err

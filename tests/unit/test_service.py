@@ -17,6 +17,7 @@ from llama_tp.engine.request import FinishReason
 from llama_tp.engine.sampling_params import KNOBS, SamplingParams
 from llama_tp.model_args import ModelArgs
 from llama_tp.serving import reply_size
+from llama_tp.serving.access import Access
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import RequestDefaults
 from llama_tp.serving.service import LlamaService
@@ -54,11 +55,14 @@ def make_service(model, tokenizer):
     torch.set_num_threads(1)
     loops = []
 
-    def make(*, words=tokenizer, chat=None, abandon_after_s=NEVER_S, **config):
+    def make(*, words=tokenizer, chat=None, abandon_after_s=NEVER_S, served_name=None, access=None, **config):
         engine = engine_of(model, **{"max_seq_len": MAX_SEQ_LEN, **config})
         loops.append(EngineLoop(engine, abandon_after_s=abandon_after_s))
         loops[-1].start()
-        return LlamaService(loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS, model_name="llama")
+        names = {"model_name": "llama", "served_name": served_name}
+        return LlamaService(
+            loops[-1], words, chat or chat_format("llama2", tokenizer), DEFAULTS, **names, access=access
+        )
 
     yield make
     for loop in loops:
@@ -844,7 +848,8 @@ def test_no_log_line_holds_what_a_user_sent(make_service, tokenizer, caplog):
     broken = make_service(words=Broken(tokenizer))
     ask(broken, prompt="sesame")
     assert sum(some[0].status != 200 for some in replies.values()) == 9
-    assert "refused" in caplog.text
+    assert len(re.findall(r"request \S+ \S+ [45]\d\d \w+$", caplog.text, re.MULTILINE)) == 9
+    assert "request route unknown 404 unknown_route" in caplog.text
     assert re.search("parsing request .* failed: RuntimeError", caplog.text)
     assert "sesame" not in caplog.text
 
@@ -1273,3 +1278,63 @@ def test_the_chat_page_is_answered_as_html(service):
     assert (reply.status, reply.is_last, reply.content_type) == (200, True, "text/html; charset=utf-8")
     assert reply.body.startswith(b"<!doctype html>")
     assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def lines_of(caplog):
+    """The request log, without ids and times."""
+    pattern = r"request (?:asked )?\S+ (.*?)(, TTFT .*)?"
+    messages = [one.getMessage() for one in caplog.records if one.name == "llama_tp.serving.request_log"]
+    return [re.fullmatch(pattern, message)[1] for message in messages]
+
+
+def test_every_request_is_logged_once_with_how_it_ended(make_service, caplog):
+    caplog.set_level(logging.INFO)
+    service = make_service()
+    ask(service, "v1/completions", prompt=PROMPT, max_tokens=5, temperature=0)
+    open_one(service, "gone", prompt=PROMPT, max_new_tokens=400)
+    assert wait_until(lambda: not service.poll(0.05) and service.is_generating("gone"))
+    service.close("gone")
+    service.close("gone")
+    service.open("models", b"", "v1/models")
+    service.open("secret", b"{}", "secret/route")
+    collect(service, "models", "secret")
+    ask(service, prompt=PROMPT, max_new_tokens=0)
+    lines = lines_of(caplog)
+    assert re.fullmatch(r"v1/completions 200 length: \d+ tokens in, 5 out", lines[0])
+    assert re.fullmatch(r"predictions 499 cancelled: \d+ tokens in, \d+ out", lines[1])
+    assert lines[2:] == ["v1/models 200 ok", "unknown 404 unknown_route", "predictions 400 invalid_value"]
+
+
+def test_while_it_drains_open_requests_go_on_and_new_ones_are_refused(service):
+    assert service.is_idle
+    open_one(service, "a", prompt=PROMPT, max_new_tokens=40)
+    service.drain()
+    assert not service.is_idle
+    status, error = ask(service, "v1/completions", prompt=PROMPT)
+    assert (status, error["error"]["code"], error["error"]["type"]) == (503, "shutting_down", "server_error")
+    assert ask(service, "v1/models")[0] == 503
+    (reply,) = collect(service, "a")["a"]
+    assert json.loads(reply.body)["usage"]["completion_tokens"] == 40
+    assert service.is_idle
+
+
+def test_with_a_key_every_route_but_the_page_needs_it(make_service):
+    service = make_service(access=Access("k"))
+    for route in ("", "v1/completions", "v1/models", "no/such"):
+        status, error = ask(service, route, prompt=PROMPT)
+        assert (status, error["error"]["code"]) == (401, "invalid_api_key")
+    service.open("page", b"", "chat")
+    service.open("with", json.dumps({"prompt": PROMPT}).encode(), credentials="k")
+    replies = collect(service, "page", "with")
+    assert [replies[one][0].status for one in ("page", "with")] == [200, 200]
+
+
+def test_a_model_answers_to_the_name_in_its_url_too_and_says_the_one_it_is_served_under(make_service):
+    service = make_service(served_name="org/Model-7B")
+    for name in ("org/Model-7B", "llama", None):
+        status, answer = ask(service, "v1/completions", prompt=PROMPT, **({"model": name} if name else {}))
+        assert (status, answer["model"]) == (200, "org/Model-7B")
+    assert ask(service, "v1/completions", prompt=PROMPT, model="other")[0] == 404
+    (listed,) = ask(service, "v1/models")[1]["data"]
+    assert listed["id"] == "org/Model-7B"
+    assert ask(service, "v1/models/llama")[1] == ask(service, "v1/models/org/Model-7B")[1] == listed

@@ -22,7 +22,7 @@ from tests.unit.text_fixtures import KINDS, texts, tiny
 DEFAULTS = RequestDefaults(
     mode="chat", max_new_tokens=100, seed=None, sampling={knob.name: knob.default for knob in KNOBS}
 )
-QUERIES = openai_queries(DEFAULTS, "llama") | anthropic_queries(DEFAULTS, "llama")
+QUERIES = openai_queries(DEFAULTS, ("llama",)) | anthropic_queries(DEFAULTS, ("llama",))
 TOKENIZE, DETOKENIZE, COUNT = "tokenize", "detokenize", "v1/messages/count_tokens"
 MAX_SEQ_LEN = 64
 HI = [{"role": "user", "content": "Where is the fox?"}]

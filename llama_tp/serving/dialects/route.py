@@ -16,13 +16,15 @@ from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel, validate
 
 Fields = TypeVar("Fields", bound=StrictModel)
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRoute:
     """What a route of another API than our own needs to know of the server."""
 
-    model_name: str
+    names: Names
+    """The model's, of which the first one is used in answers."""
     max_tokens: int
     """Default."""
     seed: int | None
@@ -30,7 +32,7 @@ class ModelRoute:
     """Defaults of the KNOBS of `SamplingParams`."""
 
     @classmethod
-    def of(cls, defaults: RequestDefaults, model_name: str, *, max_tokens: int) -> Self:
+    def of(cls, defaults: RequestDefaults, names: Names, *, max_tokens: int) -> Self:
         """As in vLLM, what the configuration sets is the default; otherwise it is what OpenAI and Anthropic have:
         plain sampling, and `max_tokens`."""
         sampling = {
@@ -39,7 +41,11 @@ class ModelRoute:
         }
         if "max_new_tokens" in defaults.configured:
             max_tokens = defaults.max_new_tokens
-        return cls(model_name=model_name, max_tokens=max_tokens, seed=defaults.seed, sampling=sampling)
+        return cls(names=names, max_tokens=max_tokens, seed=defaults.seed, sampling=sampling)
+
+    @property
+    def model_name(self) -> str:
+        return self.names[0]
 
     def sampling_params(self, given: Mapping[str, Any], *, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
         """Of a request for one output. `given`: the fields that it sets, by name."""
@@ -55,7 +61,7 @@ class ModelRoute:
         payload = parse_json(body)
         fields = validate(model, payload)
         name = payload.get("model")
-        if name not in (None, self.model_name):
+        if name is not None and name not in self.names:
             message = f"model={shown(name)} does not exist; this server has {shown(self.model_name)}"
             raise ApiError(404, "model_not_found", message, "model")
         return fields

@@ -6,7 +6,7 @@ from llama_tp.serving.dialects.anthropic.errors import error_body
 from llama_tp.serving.dialects.anthropic.replies import MessageReplies
 from llama_tp.serving.dialects.anthropic.request import generation_request, prompt_request
 from llama_tp.serving.dialects.base import Accepted, Dialect, Prompts, Query
-from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.dialects.route import ModelRoute, Names
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import MAX_NEW_TOKENS
@@ -14,18 +14,18 @@ from llama_tp.serving.generation import GenerationRequest, RequestDefaults
 from llama_tp.text.tokenizer import Tokenizer
 
 
-def anthropic_dialects(defaults: RequestDefaults, model_name: str) -> dict[str, Dialect]:
+def anthropic_dialects(defaults: RequestDefaults, names: Names) -> dict[str, Dialect]:
     """The dialects of the routes that generate."""
-    return {"v1/messages": MessagesDialect(_route(defaults, model_name))}
+    return {"v1/messages": MessagesDialect(_route(defaults, names))}
 
 
-def anthropic_queries(defaults: RequestDefaults, model_name: str) -> dict[str, Query]:
+def anthropic_queries(defaults: RequestDefaults, names: Names) -> dict[str, Query]:
     """The routes that answer without the engine."""
-    return {"v1/messages/count_tokens": CountTokens(_route(defaults, model_name))}
+    return {"v1/messages/count_tokens": CountTokens(_route(defaults, names))}
 
 
-def _route(defaults: RequestDefaults, model_name: str) -> ModelRoute:
-    return ModelRoute.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # requests always have their own
+def _route(defaults: RequestDefaults, names: Names) -> ModelRoute:
+    return ModelRoute.of(defaults, names, max_tokens=MAX_NEW_TOKENS)  # requests always have their own
 
 
 class MessagesDialect:

@@ -17,6 +17,7 @@ from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
 from llama_tp.serving.dialects.openai.unsupported import CHAT
+from llama_tp.serving.dialects.route import Names
 from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
@@ -36,8 +37,8 @@ _ROLES = {"developer": "system"}
 class ChatDialect:
     """The Dialect of v1/chat/completions."""
 
-    def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
-        self._route = Route.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits the context
+    def __init__(self, defaults: RequestDefaults, names: Names) -> None:
+        self._route = Route.of(defaults, names, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits the context
 
     def parse(self, body: object) -> GenerationRequest:
         fields = self._route.validate(_Body, body)

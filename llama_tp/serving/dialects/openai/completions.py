@@ -16,6 +16,7 @@ from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import CompletionReplies
 from llama_tp.serving.dialects.openai.request import Route, SharedFields, given_in
 from llama_tp.serving.dialects.openai.unsupported import COMPLETIONS
+from llama_tp.serving.dialects.route import Names
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, TopLogprobs, token_ids
 from llama_tp.serving.generation import FieldNames, GenerationRequest, Prompt, RequestDefaults
@@ -31,8 +32,8 @@ _ECHO_NAMES = replace(_NAMES, prompt_logprobs="logprobs")
 class CompletionsDialect:
     """The Dialect of v1/completions."""
 
-    def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
-        self._route = Route.of(defaults, model_name, max_tokens=MAX_TOKENS)
+    def __init__(self, defaults: RequestDefaults, names: Names) -> None:
+        self._route = Route.of(defaults, names, max_tokens=MAX_TOKENS)
 
     def parse(self, body: object) -> GenerationRequest:
         given = given_in(self._route.validate(_Body, body))

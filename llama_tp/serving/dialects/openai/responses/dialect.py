@@ -5,7 +5,7 @@ from __future__ import annotations
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.responses.replies import ResponseReplies
 from llama_tp.serving.dialects.openai.responses.request import response_request
-from llama_tp.serving.dialects.route import ModelRoute
+from llama_tp.serving.dialects.route import ModelRoute, Names
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults
@@ -15,8 +15,8 @@ from llama_tp.text.tokenizer import Tokenizer
 class ResponsesDialect:
     """The Dialect of v1/responses."""
 
-    def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
-        self._route = ModelRoute.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits
+    def __init__(self, defaults: RequestDefaults, names: Names) -> None:
+        self._route = ModelRoute.of(defaults, names, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits
 
     def parse(self, body: object) -> GenerationRequest:
         return response_request(self._route, body)
