@@ -51,7 +51,7 @@ def read_key(path: str | Path) -> str:
             data = file.read(_MAX_KEY + 2)
     except OSError as error:
         raise ValueError(f"api_key_file={str(path)!r} cannot be read: {error.strerror}") from None
-    return valid_key(data.decode("latin-1").strip(), f"the key in api_key_file={str(path)!r}")
+    return valid_key(data.decode("latin-1").strip(), f"api_key_file={str(path)!r}: the key")
 
 
 def valid_key(key: str, said: str) -> str:

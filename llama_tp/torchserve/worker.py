@@ -43,7 +43,7 @@ class LoadedRank:
     tokenizer: Tokenizer
     chat: ChatFormat | str
     """The chat format, or why there is none."""
-    access: Access | None
+    access: Access | None = None
     """Who may send requests; None: everybody. Only the leader knows."""
 
 

@@ -64,6 +64,7 @@ class Service:
         self.polls = list(polls)
         self.open_ids = set()
         self.opened = []
+        self.credentials = {}
         self.closed = []
         self.refused = {}
         self.whole_only = set()
@@ -71,6 +72,7 @@ class Service:
 
     def open(self, request_id, body, route="", *, can_stream=True, credentials=None):
         self.opened.append((request_id, body, route))
+        self.credentials[request_id] = credentials
         self.open_ids.add(request_id)
         if not can_stream:
             self.whole_only.add(request_id)
@@ -208,6 +210,14 @@ def test_requests_are_opened_in_the_order_of_the_batch(module):
     request_ids = [f"request {i}" for i in range(20)]
     handler.handle(*batch(*request_ids))
     assert [request_id for request_id, _, _ in handler.service.opened] == request_ids
+
+
+def test_the_service_gets_the_key_that_a_request_came_with(module):
+    handler = handler_of(module)
+    headers = ({**HTTP, "Authorization": "Bearer k"}, {**HTTP, "X-Api-Key": "x"}, HTTP)
+    data = [{"body": b"{}"} for _ in headers]
+    handler.handle(data, Context(*zip("abc", headers, strict=True)))
+    assert handler.service.credentials == {"a": "k", "b": "x", "c": None}
 
 
 def test_bodies_and_routes_reach_the_service(module):

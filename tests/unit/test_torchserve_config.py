@@ -360,3 +360,11 @@ def test_a_share_of_no_heads_is_refused(values):
     values["handler"]["tp_shares"] = [4, 0]
     (problem,) = problems_of(ModelConfig.of, values)
     assert problem.startswith("handler.tp_shares.1=0: ")
+
+
+@pytest.mark.parametrize("name", ["", "two words", "ключ", "a\nb", "x" * 201])
+def test_a_name_that_clients_cannot_send_is_refused(values, name):
+    values["handler"]["served_model_name"] = name
+    (problem,) = problems_of(ModelConfig.of, values)
+    assert problem.startswith("handler.served_model_name=")
+    assert "\n" not in problem

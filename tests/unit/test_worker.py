@@ -110,3 +110,17 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_by_the_name_of_its_ke
 
     with pytest.raises(RuntimeError, match=r"handler\.tokenizer_path: .*tokenizer\.json has \d+ tokens .*512 rows"):
         load(larger)
+
+
+def test_the_leader_reads_the_key_and_a_file_without_one_is_named(load, converted):
+    def sentencepiece(folder):
+        return tiny_text.make_sentencepiece_model(folder)
+
+    assert load(sentencepiece).access is None
+    (converted / "key").write_text("k\n")
+    load(sentencepiece, api_key_file="key").access.check("k", "v1/models")
+    (converted / "key").write_text("\n")
+    with pytest.raises(RuntimeError, match=r"handler\.api_key_file=.*: the key is empty"):
+        load(sentencepiece, api_key_file="key")
+    with pytest.raises(RuntimeError, match=r"handler\.api_key_file=.*nowhere.* cannot be read: No such file"):
+        load(sentencepiece, api_key_file="nowhere")
