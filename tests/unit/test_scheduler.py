@@ -244,7 +244,7 @@ class Simulation:
             elif not life.request.params.max_new_tokens:
                 assert happened == TokenEvent(request_id, None, FinishReason.LENGTH, index=index)
             elif token == STOP_ID:
-                assert happened == TokenEvent(request_id, None, FinishReason.STOP, index=index)
+                assert happened == TokenEvent(request_id, None, FinishReason.STOP, index=index, stop_id=STOP_ID)
             else:
                 life.tokens.append(token)
                 is_last = num_generated + 1 == life.request.params.max_new_tokens
