@@ -20,6 +20,9 @@ MAX_BAD_WORDS = 64
 MAX_BIASES = 1024
 MAX_BIAS = 100
 
+MAX_MESSAGES = 8192
+"""In a dialog. Checking ten times as many would delay other streams by seconds."""
+
 ABSENT: Any = None
 """Default of an optional field."""
 
@@ -81,6 +84,12 @@ def _biases(value: object) -> dict[int, float]:
     return {int(key): float(bias) for key, bias in value.items()}
 
 
+def _few_messages(messages: object) -> object:
+    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+        raise PydanticCustomError("invalid_value", f"must have at most {MAX_MESSAGES} entries")
+    return messages
+
+
 def must_be_text(value: object) -> object:
     """BeforeValidator for a Literal: reports a non-string as the wrong type, not just as none of the choices."""
     if not isinstance(value, str):
@@ -105,6 +114,8 @@ BadWords = Annotated[
 AllowedTokenIds = Annotated[Any, AfterValidator(_allowed_ids)]
 StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+FewMessages = BeforeValidator(_few_messages)
+"""For a list of messages, or of other items of a dialog."""
 NumOutputs = Annotated[int, Field(ge=1, le=16)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600)]
 

@@ -338,6 +338,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].tool_calls",
     ),
     ({"echo": True}, "unsupported_value", "echo"),
+    ({"messages": HI * 8193}, "invalid_value", "messages"),
     ({"chat_template_kwargs": []}, "invalid_type", "chat_template_kwargs"),
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
     ({"audio": {"voice": "alloy"}}, "unsupported_value", "audio"),

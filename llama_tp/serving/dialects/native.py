@@ -23,6 +23,7 @@ from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import (
     ABSENT,
     KNOB_TYPES,
+    FewMessages,
     LogitBias,
     MaxNewTokensOrNone,
     MinNewTokens,
@@ -93,7 +94,7 @@ class _Fields(StrictModel):
     hints = _HINTS
 
     prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
-    dialog: Annotated[list[_Message], FailFast(), AfterValidator(_some_messages)] = ABSENT
+    dialog: Annotated[list[_Message], FailFast(), FewMessages, AfterValidator(_some_messages)] = ABSENT
     mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
     continue_final_message: bool = False
     max_new_tokens: MaxNewTokensOrNone = ABSENT

@@ -8,25 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BeforeValidator
-from pydantic_core import PydanticCustomError
-
 from llama_tp.serving.dialects.tools import tool_call
 from llama_tp.serving.errors import ApiError
 from llama_tp.text.dialog import Json, Message
-
-MAX_ITEMS = 8192
-"""Messages or items in a request. Checking ten times as many would delay other streams by seconds."""
-
-
-def _few(items: object) -> object:
-    if isinstance(items, list) and len(items) > MAX_ITEMS:
-        raise PydanticCustomError("invalid_value", f"must have at most {MAX_ITEMS} entries")
-    return items
-
-
-FewItems = BeforeValidator(_few)
-"""For a list of messages or items."""
 
 
 @dataclass(slots=True)

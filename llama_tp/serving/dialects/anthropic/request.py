@@ -23,10 +23,10 @@ from llama_tp.serving.dialects.tools import (
     function_tool,
     unique_tools,
 )
-from llama_tp.serving.dialects.turns import FewItems, Turns
+from llama_tp.serving.dialects.turns import Turns
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, KNOB_TYPES, MaxNewTokens, Seed, StopStrings, must_be_text
+from llama_tp.serving.fields import ABSENT, KNOB_TYPES, FewMessages, MaxNewTokens, Seed, StopStrings, must_be_text
 from llama_tp.serving.generation import FieldNames, GenerationRequest
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Json
@@ -139,7 +139,7 @@ class PromptFields(StrictModel):
     }
 
     model: str = ABSENT
-    messages: Annotated[list[InputMessage], FailFast(), FewItems, AfterValidator(_some_messages)]
+    messages: Annotated[list[InputMessage], FailFast(), FewMessages, AfterValidator(_some_messages)]
     system: Texts = ABSENT
     tools: Annotated[list[Annotated[_Tool, BeforeValidator(_client_tool)]], FailFast(), Few, AfterValidator(_tools)] = (
         ABSENT

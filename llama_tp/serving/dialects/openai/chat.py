@@ -21,7 +21,7 @@ from llama_tp.serving.dialects.route import Names
 from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokensOrNone, TopLogprobs
+from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, FewMessages, MaxNewTokensOrNone, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
@@ -133,7 +133,7 @@ def _tool_choice(value: object) -> ToolChoice:
     return ToolChoice("required", name)
 
 
-Messages = Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
+Messages = Annotated[list[_Message], FailFast(), FewMessages, AfterValidator(_dialog)]
 """The messages of a chat; parsed, a tuple of `Message`."""
 
 

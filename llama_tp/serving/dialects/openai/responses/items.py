@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Discriminator, FailFast, Tag
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.tools import Arguments, ToolName
-from llama_tp.serving.dialects.turns import FewItems, Turns
+from llama_tp.serving.dialects.turns import Turns
 from llama_tp.serving.dialects.unsupported import IGNORED
-from llama_tp.serving.fields import ABSENT, must_be_text
+from llama_tp.serving.fields import ABSENT, FewMessages, must_be_text
 from llama_tp.serving.strict_model import StrictModel
 
 _ROLES = {"developer": "system"}
@@ -133,7 +133,7 @@ def _items(value: object) -> object:
     return value
 
 
-Input = Annotated[list[Item], FailFast(), BeforeValidator(_items), FewItems]
+Input = Annotated[list[Item], FailFast(), BeforeValidator(_items), FewMessages]
 """Text, or items."""
 
 
