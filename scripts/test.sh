@@ -4,10 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-# ensure_browser LOG_FILE: the chat page is tested in a real one. Without it, those tests are skipped, or fail if REQUIRE_BROWSER is set.
-ensure_browser() {
-    local log=$1 name root=()
-    for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do
+# ensure PROGRAM PACKAGE LOG_FILE [OTHER_NAME ...]: install a Debian package that some tests need, where that is possible.
+ensure() {
+    local program=$1 package=$2 log=$3 name root=()
+    shift 3
+    for name in "$program" "$@"; do
         if command -v "$name" >/dev/null; then return; fi
     done
     command -v apt-get >/dev/null || return 0
@@ -15,14 +16,17 @@ ensure_browser() {
         sudo -n true 2>/dev/null || return 0
         root=(sudo -n)
     fi
-    say "  installing chromium for the tests of the chat page (log: $log)"
-    { "${root[@]}" apt-get update && "${root[@]}" apt-get install -y --no-install-recommends chromium; } >"$log" 2>&1 ||
-        say "  chromium could not be installed: those tests will be skipped; see $log"
+    say "  installing $package for tests that need it (log: $log)"
+    { "${root[@]}" apt-get update && "${root[@]}" apt-get install -y --no-install-recommends "$package"; } >"$log" 2>&1 ||
+        say "  $package could not be installed: the tests that need it will be skipped; see $log"
 }
 
 mkdir -p .demo/logs
-make_environment serve,demo,test,dev .demo/logs/install.log
+make_environment serve,demo,test,clients,dev .demo/logs/install.log
 export PATH="$PWD/.venv/bin:$PATH"
-ensure_browser .demo/logs/browser.log
+ensure chromium chromium .demo/logs/browser.log chromium-browser google-chrome google-chrome-stable chrome
+if [ -n "${REQUIRE_PROGRAMS:-}" ]; then  # its package may start a server: not on anybody's own machine
+    ensure nginx nginx-light .demo/logs/nginx.log
+fi
 # Two processes: one for all tests that start processes, the other for unit tests, until only those are left (or -n 0).
 exec .venv/bin/python -m pytest -n 2 "$@"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import pytest
+from tests.e2e.programs import program
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -18,13 +16,8 @@ REMEDY = "no browser on PATH; on Debian: apt install chromium (scripts/test.sh d
 
 
 def executable() -> str:
-    """The browser's path. Without one the test is skipped, or fails if REQUIRE_BROWSER is set, as in .ci/run."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(REMEDY)
-        pytest.skip(REMEDY)
-    return found
+    """The browser's path."""
+    return program(*NAMES, remedy=REMEDY)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -23,6 +22,7 @@ import psutil
 import pytest
 
 from llama_tp.torchserve.server import free_port_range
+from tests.e2e.programs import program
 from tests.e2e.torchserve_rig import CUT_OFF, MARK, free_ports, processes_marked, variables
 from tests.paths import CONFIGS
 from tests.waiting import wait_until
@@ -194,9 +194,7 @@ def test_nobody_else_sees_the_key(served: Command, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def proxied(served: Command, folder: Path) -> Iterator[Command]:
     """Behind nginx with configs/nginx.conf, but for its ports."""
-    nginx = shutil.which("nginx") or "/usr/sbin/nginx"
-    if not Path(nginx).exists():
-        pytest.skip("nginx is not installed: apt-get install nginx-light")
+    nginx = program("nginx", remedy="nginx is not installed; on Debian: apt install nginx-light")
     (port,) = free_ports(1)
     text = (CONFIGS / "nginx.conf").read_text()
     (folder / "nginx.conf").write_text(text.replace(":8000;", f":{port};").replace(":8080;", f":{served.port};"))
