@@ -9,8 +9,8 @@ import pytest
 
 
 def program(*names: str, remedy: str) -> str:
-    """The path of the first of these that is installed. Without any the test is skipped, or fails if REQUIRE_PROGRAMS is
-    set, as in .ci/run."""
+    """The path of the first of these that is installed. Without any the test is skipped, or fails if the variable
+    REQUIRE_PROGRAMS is set, as in .ci/run."""
     places = f"{os.environ.get('PATH', '')}:/usr/sbin"
     found = next(filter(None, (shutil.which(name, path=places) for name in names)), None)
     if found is None:
