@@ -148,9 +148,8 @@ class Sampler:
             flat.index_fill_(0, _on(flat, where), float("-inf"))
         if constrained:
             outputs = [(sequences[index].request.id, sequences[index].index) for index in constrained]
-            edited[constrained] = edited[constrained].where(
-                self._masks.allowed(outputs, logits.size(-1), logits.device), float("-inf")
-            )
+            biases = self._masks.biases(outputs, logits.size(-1), logits.device)
+            edited.index_add_(0, _on(logits, constrained), biases)
         return edited
 
     def forget(self, request_id: str) -> None:

@@ -39,6 +39,8 @@ class TokenMasks:
     def __init__(self) -> None:
         self._constraints: dict[str, list[_Constraint]] = {}
         self._thread: ThreadPoolExecutor | None = None
+        bits = torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1
+        self._bias_of_byte = torch.zeros(256, 8).masked_fill_(bits == 0, float("-inf"))
 
     def __len__(self) -> int:
         """Requests with a grammar."""
@@ -61,15 +63,18 @@ class TokenMasks:
         one = self._constraints[request_id][index]
         one.ready = self._thread.submit(one.advance, token_id)
 
-    def allowed(self, outputs: Items[tuple[str, int]], vocab_size: int, device: torch.device) -> Tensor:
-        """Which tokens the outputs, given as request id and index, may sample: (outputs, vocab_size) bool. Waits for
-        the masks if necessary."""
+    def biases(self, outputs: Items[tuple[str, int]], vocab_size: int, device: torch.device) -> Tensor:
+        """What to add to the logits of outputs, given as request id and index: 0 for tokens that may come next, minus
+        infinity for others; (outputs, vocab_size) float32. Waits for the masks if necessary."""
         constraints = [self._constraints[request_id][index] for request_id, index in outputs]
         for one in constraints:
             one.ready.result()
-        words = torch.stack([one.bits for one in constraints]).to(device, non_blocking=True)
-        bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=device)
-        return (bits & 1).bool().flatten(1)[:, :vocab_size]
+        masks = torch.stack([one.bits for one in constraints]).view(torch.uint8).to(device, non_blocking=True)
+        if self._bias_of_byte.device != device:
+            self._bias_of_byte = self._bias_of_byte.to(device)
+        # On a CPU, this takes a tenth of the time of torch.where with a bool per token.
+        biases = self._bias_of_byte.index_select(0, masks.flatten().int())
+        return biases.view(len(outputs), -1)[:, :vocab_size]
 
     def has_failed(self, request_id: str, index: int) -> bool:
         """Whether the output cannot go on because its grammar turned out to be too complex."""
