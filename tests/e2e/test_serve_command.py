@@ -235,13 +235,14 @@ def comes_early(command: Command, headers: dict[str, str]) -> bool:
 def test_nginx_passes_refusals_and_documents(proxied: Command) -> None:
     assert proxied.ask(ASKED).status == 401
     assert proxied.ask(route="v1/models", **{"x-api-key": KEY}).status == 200
+    assert proxied.ask({"prompt": "Hi"}, route="tokenize", **{"x-api-key": KEY}).status == 200
 
 
 @pytest.mark.parametrize(
     "route",
     [
         *("", "v2/models", "v1", "chat/x", "metrics", "../../../ping", "v1/../../../../ping", "v1/%2e%2e/x"),
-        *("../../../models/llama", "../../../predictions/other", "openapi.json/"),
+        *("../../../models/llama", "../../../predictions/other", "openapi.json/", "retokenize"),
     ],
 )
 def test_nginx_passes_no_other_route(proxied: Command, route: str) -> None:
