@@ -23,7 +23,7 @@ MAX_SOURCE = 256 * 1024
 """Characters of a grammar."""
 _NEVER_MERGED = "\n"
 """Sentencepiece's pieces hold no newline, which is a byte of its own."""
-_NUM_CACHED = 128
+_NUM_CACHED = 64
 """Compiled grammars kept, and as many that were found to be invalid."""
 
 

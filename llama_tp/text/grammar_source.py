@@ -17,11 +17,11 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=100_000,
     step_max_items=10_000,
-    max_lexer_states=50_000,
+    max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Ordinary schemas need a hundredth of it. At worst, the mask of a token takes about 10 ms, and a grammar's states 100
+"""Ordinary schemas need a hundredth of it. At worst, the mask of a token takes about 10 ms, and a grammar's states 40
 MB. The compiler does not respect its limits everywhere; see `grammar_checker`."""
 
 
