@@ -24,7 +24,7 @@ MAX_SOURCE = 256 * 1024
 _NEVER_MERGED = "\n"
 """Sentencepiece's pieces hold no newline, which is a byte of its own."""
 _NUM_CACHED = 64
-"""Compiled grammars kept, and as many that were found to be invalid."""
+"""Grammars kept, compiled or found to be invalid."""
 
 
 class GrammarState:
