@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 STARTING_PROCESSES = ("tests/distributed/", "tests/e2e/")
 """Tests that start groups of processes, which take all cores and have deadlines: they run one after the other."""
+LIGHT = "tests/e2e/test_chat_page.py"
+"""A browser and a server that only pretends to generate: runs beside them."""
 
 
 def pytest_configure() -> None:
@@ -34,6 +36,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(LIGHT):
+                return LIGHT
             return "starting processes" if nodeid.startswith(STARTING_PROCESSES) else nodeid
 
     return Scheduler(config, log)
