@@ -249,8 +249,8 @@ def test_the_client_raises_its_own_errors(client: Any) -> None:
         "invalid_request_error",
     )
     with pytest.raises(openai.BadRequestError) as unsupported:
-        chat(client, tools=[{"type": "function", "function": {"name": "f"}}], stream=True)
-    assert (unsupported.value.param, unsupported.value.code) == ("tools", "unsupported_value")
+        chat(client, reasoning_effort="high", stream=True)
+    assert (unsupported.value.param, unsupported.value.code) == ("reasoning_effort", "unsupported_value")
     with pytest.raises(openai.NotFoundError) as missing:
         chat(client, model="gpt-4o")
     assert missing.value.code == "model_not_found"
