@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import KNOBS, Knob
@@ -80,17 +80,53 @@ def must_be_text(value: object) -> object:
     return value
 
 
-MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
-MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
-LogitBias = Annotated[Any, AfterValidator(_biases)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
+TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+"""JSON schema of what `token_ids` accepts."""
+TEXT_OR_IDS: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**TOKEN_IDS, "minItems": 1}]}
+"""JSON schema of a prompt."""
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOPS = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}
+_BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,18})$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
+
+MaxNewTokens = Annotated[
+    int,
+    Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum number of tokens to generate; must fit into the context."),
+    BeforeValidator(_check_range_of_float),
 ]
-StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
-TopLogprobs = Annotated[int, Field(ge=0, le=20)]
-NumOutputs = Annotated[int, Field(ge=1, le=16)]
-TimeoutS = Annotated[float, Field(gt=0, le=3600)]
+MinNewTokens = Annotated[
+    int,
+    Field(ge=0, le=MAX_NEW_TOKENS, description="Minimum number of tokens before the answer may end."),
+    BeforeValidator(_check_range_of_float),
+]
+LogitBias = Annotated[
+    Any,
+    AfterValidator(_biases),
+    Field(description='Added to the logits of these token ids, as in {"42": -100}.'),
+    WithJsonSchema(_BIASES),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="The same seed gives the same answer.")]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    BeforeValidator(_list_of_stops),
+    Field(description="The answer ends before the first of these to occur."),
+    WithJsonSchema(_STOPS),
+]
+StopTokenIds = Annotated[
+    Any,
+    AfterValidator(_few_token_ids),
+    Field(description="Further token ids that end the answer."),
+    WithJsonSchema({**TOKEN_IDS, "maxItems": MAX_STOP_IDS}),
+]
+TopLogprobs = Annotated[
+    int, Field(ge=0, le=20, description="How many of the most probable tokens to report for each token.")
+]
+NumOutputs = Annotated[int, Field(ge=1, le=16, description="Number of answers to the one prompt.")]
+TimeoutS = Annotated[float, Field(gt=0, le=3600, description="Seconds after which the answer ends as far as it is.")]
 
 
 def _type_of(knob: Knob) -> Any:
@@ -98,7 +134,7 @@ def _type_of(knob: Knob) -> Any:
     low, high = (int(end) if end.is_integer() else end for end in (float(knob.api.low), float(knob.api.high)))
     bounds: dict[str, Any] = {"gt" if knob.api.excludes_low else "ge": low}
     bounds["lt" if knob.api.excludes_high else "le"] = high
-    return Annotated[knob.kind, Field(**bounds)]
+    return Annotated[knob.kind, Field(**bounds, description=knob.meaning)]
 
 
 KNOB_TYPES: dict[str, Any] = {knob.name: _type_of(knob) for knob in KNOBS}

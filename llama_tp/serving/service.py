@@ -15,14 +15,15 @@ from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.admission import Admission, Limits
 from llama_tp.serving.dialects.base import Accepted, Dialect, Replies
-from llama_tp.serving.dialects.native import NativeDialect
-from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects
-from llama_tp.serving.encoding import shown
+from llama_tp.serving.dialects.openai.routes import model_documents, model_operations
+from llama_tp.serving.encoding import shown, to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
+from llama_tp.serving.openapi import openapi_document
 from llama_tp.serving.output import Output
 from llama_tp.serving.reply import Reply
+from llama_tp.serving.routes import all_dialects
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ class _Active:
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or why it has none. `model_name` is its name in the URL.
+    `chat` is the model's chat format, or why it has none. `model_name` and `model_version` are those of the URL.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LlamaService:
         defaults: RequestDefaults,
         *,
         model_name: str,
+        model_version: str = "1.0",
     ) -> None:
         self._loop = loop
         self._tokenizer = tokenizer
@@ -76,8 +78,11 @@ class LlamaService:
         limits = Limits(loop.engine.runner.model.args.vocab_size, config.max_seq_len, config.max_waiting)
         self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self._admission = Admission(tokenizer, chat, limits, longest_token=self._longest_token)
-        self._dialects: dict[str, Dialect] = {"": NativeDialect(defaults), **openai_dialects(defaults, model_name)}
+        self._dialects = all_dialects(defaults, model_name)
         self._documents = model_documents(model_name, config.max_seq_len)
+        operations = {route: dialect.operation for route, dialect in self._dialects.items()}
+        document = openapi_document({**operations, **model_operations(model_name)}, model_name, model_version)
+        self._documents["openapi.json"] = to_json(document) + b"\n"
         self._active: dict[str, _Active] = {}
         self._id_of: dict[str, str] = {}
         self._num_started = 0

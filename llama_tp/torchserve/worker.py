@@ -42,7 +42,9 @@ class LoadedRank:
     """The chat format, or why there is none."""
 
 
-def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead: bool) -> LlamaService | None:
+def start_service(
+    yaml_config: object, *, model_name: str, model_version: str, model_dir: str, lead: bool
+) -> LlamaService | None:
     """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
 
     RuntimeError with the same text on every rank if any of them failed; it has been logged.
@@ -56,7 +58,7 @@ def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead:
     loop.start()
     published = published_sampling(Path(model_dir) / rank.config.handler.tokenizer_path)
     defaults = rank.config.request_defaults(published)
-    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name)
+    return LlamaService(loop, rank.tokenizer, rank.chat, defaults, model_name=model_name, model_version=model_version)
 
 
 def load_rank(read_yaml: Callable[[], object], model_dir: Path, *, lead: bool) -> LoadedRank:

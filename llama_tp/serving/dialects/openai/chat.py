@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, FailFast, create_model
+from pydantic import AfterValidator, FailFast, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
+from llama_tp.serving.dialects.openai.types import ChatCompletion, ChatCompletionChunk
 from llama_tp.serving.dialects.openai.unsupported import CHAT, IGNORED, only
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, MaxNewTokens, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
 from llama_tp.text.tokenizer import Tokenizer
@@ -34,6 +36,17 @@ class ChatDialect:
 
     def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
         self._route = Route.of(defaults, model_name, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits the context
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_chat_completion",
+            summary="Answer a chat, as OpenAI's API does.",
+            body=_Body,
+            answer=ChatCompletion,
+            chunk=ChatCompletionChunk,
+            chunk_type=ChatReplies.chunk_type,
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         fields = self._route.validate(_Body, body)
@@ -70,12 +83,27 @@ def _text(content: object) -> str:
     return "\n".join(texts)
 
 
-class _Message(StrictModel):
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+
+
+class ChatMessage(StrictModel):
+    """One turn of a chat."""
+
     role: str
-    content: Annotated[Any, AfterValidator(_text)]
+    """system, developer, user or assistant, unless the chat format knows others."""
+    content: Annotated[Any, AfterValidator(_text), WithJsonSchema(_CONTENT)]
+    """Text, or parts of text, which are joined by newlines."""
     name: str = ABSENT
+    """The speaker's name, for chat templates that use it."""
     tool_call_id: str = ABSENT
+    """The call that a message with the role tool answers."""
     reasoning_content: str = ABSENT
+    """The assistant's reasoning, for chat templates that use it."""
     # An answer that is sent back has all of these.
     tool_calls: only([]) = ABSENT  # type: ignore[valid-type]
     function_call: only() = ABSENT  # type: ignore[valid-type]
@@ -84,7 +112,7 @@ class _Message(StrictModel):
     annotations: IGNORED = ABSENT
 
 
-def _dialog(messages: list[_Message]) -> tuple[Message, ...]:
+def _dialog(messages: list[ChatMessage]) -> tuple[Message, ...]:
     if not messages:
         raise PydanticCustomError("empty_messages", "must hold at least one message")
     return tuple(
@@ -107,16 +135,22 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
         "min_new_tokens": "did you mean min_tokens?",
     }
 
-    messages: Annotated[list[_Message], FailFast(), AfterValidator(_dialog)]
+    messages: Annotated[
+        list[ChatMessage], FailFast(), AfterValidator(_dialog), Field(json_schema_extra={"minItems": 1})
+    ]
+    """The chat to answer."""
     max_completion_tokens: MaxNewTokens = ABSENT
     logprobs: bool = False
+    """Report each token's log probability."""
     top_logprobs: TopLogprobs = 0
     add_generation_prompt: bool = True
+    """false is for continue_final_message only."""
     continue_final_message: bool = False
+    """Continue the last message, which is the assistant's."""
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}
-_Body = create_model("_Body", __base__=_Fields, **_unsupported)
+_Body = create_model("ChatCompletionRequest", __base__=_Fields, **_unsupported)
 
 
 def _check_pairs(given: Given) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, create_model
+from pydantic import AfterValidator, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import CompletionReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in
+from llama_tp.serving.dialects.openai.types import Completion, CompletionChunk
 from llama_tp.serving.dialects.openai.unsupported import COMPLETIONS
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, TopLogprobs, token_ids
+from llama_tp.serving.fields import ABSENT, TEXT_OR_IDS, TopLogprobs, token_ids
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 16
@@ -30,6 +32,17 @@ class CompletionsDialect:
 
     def __init__(self, defaults: RequestDefaults, model_name: str) -> None:
         self._route = Route.of(defaults, model_name, max_tokens=MAX_TOKENS)
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_completion",
+            summary="Continue a text, as OpenAI's API does.",
+            body=_Body,
+            answer=Completion,
+            chunk=CompletionChunk,
+            chunk_type=CompletionReplies.chunk_type,
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         given = given_in(self._route.validate(_Body, body))
@@ -63,6 +76,9 @@ def _one_prompt(value: object) -> str | tuple[int, ...]:
         raise PydanticCustomError(error.type, error.message_template, {"at": 0}) from None
 
 
+_PROMPTS = [*TEXT_OR_IDS["anyOf"], {"type": "array", "items": TEXT_OR_IDS, "minItems": 1, "maxItems": 1}]
+
+
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "messages": "it is a field of v1/chat/completions; here, send the text as prompt",
@@ -71,13 +87,15 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
         "min_new_tokens": "did you mean min_tokens?",
     }
 
-    prompt: Annotated[Any, AfterValidator(_one_prompt)]
+    prompt: Annotated[Any, AfterValidator(_one_prompt), WithJsonSchema({"anyOf": _PROMPTS})]
+    """Text to continue, or its token ids; also a list of one of these."""
     echo: bool = False
+    """Begin the answer with the prompt's text."""
     logprobs: TopLogprobs = ABSENT
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in COMPLETIONS.items()}
-_Body = create_model("_Body", __base__=_Fields, **_unsupported)
+_Body = create_model("CompletionRequest", __base__=_Fields, **_unsupported)
 
 
 def _check_pairs(given: Given) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, create_model
+from pydantic import BeforeValidator, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import KNOBS, SamplingParams
@@ -32,8 +32,11 @@ Given = Mapping[str, Any]
 """The fields that a request sets, by name."""
 
 
-class _StreamOptions(StrictModel):
+class StreamOptions(StrictModel):
+    """What a stream holds beside the answer."""
+
     include_usage: bool = False
+    """Send the usage in an event before the last."""
     include_obfuscation: IGNORED = False
     continuous_usage_stats: only(False) = False  # type: ignore[valid-type]
 
@@ -45,6 +48,7 @@ def _all_if_minus_one(value: object) -> object:
 
 class _Shared(StrictModel):
     model: str = ABSENT
+    """The name of the model that is served; any other is a 404."""
     min_tokens: MinNewTokens = 0
     max_tokens: MaxNewTokens = ABSENT
     logit_bias: LogitBias = ABSENT
@@ -52,14 +56,23 @@ class _Shared(StrictModel):
     stop: StopStrings = ABSENT
     stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
+    """Whether the model's own end tokens do not end the answer."""
     n: NumOutputs = 1
     stream: bool = False
-    stream_options: _StreamOptions = ABSENT
+    """Server-sent events, instead of a single object."""
+    stream_options: StreamOptions = ABSENT
+    """Needs stream."""
     return_token_ids: bool = False
+    """Report the token ids of prompt and answer."""
 
 
 _KNOBS = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
-_TopK: Any = Annotated[KNOB_TYPES["top_k"], BeforeValidator(_all_if_minus_one)]  # noqa: F821
+_top_k = {
+    "type": "integer",
+    "minimum": -1,
+    "maximum": int(next(knob for knob in KNOBS if knob.name == "top_k").api.high),
+}
+_TopK: Any = Annotated[KNOB_TYPES["top_k"], BeforeValidator(_all_if_minus_one), WithJsonSchema(_top_k)]  # noqa: F821
 _UNSUPPORTED = {name: (kind, ABSENT) for name, kind in EVERYWHERE.items()}
 _fields: dict[str, Any] = {**_KNOBS, "top_k": (_TopK, ABSENT), **_UNSUPPORTED}
 SharedFields = create_model("SharedFields", __base__=_Shared, **_fields)

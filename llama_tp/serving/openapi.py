@@ -1,0 +1,102 @@
+"""The OpenAPI 3.1 document of a server, generated from the models that its parsers validate with.
+
+What it cannot express is in docs/openapi.md: rules of JSON itself, and rules across fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
+
+from llama_tp import __version__
+from llama_tp.serving.errors import ErrorBody
+from llama_tp.serving.operation import Operation
+
+_DEFINITIONS = "#/components/schemas/"
+_FRONTEND_ERROR = {
+    "type": "object",
+    "description": "An error of TorchServe itself, such as a full job queue.",
+    "properties": {"code": {"type": "integer"}, "type": {"type": "string"}, "message": {"type": "string"}},
+    "required": ["code", "type", "message"],
+}
+_ERRORS = {"4XX": {"$ref": "#/components/responses/Refusal"}, "5XX": {"$ref": "#/components/responses/Failure"}}
+_DESCRIPTION = (
+    "A field that is null counts as omitted. A server with tokens expects TorchServe's inference token. A streamed "
+    "answer has the schema x-itemSchema in each of its lines or events."
+)
+
+
+def openapi_document(operations: Mapping[str, Operation], model_name: str, model_version: str) -> dict[str, Any]:
+    """The document. `operations`: by route below /predictions/<model>/<version>/; "" is the native one."""
+    schemas = _Schemas(operations)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llama-tp", "version": __version__, "description": _DESCRIPTION},
+        # Relative to where the document is served, /predictions/<model>/<version>/openapi.json, proxies included.
+        "servers": [{"url": f"../{model_version}", "description": f"version {model_version} of {model_name}"}],
+        "security": [{}, {"bearer": []}],
+        "paths": {f"/{route}": schemas.path_item(operation) for route, operation in operations.items()},
+        "components": {
+            "schemas": {**schemas.definitions, "FrontendError": _FRONTEND_ERROR},
+            "responses": schemas.errors(),
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+class _Schemas:
+    """The schemas of all types that operations name, and references to them."""
+
+    def __init__(self, operations: Mapping[str, Operation]) -> None:
+        types = [ErrorBody, *(kind for one in operations.values() for kind in _types(one))]
+        mode: JsonSchemaMode = "validation"
+        inputs = [(kind, mode, TypeAdapter(kind)) for kind in types]
+        self._references, generated = TypeAdapter.json_schemas(
+            inputs, ref_template=_DEFINITIONS + "{model}", schema_generator=_Generator
+        )
+        self.definitions: dict[str, Any] = generated["$defs"]
+
+    def path_item(self, operation: Operation) -> dict[str, Any]:
+        described: dict[str, Any] = {"operationId": operation.id, "summary": operation.summary}
+        if operation.body is not None:
+            content = {"application/json": {"schema": self._reference(operation.body)}}
+            described["requestBody"] = {"required": True, "content": content}
+        described["responses"] = {"200": self._answer(operation), **_ERRORS}
+        return {"get" if operation.body is None else "post": described}
+
+    def _reference(self, kind: Any) -> dict[str, Any]:
+        return dict(self._references[kind, "validation"])
+
+    def _answer(self, operation: Operation) -> dict[str, Any]:
+        content: dict[str, Any] = {"application/json": {"schema": self._reference(operation.answer)}}
+        if operation.chunk is not None:
+            stream = {"schema": {"type": "string"}, "x-itemSchema": self._reference(operation.chunk)}
+            content[operation.chunk_type] = stream
+        return {"description": "The answer.", "content": content}
+
+    def errors(self) -> dict[str, Any]:
+        """The responses of all operations but their answers."""
+        error = self._reference(ErrorBody)
+        either = {"anyOf": [error, {"$ref": f"{_DEFINITIONS}FrontendError"}]}
+        return {
+            "Refusal": _response("The request is refused.", error),
+            "Failure": _response("The server has failed, or is busy.", either),
+        }
+
+
+class _Generator(GenerateJsonSchema):
+    """Does not repeat the name of a field as its title."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _types(operation: Operation) -> list[Any]:
+    return [kind for kind in (operation.body, operation.answer, operation.chunk) if kind is not None]
+
+
+def _response(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

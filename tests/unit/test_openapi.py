@@ -1,0 +1,223 @@
+"""The OpenAPI document: valid as such, and true of what the parsers accept and of what the replies hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_tp.engine.request import FinishReason, Logprobs
+from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.dialects.openai.routes import model_documents, model_operations
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import GenerationRequest, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.openapi import openapi_document
+from llama_tp.serving.routes import all_dialects
+from llama_tp.serving.strict_json import parse_json
+from tests.mutation import mutated, places
+from tests.optional import imported
+from tests.paths import ROOT
+from tests.schema_strategy import from_schema
+from tests.unit.text_fixtures import tiny
+
+DEFAULTS = RequestDefaults(
+    mode="text_completion", max_new_tokens=100, seed=42, sampling={knob.name: knob.default for knob in KNOBS}
+)
+DIALECTS = all_dialects(DEFAULTS, "llama")
+OPERATIONS = {**{route: one.operation for route, one in DIALECTS.items()}, **model_operations("llama")}
+DOCUMENT = json.loads(json.dumps(openapi_document(OPERATIONS, "llama", "1.0")))
+DEFINITIONS = DOCUMENT["components"]["schemas"]
+ROUTES = list(DIALECTS)
+
+ACROSS_FIELDS = {
+    ("missing_field", "prompt"),
+    ("missing_field", "dialog"),
+    ("invalid_type", "prompt"),
+    ("invalid_type", "dialog"),
+    ("conflicting_fields", "dialog"),
+    ("conflicting_fields", "mode"),
+    ("conflicting_fields", "continue_final_message"),
+    ("conflicting_fields", "top_logprobs"),
+    ("conflicting_fields", "stream_options"),
+    ("conflicting_fields", "max_tokens"),
+    ("conflicting_fields", "add_generation_prompt"),
+    ("unsupported_value", "add_generation_prompt"),
+    ("unsupported_value", "echo"),
+    ("invalid_value", "min_new_tokens"),
+    ("invalid_value", "min_tokens"),
+    ("model_not_found", "model"),
+}
+"""Refusals, by code and param, of bodies that are valid under the schema. They are in docs/openapi.md."""
+
+
+def body_schema(route: str) -> dict[str, Any]:
+    content = DOCUMENT["paths"][f"/{route}"]["post"]["requestBody"]["content"]
+    return content["application/json"]["schema"]
+
+
+def validator(schema: dict[str, Any]) -> Any:
+    return jsonschema_rs.Draft202012Validator({**schema, "components": {"schemas": DEFINITIONS}})
+
+
+VALIDATORS = {route: validator(body_schema(route)) for route in ROUTES}
+BODIES = {route: from_schema(body_schema(route), DEFINITIONS) for route in ROUTES}
+
+
+def outcome(route: str, body: object) -> GenerationRequest | ApiError:
+    try:
+        return DIALECTS[route].parse(body)
+    except ApiError as error:
+        return error
+
+
+def test_the_document_is_valid() -> None:
+    imported("openapi_spec_validator").validate(DOCUMENT)
+
+
+def test_every_field_of_every_body_is_described() -> None:
+    for route in ROUTES:
+        named = [DEFINITIONS[body_schema(route)["$ref"].rpartition("/")[2]]]
+        for schema in named:
+            assert schema["additionalProperties"] is False
+            for name, field in schema["properties"].items():
+                assert field.get("description"), f"{route}: {name}"
+                references = [field, field.get("items", {}), *field.get("anyOf", [])]
+                named += [DEFINITIONS[one["$ref"].rpartition("/")[2]] for one in references if "$ref" in one]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_body_is_accepted_if_it_is_valid_under_the_schema(route: str, data: st.DataObject) -> None:
+    body = data.draw(BODIES[route])
+    assert VALIDATORS[route].is_valid(body)
+    result = outcome(route, json.dumps(body).encode())
+    if isinstance(result, ApiError):
+        assert (result.code, result.param) in ACROSS_FIELDS, result.message
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_body_is_accepted_only_if_it_is_valid_under_the_schema(route: str, data: st.DataObject) -> None:
+    body = data.draw(mutated(BODIES[route]))
+    try:
+        parse_json(body)
+    except ApiError:
+        return  # not strict JSON, of which the schema says nothing
+    if any(type(box[key]) is float and box[key].is_integer() for box, key in places(body)):
+        return  # an integer for JSON Schema
+    result = outcome(route, body)
+    if not isinstance(result, ApiError):
+        assert VALIDATORS[route].is_valid(body), body
+    elif (result.code, result.param) not in ACROSS_FIELDS:
+        assert not VALIDATORS[route].is_valid(body), result.message
+
+
+def test_an_integer_with_a_fraction_is_one_for_json_schema_only() -> None:
+    assert VALIDATORS[""].is_valid({"prompt": "a", "n": 1.0})
+    assert outcome("", {"prompt": "a", "n": 1.0}).code == "invalid_type"
+
+
+def test_the_rules_that_the_schema_cannot_express_are_documented() -> None:
+    page = (ROOT / "docs/openapi.md").read_text()
+    assert not [param for _, param in ACROSS_FIELDS if f"`{param}`" not in page]
+
+
+# --- replies
+
+TOKENIZER = tiny("sentencepiece")
+USAGE = Usage(3, 5, 1)
+ALTERNATIVES = Logprobs(-0.5, ((7, -0.5), (8, float("-inf"))))
+FIELDS: dict[str, dict[str, Any]] = {
+    "": {"logprobs": True, "top_logprobs": 2},
+    "v1/chat/completions": {"logprobs": True, "top_logprobs": 2, "return_token_ids": True},
+    "v1/completions": {"logprobs": 2, "return_token_ids": True},
+}
+"""Optional fields of bodies that make replies as large as they can be."""
+
+
+def asked(route: str) -> dict[str, Any]:
+    """A body with no optional field."""
+    return {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in route else {"prompt": "Hi"}
+
+
+def closed(schema: Any) -> Any:
+    """The schema without tolerance for fields that it does not name."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    return {"additionalProperties": False, **inner} if "properties" in schema else inner
+
+
+def reply_validator(route: str, content_type: str, keyword: str) -> Any:
+    content = DOCUMENT["paths"][f"/{route}"]["post"]["responses"]["200"]["content"]
+    schema = {**content[content_type][keyword], "components": {"schemas": DEFINITIONS}}
+    return jsonschema_rs.Draft202012Validator(closed(copy.deepcopy(schema)))
+
+
+def replies_to(route: str, body: dict[str, Any]) -> Any:
+    request = DIALECTS[route].parse({**asked(route), **body})
+    return DIALECTS[route].replies(Accepted("id", request, [1, 2, 3]), TOKENIZER, 16)
+
+
+def delta(index: int, finish_reason: FinishReason | None, *, scored: bool) -> OutputDelta:
+    logprobs = [ALTERNATIVES] if scored else None
+    return OutputDelta(index=index, text="a", ids=[7], logprobs=logprobs, finish_reason=finish_reason, error=None)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_answer_has_the_declared_fields_and_no_other(route: str, full: bool, n: int) -> None:
+    fields = FIELDS.get(route, {}) if full else {}
+    reasons = (FinishReason.STOP, FinishReason.LENGTH)
+    outputs = [delta(index, reasons[index], scored=bool(fields)) for index in range(n)]
+
+    answer = replies_to(route, {**fields, "n": n}).answer(outputs, USAGE)
+
+    reply_validator(route, "application/json", "schema").validate(json.loads(answer))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_consists_of_the_declared_items(route: str, full: bool) -> None:
+    fields = FIELDS.get(route, {}) if full else {}
+    if full and route:
+        fields = {**fields, "stream_options": {"include_usage": True}}
+    replies = replies_to(route, {**fields, "stream": True})
+
+    stream = replies.chunk([delta(0, None, scored=full)], None)
+    stream += replies.chunk([delta(0, FinishReason.LENGTH, scored=full)], USAGE)
+
+    items = items_of(stream)
+    assert len(items) >= 2
+    checked = reply_validator(route, replies.chunk_type, "x-itemSchema")
+    for item in items:
+        checked.validate(item)
+
+
+def items_of(stream: bytes) -> list[Any]:
+    lines = [line.removeprefix(b"data: ") for line in stream.splitlines() if line]
+    return [json.loads(line) for line in lines if line != b"[DONE]"]
+
+
+def test_the_descriptions_of_the_model_have_the_declared_fields_and_no_other() -> None:
+    for route, body in model_documents("llama", 2048).items():
+        content = DOCUMENT["paths"][f"/{route}"]["get"]["responses"]["200"]["content"]
+        schema = {**content["application/json"]["schema"], "components": {"schemas": DEFINITIONS}}
+        jsonschema_rs.Draft202012Validator(closed(copy.deepcopy(schema))).validate(json.loads(body))
+
+
+def test_an_error_has_the_declared_fields_and_no_other() -> None:
+    checked = validator(closed({"$ref": "#/components/schemas/ErrorBody"}))
+    checked.validate(json.loads(ApiError(429, "queue_full", "wait", None).body()))
+    assert DEFINITIONS["Error"]["required"] == ["message", "type", "param", "code"]
