@@ -12,53 +12,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_tp.engine.request import FinishReason, Logprobs
-from llama_tp.engine.sampling_params import KNOBS
 from llama_tp.serving.dialects.base import Accepted
-from llama_tp.serving.dialects.openai.routes import model_documents, model_operations
+from llama_tp.serving.dialects.openai.routes import model_documents
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.generation import GenerationRequest, OutputDelta, RequestDefaults, Usage
-from llama_tp.serving.openapi import openapi_document
-from llama_tp.serving.routes import all_dialects
+from llama_tp.serving.generation import OutputDelta, Usage
 from llama_tp.serving.strict_json import parse_json
 from tests.mutation import mutated, places
 from tests.optional import imported
 from tests.paths import ROOT
-from tests.schema_strategy import from_schema
-from tests.unit.text_fixtures import tiny
-
-DEFAULTS = RequestDefaults(
-    mode="text_completion", max_new_tokens=100, seed=42, sampling={knob.name: knob.default for knob in KNOBS}
+from tests.unit.documented_routes import (
+    ACROSS_FIELDS,
+    BODIES,
+    DEFINITIONS,
+    DIALECTS,
+    DOCUMENT,
+    ROUTES,
+    body_schema,
+    minimal,
+    outcome,
 )
-DIALECTS = all_dialects(DEFAULTS, "llama")
-OPERATIONS = {**{route: one.operation for route, one in DIALECTS.items()}, **model_operations("llama")}
-DOCUMENT = json.loads(json.dumps(openapi_document(OPERATIONS, "llama", "1.0")))
-DEFINITIONS = DOCUMENT["components"]["schemas"]
-ROUTES = list(DIALECTS)
-
-ACROSS_FIELDS = {
-    ("missing_field", "prompt"),
-    ("missing_field", "dialog"),
-    ("invalid_type", "prompt"),
-    ("invalid_type", "dialog"),
-    ("conflicting_fields", "dialog"),
-    ("conflicting_fields", "mode"),
-    ("conflicting_fields", "continue_final_message"),
-    ("conflicting_fields", "top_logprobs"),
-    ("conflicting_fields", "stream_options"),
-    ("conflicting_fields", "max_tokens"),
-    ("conflicting_fields", "add_generation_prompt"),
-    ("unsupported_value", "add_generation_prompt"),
-    ("unsupported_value", "echo"),
-    ("invalid_value", "min_new_tokens"),
-    ("invalid_value", "min_tokens"),
-    ("model_not_found", "model"),
-}
-"""Refusals, by code and param, of bodies that are valid under the schema. They are in docs/openapi.md."""
-
-
-def body_schema(route: str) -> dict[str, Any]:
-    content = DOCUMENT["paths"][f"/{route}"]["post"]["requestBody"]["content"]
-    return content["application/json"]["schema"]
+from tests.unit.text_fixtures import tiny
 
 
 def validator(schema: dict[str, Any]) -> Any:
@@ -66,14 +39,6 @@ def validator(schema: dict[str, Any]) -> Any:
 
 
 VALIDATORS = {route: validator(body_schema(route)) for route in ROUTES}
-BODIES = {route: from_schema(body_schema(route), DEFINITIONS) for route in ROUTES}
-
-
-def outcome(route: str, body: object) -> GenerationRequest | ApiError:
-    try:
-        return DIALECTS[route].parse(body)
-    except ApiError as error:
-        return error
 
 
 def test_the_document_is_valid() -> None:
@@ -82,7 +47,7 @@ def test_the_document_is_valid() -> None:
 
 def test_every_field_of_every_body_is_described() -> None:
     for route in ROUTES:
-        named = [DEFINITIONS[body_schema(route)["$ref"].rpartition("/")[2]]]
+        named = [body_schema(route)]
         for schema in named:
             assert schema["additionalProperties"] is False
             for name, field in schema["properties"].items():
@@ -143,11 +108,6 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Optional fields of bodies that make replies as large as they can be."""
 
 
-def asked(route: str) -> dict[str, Any]:
-    """A body with no optional field."""
-    return {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in route else {"prompt": "Hi"}
-
-
 def closed(schema: Any) -> Any:
     """The schema without tolerance for fields that it does not name."""
     if isinstance(schema, list):
@@ -165,7 +125,7 @@ def reply_validator(route: str, content_type: str, keyword: str) -> Any:
 
 
 def replies_to(route: str, body: dict[str, Any]) -> Any:
-    request = DIALECTS[route].parse({**asked(route), **body})
+    request = DIALECTS[route].parse({**minimal(route), **body})
     return DIALECTS[route].replies(Accepted("id", request, [1, 2, 3]), TOKENIZER, 16)
 
 
