@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import jsonschema_rs
@@ -15,9 +16,9 @@ from llama_tp.engine.request import FinishReason, Logprobs
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.routes import model_documents
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.generation import OutputDelta, Usage
+from llama_tp.serving.generation import GenerationRequest, OutputDelta, Usage
 from llama_tp.serving.strict_json import parse_json
-from tests.mutation import mutated, places
+from tests.mutation import HOSTILE, mutated, places
 from tests.optional import imported
 from tests.paths import ROOT
 from tests.unit.documented_routes import (
@@ -83,6 +84,44 @@ def test_a_body_is_accepted_only_if_it_is_valid_under_the_schema(route: str, dat
         assert VALIDATORS[route].is_valid(body), body
     elif (result.code, result.param) not in ACROSS_FIELDS:
         assert not VALIDATORS[route].is_valid(body), result.message
+
+
+def at_the_limits(schema: Any) -> list[Any]:
+    """Values at each limit of a schema, and just beyond."""
+    if not schema:
+        return []
+    found: list[Any] = [one for inner in schema.get("anyOf", ()) for one in at_the_limits(inner)]
+    for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        if keyword in schema:
+            found += [schema[keyword] + step for step in (-1, -0.25, 0, 0.25, 1)]
+    for keyword in ("minLength", "maxLength"):
+        found += ["a" * max(0, schema[keyword] + step) for step in (-1, 0, 1) if keyword in schema]
+    items = schema.get("items", {})
+    item = 1 if items.get("type") == "integer" else "a"
+    for keyword in ("minItems", "maxItems"):
+        found += [[item] * max(0, schema[keyword] + step) for step in (-1, 0, 1) if keyword in schema]
+    if "maxProperties" in schema:
+        found += [{str(key): 1 for key in range(schema["maxProperties"] + step)} for step in (0, 1)]
+    found += [[value] for value in at_the_limits(items)]
+    found += [{"5": value} for value in at_the_limits(schema.get("additionalProperties") or {})]
+    return [value for value in found if not (type(value) is float and value.is_integer())]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_schema_and_parser_agree_on_every_field(route: str) -> None:
+    keys = [{key: 1} for key in ("5", "05", "5\n", "five", str(10**19))]
+    words = ["auto", "none", "required", "text", "chat", ["text"], 1, 2, *keys]
+    for name, field in body_schema(route)["properties"].items():
+        for value in [*words, *HOSTILE, *at_the_limits(field)]:
+            body = {**minimal(route), name: value}
+            result = outcome(route, body)
+            if isinstance(result, ApiError) and (
+                (result.code, result.param) in ACROSS_FIELDS or result.code == "invalid_unicode"
+            ):
+                continue
+            if (type(value) is float and (not math.isfinite(value) or value.is_integer())) or value == 10**400:
+                continue  # of which JSON Schema has another opinion
+            assert isinstance(result, GenerationRequest) == VALIDATORS[route].is_valid(body), (name, value)
 
 
 def test_an_integer_with_a_fraction_is_one_for_json_schema_only() -> None:
