@@ -23,10 +23,7 @@ _FRONTEND_ERROR = {
     "required": ["code", "type", "message"],
 }
 _ERRORS = {"4XX": {"$ref": "#/components/responses/Refusal"}, "5XX": {"$ref": "#/components/responses/Failure"}}
-_DESCRIPTION = (
-    "A field that is null counts as omitted. A server with tokens expects TorchServe's inference token. A streamed "
-    "answer has the schema x-itemSchema in each of its lines or events."
-)
+_DESCRIPTION = "A field that is null counts as omitted. A server with tokens expects TorchServe's inference token."
 
 
 def openapi_document(operations: Mapping[str, Operation], model_name: str, model_version: str) -> dict[str, Any]:
@@ -35,8 +32,8 @@ def openapi_document(operations: Mapping[str, Operation], model_name: str, model
     return {
         "openapi": "3.1.0",
         "info": {"title": "llama-tp", "version": __version__, "description": _DESCRIPTION},
-        # Relative to where the document is served, /predictions/<model>/<version>/openapi.json, proxies included.
-        "servers": [{"url": f"../{model_version}", "description": f"version {model_version} of {model_name}"}],
+        # Relative to the host. Few tools resolve "../1.0", which would hold below any prefix of a proxy.
+        "servers": [{"url": f"/predictions/{model_name}/{model_version}"}],
         "security": [{}, {"bearer": []}],
         "paths": {f"/{route}": schemas.path_item(operation) for route, operation in operations.items()},
         "components": {
@@ -72,10 +69,12 @@ class _Schemas:
 
     def _answer(self, operation: Operation) -> dict[str, Any]:
         content: dict[str, Any] = {"application/json": {"schema": self._reference(operation.answer)}}
-        if operation.chunk is not None:
-            stream = {"schema": {"type": "string"}, "x-itemSchema": self._reference(operation.chunk)}
-            content[operation.chunk_type] = stream
-        return {"description": "The answer.", "content": content}
+        if operation.chunk is None:
+            return {"description": "The answer.", "content": content}
+        chunk = self._reference(operation.chunk)
+        schema = _event(chunk) if operation.chunk_type == "text/event-stream" else chunk
+        content[operation.chunk_type] = {"schema": schema}
+        return {"description": "The answer. The schema of a stream is that of each line or event.", "content": content}
 
     def errors(self) -> dict[str, Any]:
         """The responses of all operations but their answers."""
@@ -92,6 +91,13 @@ class _Generator(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """A server-sent event; the last one of OpenAI's streams is [DONE]."""
+    encoded = {"contentMediaType": "application/json", "contentSchema": data}
+    kind = {"type": "string", "anyOf": [{"const": "[DONE]"}, encoded]}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": kind}, "required": ["data"]}
 
 
 def _types(operation: Operation) -> list[Any]:
