@@ -137,12 +137,21 @@ def test_a_huge_prompt_is_refused_at_once(server: TorchServe, neighbours: Neighb
 
 
 @pytest.mark.parametrize(
-    "path", ["/1.0/v1/poems", "/1.0/v1", "/1.0/openapi.yaml", "/1.0/poems%0A%5BPID%5D1", "/1.0/v1/models/x"]
+    "path", ["/1.0/v1/poems", "/1.0/v1", "/1.0/openapi.yaml", "/1.0/poems%5BPID%5D1", "/1.0/v1/models/x"]
 )
 def test_an_unknown_route_is_not_found(server: TorchServe, neighbours: Neighbours, path: str) -> None:
     for body in (b"", b"{}", b'{"prompt": "Hi"}'):
         response = server.post(body, path=PREDICT + path)
         assert (response.status, response.json()["error"]["code"]) == (404, "unknown_route")
+
+
+@pytest.mark.parametrize("break_", ["%0A", "%00"])
+def test_a_line_break_in_a_route_is_refused_by_torchserve(
+    server: TorchServe, neighbours: Neighbours, break_: str
+) -> None:
+    """It hands routes over in a header, which may not hold one."""
+    response = server.post(b'{"prompt": "Hi"}', path=f"{PREDICT}/1.0/poems{break_}[METRICS]".replace("[", "%5B"))
+    assert response.status == 403
 
 
 @pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
