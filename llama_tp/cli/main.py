@@ -28,6 +28,7 @@ COMMANDS: dict[str, Any] = {
     "health": serve.health,
     "follow": serve.follow,
     "bench": {
+        "api": bench.api,
         "checkpoint": bench.checkpoint,
         "comm": bench.comm,
         "engine": bench.engine,
