@@ -18,11 +18,11 @@ from llama_tp.serving.operation import Operation
 _DEFINITIONS = "#/components/schemas/"
 _FRONTEND_ERROR = {
     "type": "object",
-    "description": "An error of TorchServe itself, such as a full job queue.",
+    "description": "An error of TorchServe itself, such as a wrong token or a full job queue.",
     "properties": {"code": {"type": "integer"}, "type": {"type": "string"}, "message": {"type": "string"}},
     "required": ["code", "type", "message"],
 }
-_ERRORS = {"4XX": {"$ref": "#/components/responses/Refusal"}, "5XX": {"$ref": "#/components/responses/Failure"}}
+_ERRORS = {"4XX": {"$ref": "#/components/responses/Error"}, "5XX": {"$ref": "#/components/responses/Error"}}
 _DESCRIPTION = "A field that is null counts as omitted. A server with tokens expects TorchServe's inference token."
 
 
@@ -80,10 +80,7 @@ class _Schemas:
         """The responses of all operations but their answers."""
         error = self._reference(ErrorBody)
         either = {"anyOf": [error, {"$ref": f"{_DEFINITIONS}FrontendError"}]}
-        return {
-            "Refusal": _response("The request is refused.", error),
-            "Failure": _response("The server has failed, or is busy.", either),
-        }
+        return {"Error": _response("The request is refused, or the server is busy or has failed.", either)}
 
 
 class _Generator(GenerateJsonSchema):
