@@ -21,8 +21,9 @@ ensure_browser() {
 }
 
 mkdir -p .demo/logs
-make_environment serve,demo,test,dev .demo/logs/install.log
+make_environment serve,demo,test,clients,dev .demo/logs/install.log
 export PATH="$PWD/.venv/bin:$PATH"
 ensure_browser .demo/logs/browser.log
 # Two processes: one for all tests that start processes, the other for unit tests, until only those are left (or -n 0).
+export LLAMA_TP_COMPLETE_TESTS=1  # everything is installed: nothing may be skipped for lack of a package
 exec .venv/bin/python -m pytest -n 2 "$@"
