@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 
 from tests.e2e.demo_answers import ANSWER, QUESTION
-from tests.e2e.torchserve_rig import PREDICT, TorchServe, package_demo, serve
+from tests.e2e.torchserve_rig import PREDICT, TorchServe
 from tests.optional import imported
 from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:Item:UserWarning")]  # of litellm's types
 
 ASKED = [{"role": "user", "content": QUESTION}]
-NUM_SLOTS = 4
 
 
 class Capital(pydantic.BaseModel):
@@ -28,25 +25,8 @@ class Capital(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    store = package_demo(demo_folder, tmp_path_factory.mktemp("model"), max_batch_size=NUM_SLOTS)
-    with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def base_url(server: TorchServe) -> str:
-    return f"http://127.0.0.1:{server.inference_port}{PREDICT}/1.0/v1"
-
-
-@pytest.fixture(scope="module")
-def structured_output(server: TorchServe) -> None:
-    """Skips a test if the server does not support response_format and tools yet."""
-    wanted = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
-    body = {"messages": ASKED, "response_format": wanted, "max_tokens": 1}
-    response = server.post(body, path=f"{PREDICT}/1.0/v1/chat/completions")
-    if response.status == 400 and response.json()["error"]["code"] == "unsupported_value":
-        pytest.skip("the server does not support response_format")
+def base_url(demo_server: TorchServe) -> str:
+    return f"http://127.0.0.1:{demo_server.inference_port}{PREDICT}/1.0/v1"
 
 
 @pytest.fixture
@@ -96,13 +76,13 @@ def test_langchain_invokes_and_streams(chat_openai: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_langchain_gets_an_object(structured_output: None, chat_openai: Any, method: str) -> None:
+def test_langchain_gets_an_object(chat_openai: Any, method: str) -> None:
     answer = chat_openai.with_structured_output(Capital, method=method).invoke(QUESTION)
     assert isinstance(answer, Capital)
 
 
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
-def test_instructor_gets_an_object(structured_output: None, base_url: str, mode: str) -> None:
+def test_instructor_gets_an_object(base_url: str, mode: str) -> None:
     instructor, openai = imported("instructor"), imported("openai")
     with openai.OpenAI(base_url=base_url, api_key="none", timeout=PATIENCE_S, max_retries=0) as plain:
         client = instructor.from_openai(plain, mode=getattr(instructor.Mode, mode))
