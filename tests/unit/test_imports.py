@@ -151,7 +151,7 @@ LAYERS = {
     "planning": (*CONFIG, "control_groups", "threads", "resources", "model", "parallel", "engine"),
     "serving": (*CONFIG, "text", "engine"),
     "torchserve": (*CONFIG, "resources", "threads", "text", "parallel", "checkpoint", "engine", "serving"),
-    "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "torchserve"),
+    "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "serving", "torchserve"),
     "cli": (
         *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
         *("planning", "torchserve", "bench"),
