@@ -13,7 +13,9 @@ from typing import Any, cast
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.serving.dialects.base import Dialect
 from llama_tp.serving.generation import RequestDefaults
+from llama_tp.serving.routes import Routes
 from llama_tp.serving.service import LlamaService
 from llama_tp.text.chat import chat_format
 from llama_tp.text.tokenizer import load_tokenizer
@@ -66,24 +68,41 @@ def bench_api(tokenizer: str, *, requests: int, new: int, runs: int) -> None:
     defaults = RequestDefaults(mode="chat", max_new_tokens=new, seed=None, sampling=sampling)
     loop = cast(EngineLoop, _Replay(words.vocab_size, words.encode(TEXT), new))
     service = LlamaService(loop, words, chat_format("auto", words), defaults, model_name="bench")
-    times: dict[str, list[tuple[float, float]]] = {route: [] for route in BODIES}
+    dialects = Routes.of(defaults, ("bench",), max_seq_len=loop.engine.config.max_seq_len).dialects
+    times: dict[str, list[tuple[float, ...]]] = {route: [] for route in BODIES}
     for run in range(runs + 1):
         for route in BODIES:
-            measured = _measure(service, route, requests=requests, new=new)
+            parsing = _parsing_s(dialects[route], route, requests)
+            measured = (parsing, *_measure(service, route, requests=requests, new=new))
             if run:  # the first one warms up
                 times[route].append(measured)
     figures = {
         route: [1e6 * statistics.median(column) for column in zip(*each, strict=True)] for route, each in times.items()
     }
-    print(f"{'microseconds of CPU time':<30}{'per request':>14}{'per token':>14}")
-    for route, (opening, token) in figures.items():
-        print(f"{route or 'native':<30}{opening:>14.1f}{token:>14.2f}")
-    print(json.dumps({"requests": requests, "new": new, "runs": runs, "us_per_request_and_token": figures}))
+    names = ("parsing", "request", "token")
+    print(f"{'microseconds of CPU time per':<30}" + "".join(f"{name:>12}" for name in names))
+    for route, values in figures.items():
+        print(f"{route or 'native':<30}" + "".join(f"{value:>12.1f}" for value in values))
+    named = {route or "native": dict(zip(names, values, strict=True)) for route, values in figures.items()}
+    print(json.dumps({"requests": requests, "new": new, "runs": runs, "us_per": named}))
+
+
+def _body(route: str) -> bytes:
+    return json.dumps({**BODIES[route], "stream": True}).encode()
+
+
+def _parsing_s(dialect: Dialect, route: str, requests: int) -> float:
+    """CPU seconds to parse and validate a body, which is part of opening a request."""
+    body = _body(route)
+    begun = thread_time()
+    for _ in range(requests):
+        dialect.parse(body)
+    return (thread_time() - begun) / requests
 
 
 def _measure(service: LlamaService, route: str, *, requests: int, new: int) -> tuple[float, float]:
     """CPU seconds to open a request, and to answer with a token."""
-    body = json.dumps({**BODIES[route], "stream": True}).encode()
+    body = _body(route)
     begun = thread_time()
     for index in range(requests):
         service.open(str(index), body, route)
