@@ -48,6 +48,7 @@ class LlamaHandler:
         self.service = start_service(
             context.model_yaml_config,
             model_name=context.model_name,
+            model_version=version_of(context),
             model_dir=context.system_properties["model_dir"],
             lead=int(os.environ.get("LOCAL_RANK", "0")) == 0,
         )
@@ -104,6 +105,11 @@ class LlamaHandler:
             exchange = self._exchanges[request_id]
             if service.is_generating(request_id) and exchange.is_due(now):
                 batch.reply(Reply(request_id, b"", is_last=False), exchange)
+
+
+def version_of(context: Any) -> str:
+    """The model's version in URLs."""
+    return str((context.manifest or {}).get("model", {}).get("modelVersion", "1.0"))
 
 
 def end_with_frontend(agent: int) -> None:

@@ -1,7 +1,7 @@
 """An HTTP/1.1 load generator, light enough to share two cores with the server that it measures.
 
 One asyncio loop, one connection per request, and a parser for what TorchServe sends: a status line, headers, and a body
-that is chunked or has a length. Bodies are in the native dialect: one line of JSON per chunk.
+that is chunked or has a length.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 
+from llama_tp.bench.api import Api
 from llama_tp.bench.workload import Job, Recorder
 
 STALL_S = 120.0
@@ -80,8 +81,10 @@ class ResponseParser:
 class _Exchange(asyncio.Protocol):
     """One request and its response, on its own connection; `done` completes or has the error."""
 
-    def __init__(self, request: bytes, on_tokens: Callable[[int], None]) -> None:
+    def __init__(self, request: bytes, num_tokens: Callable[[bytes], int], on_tokens: Callable[[int], None]) -> None:
+        """`num_tokens` reads a line of the stream."""
         self._request = request
+        self._num_tokens = num_tokens
         self._on_tokens = on_tokens
         self._parser = ResponseParser()
         self._rest = b""
@@ -108,11 +111,8 @@ class _Exchange(asyncio.Protocol):
             self._rest = b"\n".join([*lines, self._rest])
             return
         for line in lines:
-            record = json.loads(line)
-            if "error" in record:
-                raise OSError(f"the server aborted a stream: {record['error']}")
-            if record["ids"]:
-                self._on_tokens(len(record["ids"]))
+            if count := self._num_tokens(line):
+                self._on_tokens(count)
         if self._parser.is_complete:
             self._end(None)
 
@@ -125,21 +125,20 @@ class _Exchange(asyncio.Protocol):
             self.done.set_exception(error)
 
 
-def request_bytes(job: Job, port: int, path: str) -> bytes:
-    """The complete POST of one job: streamed, greedy, ending only by length."""
-    fields = {"prompt": job.prompt, "max_new_tokens": job.new, "temperature": 0, "stream": True, "ignore_eos": True}
-    body = json.dumps(fields, separators=(",", ":")).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+def request_bytes(job: Job, port: int, path: str, api: Api) -> bytes:
+    """The complete POST of one job: streamed, greedy, ending only by length. `path`: the model's."""
+    body = json.dumps(api.fields(job), separators=(",", ":")).encode()
+    head = f"POST {path}{api.route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def drive(jobs: Sequence[Job], port: int, path: str, *, concurrency: int) -> Recorder:
+def drive(jobs: Sequence[Job], port: int, path: str, api: Api, *, concurrency: int) -> Recorder:
     """Send the jobs as they arrive and read all answers. OSError for the first request that fails."""
-    requests = [request_bytes(job, port, path) for job in jobs]
-    return asyncio.run(_drive(jobs, requests, port, concurrency))
+    requests = [request_bytes(job, port, path, api) for job in jobs]
+    return asyncio.run(_drive(jobs, requests, port, api, concurrency))
 
 
-async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, concurrency: int) -> Recorder:
+async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, api: Api, concurrency: int) -> Recorder:
     slots = asyncio.Semaphore(concurrency or len(jobs))
     recorder = Recorder(len(jobs))
     waiting: set[int] = set()  # requests waiting for the server
@@ -149,7 +148,7 @@ async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, conc
         async with slots:
             recorder.start(index, recorder.now() if concurrency else jobs[index].arrival_s)
             waiting.add(index)
-            await _exchange(requests[index], port, lambda count: recorder.tokens(index, count))
+            await _exchange(requests[index], port, api, lambda count: recorder.tokens(index, count))
             waiting.discard(index)
 
     pending = {asyncio.ensure_future(run(index)) for index in range(len(jobs))}
@@ -167,9 +166,11 @@ async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, conc
     return recorder
 
 
-async def _exchange(request: bytes, port: int, on_tokens: Callable[[int], None]) -> None:
+async def _exchange(request: bytes, port: int, api: Api, on_tokens: Callable[[int], None]) -> None:
     loop = asyncio.get_running_loop()
-    transport, exchange = await loop.create_connection(lambda: _Exchange(request, on_tokens), "127.0.0.1", port)
+    transport, exchange = await loop.create_connection(
+        lambda: _Exchange(request, api.num_tokens, on_tokens), "127.0.0.1", port
+    )
     try:
         await exchange.done
     finally:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,19 @@ from typing import Any
 import yaml
 
 from llama_tp.bench import client
-from llama_tp.bench.workload import Load, Slo, context_of, describe, summarize, table, warm_up, workload
+from llama_tp.bench.api import Api
+from llama_tp.bench.workload import (
+    Job,
+    Load,
+    Slo,
+    context_of,
+    describe,
+    summarize,
+    table,
+    warm_up,
+    with_other_prompts,
+    workload,
+)
 from llama_tp.model_args import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
@@ -108,37 +120,48 @@ def bench_serve(
     load: Load,
     slo: Slo,
     *,
+    apis: Sequence[Api],
     runs: int,
     handler: str | Path,
     properties: str | Path,
     log_config: str | Path,
     timeout_s: float,
 ) -> None:
-    """Implements `llama-tp bench serve`."""
+    """Implements `llama-tp bench serve`. Each run measures the engine, then each API."""
     args = ModelArgs.load_converted(Path(setup.checkpoint, "model_args.json"))
     shape = {"vocab_size": args.vocab_size, "max_seq_len": context_of(args.max_seq_len)}
     print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
     print(describe(load, slo), flush=True)
-    pairs: list[dict[str, Figures]] = []
+    found: list[dict[str, Figures]] = []
     with _running(setup, load, shape["max_seq_len"], handler, properties, log_config, timeout_s) as server:
         path = f"/predictions/{server.model_name}"
-        client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, concurrency=0)
+        for api in apis:
+            client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, api, concurrency=0)
         for run in range(runs):
-            this = replace(load, seed=load.seed + run)  # new prompts, to avoid hits in the server's prefix cache
+            this = replace(load, seed=load.seed + run)
             idle = cpu_of(server)
             offline = _offline(setup, this, slo)
             idle_s = (cpu_of(server) - idle).total
-            served = _served(server, this, slo, shape, path)
-            pairs.append({"offline": offline, "served": {**served, "idle_cpu_s": idle_s}})
+            found.append({"offline": offline})
+            for at, api in enumerate(apis):
+                jobs = with_other_prompts(workload(this, **shape), at, vocab_size=args.vocab_size)
+                found[-1][api.name] = {**_served(server, api, jobs, this, slo), "idle_cpu_s": idle_s}
             print(f"\nRun {run + 1} of {runs}, load average {os.getloadavg()[0]:.1f}")
-            print(table(pairs[-1]))
-            print(where_it_goes(offline, pairs[-1]["served"]), flush=True)
-    ratios = [pair["served"]["output_throughput"] / pair["offline"]["output_throughput"] for pair in pairs]
-    ratio = statistics.median(ratios)
-    each = ", ".join(f"{one:.3f}" for one in ratios)
-    print(f"\nOutput tokens per second, served / offline: {ratio:.3f} (median of {each})")
+            print(table(found[-1]))
+            for api in apis:
+                print(f"\n{api.name}\n{where_it_goes(offline, found[-1][api.name])}", flush=True)
+    print()
+    ratios = {api.name: _ratios(found, api.name) for api in apis}
     settings = {**asdict(setup), **asdict(load), **asdict(slo)}
-    print(json.dumps({**settings, "output_throughput_ratio": ratio, "ratios": ratios, "runs": pairs}))
+    print(json.dumps({**settings, "output_throughput_ratios": ratios, "runs": found}))
+
+
+def _ratios(runs: Sequence[Mapping[str, Figures]], name: str) -> list[float]:
+    """Throughput through an API, relative to the engine's, of each run. Prints their median."""
+    ratios = [run[name]["output_throughput"] / run["offline"]["output_throughput"] for run in runs]
+    each = ", ".join(f"{one:.3f}" for one in ratios)
+    print(f"Output tokens per second, {name} / offline: {statistics.median(ratios):.3f} (median of {each})")
+    return ratios
 
 
 def where_it_goes(offline: Figures, served: Figures) -> str:
@@ -168,10 +191,10 @@ def where_it_goes(offline: Figures, served: Figures) -> str:
     )
 
 
-def _served(server: TorchServe, load: Load, slo: Slo, shape: dict[str, int], path: str) -> Figures:
-    jobs = workload(load, **shape)
+def _served(server: TorchServe, api: Api, jobs: Sequence[Job], load: Load, slo: Slo) -> Figures:
+    path = f"/predictions/{server.model_name}"
     before, client_s = cpu_of(server), process_time()
-    recorder = client.drive(jobs, server.port, path, concurrency=load.concurrency)
+    recorder = client.drive(jobs, server.port, path, api, concurrency=load.concurrency)
     client_s = process_time() - client_s
     used = cpu_of(server) - before
     assert [trace.num_tokens for trace in recorder.traces] == [job.new for job in jobs]

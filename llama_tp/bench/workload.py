@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from time import perf_counter
 
@@ -106,6 +106,11 @@ def workload(load: Load, *, vocab_size: int, max_seq_len: int) -> list[Job]:
         new = min(_log_uniform(random, *NEW_TOKENS), max_seq_len - num_prompt)
         jobs.append(Job(arrival_s, tuple(random.choices(range(vocab_size), k=num_prompt)), new))
     return jobs
+
+
+def with_other_prompts(jobs: Sequence[Job], variant: int, *, vocab_size: int) -> list[Job]:
+    """The same work, with prompts that have nothing in common with those of another variant. 0: the jobs themselves."""
+    return [replace(job, prompt=tuple((token + variant) % vocab_size for token in job.prompt)) for job in jobs]
 
 
 def warm_up(requests: int, *, vocab_size: int, max_seq_len: int) -> list[Job]:

@@ -137,6 +137,22 @@ def comm(batch: int = 16, rounds: int = 2000) -> None:
     bench_comm(batch=batch, rounds=rounds)
 
 
+def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5) -> None:
+    """Measure the API layer without an engine: parsing, tokenizing, detokenizing, formatting. Ends with a line of JSON.
+
+    CPU time of a thread, so other processes hardly matter. Answers are streamed, a token per event.
+
+    Args:
+        tokenizer: a tokenizer's file, or a folder with one
+        requests: requests per run
+        new: tokens per answer
+        runs: runs of each route, alternating; the medians are printed
+    """
+    from llama_tp.bench.api_layer import bench_api
+
+    bench_api(tokenizer, requests=requests, new=new, runs=runs)
+
+
 def quality(
     checkpoint: str,
     against: str | None = None,
@@ -177,6 +193,7 @@ def serve(
     runs: int = 2,
     seed: int = 0,
     dtype: str = "auto",
+    api: str = "native",
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
     handler: str | None = None,
@@ -202,6 +219,7 @@ def serve(
         runs: runs of each; run n uses seed + n
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
+        api: native, openai (v1/completions), or native,openai to compare them
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
         handler: the handler file; by default llama-tp's own
@@ -209,6 +227,7 @@ def serve(
         log_config: TorchServe's log4j2.xml; by default as for `serve`
         timeout_s: seconds to wait for the server to start
     """
+    from llama_tp.bench.api import parse_apis
     from llama_tp.bench.serve import Setup, bench_serve
     from llama_tp.bench.workload import Load, Slo, parse_rate
     from llama_tp.cli.ranks import AUTO, resolve_size
@@ -233,6 +252,7 @@ def serve(
         ),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
         Slo(slo_ttft_ms, slo_tpot_ms),
+        apis=parse_apis(api),
         runs=runs,
         handler=handler or resource(HANDLER),
         properties=properties or resource(PROPERTIES),

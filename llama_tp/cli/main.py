@@ -29,6 +29,7 @@ COMMANDS: dict[str, Any] = {
     "cache": cache.cache,
     "follow": serve.follow,
     "bench": {
+        "api": bench.api,
         "checkpoint": bench.checkpoint,
         "comm": bench.comm,
         "engine": bench.engine,

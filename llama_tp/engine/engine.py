@@ -120,8 +120,8 @@ class Engine:
         events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
-            if event.error == "nan_logits" and self.sampler.has_no_mask(event.request_id, event.index):
-                event.error = "grammar_too_complex"
+            if event.error == "nan_logits":
+                event.error = self._why_no_token(event)
             if event.finish_reason is not None and event.request_id not in self.scheduler:
                 self.sampler.forget(event.request_id)
         if plan.chunks:
@@ -130,6 +130,13 @@ class Engine:
             got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
             self._timing.sampled(got_tokens, now)
         return events
+
+    def _why_no_token(self, event: TokenEvent) -> str:
+        """The error of an output that has no token."""
+        output = event.request_id, event.index
+        if self.sampler.has_no_mask(*output):
+            return "grammar_too_complex"
+        return "no_token_allowed" if self.sampler.has_ruled_out_all(*output) else "nan_logits"
 
     def _score(self, logits: Tensor) -> Tensor | None:
         """Score the prompts of this step. Returns the logits to sample from, if any."""

@@ -51,12 +51,17 @@ class _State:
         self.num_seen = len(sequence.tokens)
 
 
+_NOT_FINITE, _RULED_OUT = -1, -2
+"""Instead of a token id: there is none, because the logits are not finite, or because no token is allowed."""
+
+
 class Sampler:
     """Keeps one generator, the token counts that penalties need, and the next mask of a grammar per sequence."""
 
     def __init__(self) -> None:
         self._states: dict[str, dict[int, _State]] = {}
         self._masks = TokenMasks()
+        self._ruled_out: set[tuple[str, int]] = set()  # request id and index of the last step's outputs
 
     @property
     def is_idle(self) -> bool:
@@ -75,8 +80,10 @@ class Sampler:
         ids = argmax(edited)
         # The maximum shows a NaN or +inf anywhere in the logits.
         finite = edited.gather(-1, ids.unsqueeze(-1)).squeeze(-1).isfinite()
+        ruled_out = None
         if edited is not logits:
-            finite &= logits.amax(dim=-1).isfinite()
+            were_finite = logits.amax(dim=-1).isfinite()
+            finite, ruled_out = finite & were_finite, were_finite & ~finite
         drawn = [index for index, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
             indices = _on(logits, drawn)
@@ -84,7 +91,9 @@ class Sampler:
             probs = probabilities(edited[indices], params)
             noise = torch.stack([self._noise(sequences[index], probs) for index in drawn])
             ids[indices] = argmax(probs / noise)  # the winner of an exponential race is a draw from probs
-        ids.masked_fill_(~finite, -1)
+        ids.masked_fill_(~finite, _NOT_FINITE)
+        if ruled_out is not None:
+            ids.masked_fill_(ruled_out, _RULED_OUT)
         asked = [index for index, sequence in enumerate(sequences) if sequence.request.params.logprobs is not None]
         parts = [ids]
         if asked:
@@ -93,6 +102,10 @@ class Sampler:
         # One copy from the device: the only point where the host waits for it.
         host = _together(parts)
         tokens = [None if token < 0 else int(token) for token in host[0]]
+        self._ruled_out = set()
+        if ruled_out is not None:
+            outputs = zip(sequences, host[0], strict=True)
+            self._ruled_out = {(one.request.id, one.index) for one, token in outputs if token == _RULED_OUT}
         self._prepare_masks(sequences, tokens)
         if not asked:
             return tokens, {}
@@ -160,6 +173,10 @@ class Sampler:
     def has_no_mask(self, request_id: str, index: int) -> bool:
         """Whether an output cannot go on because its grammar turned out to be too complex."""
         return self._masks.has_failed(request_id, index)
+
+    def has_ruled_out_all(self, request_id: str, index: int) -> bool:
+        """Whether the request's own parameters left its output no token to sample in the last step."""
+        return (request_id, index) in self._ruled_out
 
     def _prepare_masks(self, sequences: Items[Sequence], tokens: Items[int | None]) -> None:
         """Begin to compute the masks of the sequences' next tokens."""

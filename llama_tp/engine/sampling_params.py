@@ -37,14 +37,14 @@ class Interval:
         return f"{brackets[0]}{self.low:g}, {self.high:g}{brackets[1]}"
 
 
-def knob(default: float, allowed: str, *, api: str | None = None) -> Any:
+def knob(default: float, allowed: str, meaning: str, *, api: str | None = None) -> Any:
     """A number that both API requests and the server's configuration can set.
 
     `allowed`: the interval that the sampler supports. `api`: the narrower one that the APIs accept, if their users
-    expect one.
+    expect one. `meaning`: for the documentation of the APIs.
     """
-    intervals = {"allowed": Interval.parse(allowed), "api": Interval.parse(api or allowed)}
-    return field(default=default, metadata=intervals)
+    metadata = {"allowed": Interval.parse(allowed), "api": Interval.parse(api or allowed), "meaning": meaning}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,20 +59,36 @@ class SamplingParams:
     """0 is possible with prompt_logprobs: the request then ends once its prompt is scored."""
     min_new_tokens: int = 0
     """No stop id is sampled before the output has this many tokens."""
-    temperature: float = knob(1.0, "[0, inf)", api="[0, 2]")
-    """0 is greedy: the most probable token, without a random draw. So is anything below 1e-5."""
-    top_p: float = knob(1.0, "(0, 1]")
-    """Sample from the smallest set of tokens whose probability reaches this (nucleus, arXiv:1904.09751)."""
-    top_k: int = knob(0, "[0, inf)", api=f"[0, {2**31 - 1}]")
-    """Sample from the k most probable tokens. 0: all."""
-    min_p: float = knob(0.0, "[0, 1]")
-    """Drop tokens less probable than this times the most probable one (arXiv:2407.01082)."""
-    repetition_penalty: float = knob(1.0, "[0.01, 100]", api="[0.01, 10]")
-    """Divides the positive logits of tokens in prompt or output, multiplies the negative ones (arXiv:1909.05858)."""
-    presence_penalty: float = knob(0.0, "[-1000, 1000]", api="[-2, 2]")
-    """Subtracted once from the logit of every token in the output."""
-    frequency_penalty: float = knob(0.0, "[-1000, 1000]", api="[-2, 2]")
-    """Subtracted from the logit of every token in the output, times its number of occurrences."""
+    temperature: float = knob(
+        1.0,
+        "[0, inf)",
+        "0 is greedy: the most probable token, without a random draw. So is anything below 1e-5.",
+        api="[0, 2]",
+    )
+    top_p: float = knob(
+        1.0,
+        "(0, 1]",
+        "Sample from the smallest set of tokens whose probability reaches this (nucleus, arXiv:1904.09751).",
+    )
+    top_k: int = knob(0, "[0, inf)", "Sample from the k most probable tokens. 0: all.", api=f"[0, {2**31 - 1}]")
+    min_p: float = knob(
+        0.0, "[0, 1]", "Drop tokens less probable than this times the most probable one (arXiv:2407.01082)."
+    )
+    repetition_penalty: float = knob(
+        1.0,
+        "[0.01, 100]",
+        "Divides the positive logits of tokens in prompt or output, multiplies the negative ones (arXiv:1909.05858).",
+        api="[0.01, 10]",
+    )
+    presence_penalty: float = knob(
+        0.0, "[-1000, 1000]", "Subtracted once from the logit of every token in the output.", api="[-2, 2]"
+    )
+    frequency_penalty: float = knob(
+        0.0,
+        "[-1000, 1000]",
+        "Subtracted from the logit of every token in the output, times its number of occurrences.",
+        api="[-2, 2]",
+    )
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     allowed_ids: frozenset[int] | None = None
@@ -141,10 +157,17 @@ class Knob:
     kind: type[int] | type[float]
     default: float
     api: Interval
+    meaning: str
 
 
 KNOBS = tuple(
-    Knob(one.name, {"int": int, "float": float}[str(one.type)], cast(float, one.default), one.metadata["api"])
+    Knob(
+        one.name,
+        {"int": int, "float": float}[str(one.type)],
+        cast(float, one.default),
+        one.metadata["api"],
+        one.metadata["meaning"],
+    )
     for one in dataclasses.fields(SamplingParams)
     if "api" in one.metadata
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llama_tp.serving.operation import Operation
 from llama_tp.serving.reply import Reply
 
 
@@ -13,6 +14,8 @@ class Document:
     """Bytes that a route always answers with."""
 
     body: bytes
+    operation: Operation
+    """Its route, for the OpenAPI document."""
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further HTTP headers."""

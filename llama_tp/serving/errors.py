@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing_extensions import TypedDict
+
 from llama_tp.serving.encoding import cut, to_json
 
 MAX_MESSAGE = 1000
 """Maximum characters of an error message."""
+
+
+class Error(TypedDict):
+    """What is wrong, and with what."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """The body of an error."""
+
+    error: Error
 
 
 class ApiError(Exception):

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    FailFast,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from llama_tp.engine.sampling_params import KNOBS, Knob
 
@@ -84,10 +93,22 @@ def _biases(value: object) -> dict[int, float]:
     return {int(key): float(bias) for key, bias in value.items()}
 
 
-def _few_messages(messages: object) -> object:
-    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-        raise PydanticCustomError("invalid_value", f"must have at most {MAX_MESSAGES} entries")
-    return messages
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """Annotation of a list: its maximum length, checked before its entries are."""
+
+    entries: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(core), "maxItems": self.entries}
+
+    def _check(self, value: object) -> object:
+        if isinstance(value, list) and len(value) > self.entries:
+            raise PydanticCustomError("invalid_value", f"must have at most {self.entries} entries")
+        return value
 
 
 def must_be_text(value: object) -> object:
@@ -97,27 +118,77 @@ def must_be_text(value: object) -> object:
     return value
 
 
-MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
-MaxNewTokensOrNone = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
-"""0 where only the prompt matters."""
-MinNewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), BeforeValidator(_check_range_of_float)]
-LogitBias = Annotated[Any, AfterValidator(_biases)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+"""JSON schema of what `token_ids` accepts."""
+TEXT_OR_IDS: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**TOKEN_IDS, "minItems": 1}]}
+"""JSON schema of a prompt."""
+STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+"""JSON schema of a stop string."""
+_STOPS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOPS}]}
+_BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,18})$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
+
+_MOST = "Maximum number of tokens to generate; must fit into the context."
+MaxNewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS, description=_MOST), BeforeValidator(_check_range_of_float)]
+MaxNewTokensOrNone = Annotated[
+    int,
+    Field(ge=0, le=MAX_NEW_TOKENS, description=f"{_MOST} 0 where only the prompt matters."),
+    BeforeValidator(_check_range_of_float),
+]
+MinNewTokens = Annotated[
+    int,
+    Field(ge=0, le=MAX_NEW_TOKENS, description="Minimum number of tokens before the answer may end."),
+    BeforeValidator(_check_range_of_float),
+]
+LogitBias = Annotated[
+    Any,
+    AfterValidator(_biases),
+    Field(description='Added to the logits of these token ids, as in {"42": -100}.'),
+    WithJsonSchema(_BIASES),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="The same seed gives the same answer.")]
 StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_list_of_stops)
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    BeforeValidator(_list_of_stops),
+    Field(description="The answer ends before the first of these to occur."),
+    WithJsonSchema(_STOPS),
+]
+StopTokenIds = Annotated[
+    Any,
+    AfterValidator(_few_token_ids),
+    Field(description="Further token ids that end the answer."),
+    WithJsonSchema({**TOKEN_IDS, "maxItems": MAX_STOP_IDS}),
+]
+AllowedTokenIds = Annotated[
+    Any,
+    AfterValidator(_allowed_ids),
+    Field(description="Only these tokens may be in the answer."),
+    WithJsonSchema({**TOKEN_IDS, "minItems": 1, "maxItems": MAX_ALLOWED_IDS}),
 ]
 BadWords = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-    Field(max_length=MAX_BAD_WORDS),
+    Field(max_length=MAX_BAD_WORDS, description="Texts whose tokens must not follow each other in the answer."),
     FailFast(),
 ]
-AllowedTokenIds = Annotated[Any, AfterValidator(_allowed_ids)]
-StopTokenIds = Annotated[Any, AfterValidator(_few_token_ids)]
-TopLogprobs = Annotated[int, Field(ge=0, le=20)]
-FewMessages = BeforeValidator(_few_messages)
+TopLogprobs = Annotated[
+    int, Field(ge=0, le=20, description="How many of the most probable tokens to report for each token.")
+]
+PromptLogprobs = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=20,
+        description="Report the log probabilities of the prompt's tokens, with this many of the most probable ones.",
+    ),
+]
+FewMessages = AtMost(MAX_MESSAGES)
 """For a list of messages, or of other items of a dialog."""
-NumOutputs = Annotated[int, Field(ge=1, le=16)]
-TimeoutS = Annotated[float, Field(gt=0, le=3600)]
+NumOutputs = Annotated[int, Field(ge=1, le=16, description="Number of answers to each prompt.")]
+TimeoutS = Annotated[float, Field(gt=0, le=3600, description="Seconds after which the answer ends as far as it is.")]
 
 
 def _type_of(knob: Knob) -> Any:
@@ -125,7 +196,7 @@ def _type_of(knob: Knob) -> Any:
     low, high = (int(end) if end.is_integer() else end for end in (float(knob.api.low), float(knob.api.high)))
     bounds: dict[str, Any] = {"gt" if knob.api.excludes_low else "ge": low}
     bounds["lt" if knob.api.excludes_high else "le"] = high
-    return Annotated[knob.kind, Field(**bounds)]
+    return Annotated[knob.kind, Field(**bounds, description=knob.meaning)]
 
 
 KNOB_TYPES: dict[str, Any] = {knob.name: _type_of(knob) for knob in KNOBS}

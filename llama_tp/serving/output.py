@@ -126,10 +126,14 @@ def _error_in(event: TokenEvent) -> ApiError | None:
     return None
 
 
-_STATUS = {"queue_full": 429, "grammar_too_complex": 400}
+_STATUS = {"queue_full": 429, "grammar_too_complex": 400, "no_token_allowed": 400}
 _MESSAGES = {
     "nan_logits": "the model produced non-finite numbers for this request; other requests are not affected",
     "queue_full": "too many requests are already waiting; try again later",
+    "no_token_allowed": (
+        "the request rules out every token: the form of the answer, allowed_token_ids, bad_words and the minimum of "
+        "tokens leave none; relax one of them"
+    ),
     "grammar_too_complex": "the grammar became too complex for this answer; simplify it, patterns first of all",
     "internal_error": "the engine could not run this request",
 }

@@ -17,19 +17,16 @@ from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.serving.access import Access
 from llama_tp.serving.admission import NO_TOOLS, Admission, Limits
-from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
-from llama_tp.serving.dialects.base import Accepted, Dialect, Query, Replies
-from llama_tp.serving.dialects.native import NativeDialect
-from llama_tp.serving.dialects.openai.routes import model_documents, openai_dialects, openai_queries
+from llama_tp.serving.dialects.base import Accepted, Dialect, Replies
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults, Usage
 from llama_tp.serving.metrics import RequestMetrics, RequestRecord
 from llama_tp.serving.output import Output
-from llama_tp.serving.page.assembly import chat_page
 from llama_tp.serving.reply import Reply
 from llama_tp.serving.reply_size import chunk_outputs, cut_size
 from llama_tp.serving.request_log import CLIENT_GONE, UNKNOWN, log_ended, log_short
+from llama_tp.serving.routes import Routes
 from llama_tp.text.chat import ChatFormat
 from llama_tp.text.detokenizer import bytes_with_specials
 from llama_tp.text.tokenizer import Tokenizer
@@ -81,9 +78,9 @@ class _Active:
 class LlamaService:
     """Serves requests from one engine loop. Not thread-safe: one thread opens, polls and closes.
 
-    `chat` is the model's chat format, or why it has none; `tools` likewise. `model_name` is its name in the URL,
-    `served_name` its name in answers, and both may be its name in requests. `access`: who may send requests; None:
-    everybody.
+    `chat` is the model's chat format, or why it has none; `tools` likewise. `model_name` and `model_version` are those
+    of the URL, `served_name` is its name in answers, and either name may be in requests. `access`: who may send
+    requests; None: everybody.
     """
 
     def __init__(
@@ -94,6 +91,7 @@ class LlamaService:
         defaults: RequestDefaults,
         *,
         model_name: str,
+        model_version: str = "1.0",
         tools: Tools | str = NO_TOOLS,
         served_name: str | None = None,
         access: Access | None = None,
@@ -107,16 +105,7 @@ class LlamaService:
         self._admission = Admission(tokenizer, chat, limits, longest_token=longest_token, tools=tools)
         self._longest_token = max(len(piece(token)) for token in tokens)  # special or not
         names = (served_name or model_name, model_name)
-        self._dialects: dict[str, Dialect] = {
-            "": NativeDialect(defaults),
-            **openai_dialects(defaults, names),
-            **anthropic_dialects(defaults, names),
-        }
-        self._queries: dict[str, Query] = {
-            **openai_queries(defaults, names),
-            **anthropic_queries(defaults, names),
-        }
-        self._documents = {**model_documents(names, config.max_seq_len), "chat": chat_page()}
+        self._routes = Routes.of(defaults, names, max_seq_len=config.max_seq_len, model_version=model_version)
         self._access = access
         self._is_draining = self._is_opening = False
         self._active: dict[str, _Active] = {}
@@ -174,8 +163,8 @@ class LlamaService:
 
     def refuse(self, request_id: str, error: ApiError, route: str = "") -> None:
         """Answer a request with an error, in the dialect of its route."""
-        dialect = self._dialects.get(route) or self._queries.get(route)
-        log_short(request_id, route if dialect or route in self._documents else UNKNOWN, error.status, error.code)
+        dialect = self._routes.dialects.get(route) or self._routes.queries.get(route)
+        log_short(request_id, route if route in self._routes else UNKNOWN, error.status, error.code)
         self.metrics.failed(error)
         body = dialect.error(error) if dialect else error.body()
         self._immediate.append(Reply(request_id, body, status=error.status))
@@ -209,17 +198,17 @@ class LlamaService:
             raise ApiError(503, "shutting_down", "the server is shutting down; send the request to another server")
 
     def _open(self, request_id: str, body: object, route: str, can_stream: bool) -> None:
-        if (document := self._documents.get(route)) is not None:
+        if (document := self._routes.documents.get(route)) is not None:
             log_short(request_id, route, 200, "ok")
             self._immediate.append(document.reply(request_id))
-        elif (dialect := self._dialects.get(route)) is not None:
+        elif (dialect := self._routes.dialects.get(route)) is not None:
             self._start(request_id, route, dialect, body, can_stream)
-        elif (query := self._queries.get(route)) is not None:
+        elif (query := self._routes.queries.get(route)) is not None:
             answer = query.answer(body, self._admission)
             log_short(request_id, route, 200, "ok")
             self._immediate.append(Reply(request_id, answer))
         else:
-            routes = ", ".join(filter(None, [*self._dialects, *self._queries, *self._documents]))
+            routes = ", ".join(filter(None, self._routes))
             message = (
                 f"there is no route {shown(route)}; POST to /predictions/<model> itself, or below "
                 f"/predictions/<model>/<version>/ to one of: {routes}"

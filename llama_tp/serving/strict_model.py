@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from llama_tp.serving.encoding import MAX_ECHO, Path, in_json_words, param_of, shown
 from llama_tp.serving.errors import ApiError
@@ -19,7 +19,7 @@ class StrictModel(BaseModel):
     null counts as omitted for an optional field: some clients send every field they know.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
 
     hints: ClassVar[Mapping[str, str]] = {}
     """What to do instead, for field names of other APIs."""
@@ -35,6 +35,35 @@ class StrictModel(BaseModel):
                 hint = cls.hints.get(key) or _nearest(key, cls.model_fields)
                 raise PydanticCustomError("unknown_field", "is not a known field; {hint}", {"at": key, "hint": hint})
         return {key: item for key, item in value.items() if item is not None or cls.model_fields[key].is_required()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What the JSON schema of a model cannot tell by its fields: see the class."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        del schema["title"]
+        schema["additionalProperties"] = False
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        for name, field in properties.items():
+            field.pop("title", None)
+            if name not in required:
+                properties[name] = _or_null(field)
+        return reference
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an optional field; a default of null is left out."""
+    annotations = {key: schema[key] for key in ("description", "default") if schema.get(key) is not None}
+    kind = {key: value for key, value in schema.items() if key not in ("description", "default")}
+    if not kind:
+        return annotations
+    if "const" in kind or "enum" in kind:
+        return {**annotations, "enum": [*kind.get("enum", (kind.get("const"),)), None]}
+    if "type" in kind:
+        types = kind["type"] if isinstance(kind["type"], list) else [kind["type"]]
+        return {**annotations, **kind, "type": [*types, "null"]}
+    choices = kind["anyOf"] if kind.keys() == {"anyOf"} else [kind]
+    return {**annotations, "anyOf": [*choices, {"type": "null"}]}
 
 
 def _nearest(key: str, fields: Collection[str]) -> str:

@@ -47,7 +47,9 @@ class LoadedRank:
     """Who may send requests; None: everybody. Only the leader knows."""
 
 
-def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead: bool) -> LlamaService | None:
+def start_service(
+    yaml_config: object, *, model_name: str, model_version: str, model_dir: str, lead: bool
+) -> LlamaService | None:
     """Join the group, load this rank's share and start computing. The service on the leader, None on followers.
 
     RuntimeError with the same text on every rank if any of them failed; it has been logged.
@@ -67,6 +69,7 @@ def start_service(yaml_config: object, *, model_name: str, model_dir: str, lead:
         rank.chat,
         defaults,
         model_name=model_name,
+        model_version=model_version,
         tools=_tools_or_why_not(rank),
         served_name=rank.config.handler.served_model_name,
         access=rank.access,

@@ -1,6 +1,5 @@
 """Fixtures that several end-to-end tests share."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from llama_tp.checkpoint.demo import extract_gguf, make_demo
 from llama_tp.text import Tokenizer, load_tokenizer
-from tests.e2e.torchserve_rig import TorchServe, package, serve
+from tests.e2e.torchserve_rig import TorchServe, package_demo, serve
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +22,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     """A server of the demo's model in float32, with 8 slots."""
-    work = tmp_path_factory.mktemp("model")
-    converted = demo_folder / "converted_checkpoints"
-    shutil.copytree(converted, work / "converted_checkpoints")
-    shutil.copy(converted / "tokenizer.json", work / "tokenizer.model")  # `package` expects it; it is not used
-    shutil.copy(converted / "model_args.json", work)
-    handler = {"tokenizer_path": "converted_checkpoints", "kv_cache_memory": "384MiB", "dtype": "float32"}
-    store = package(work, handler=handler)
+    store = package_demo(demo_folder, tmp_path_factory.mktemp("model"))
     with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
         yield running
 

@@ -15,9 +15,10 @@ import pytest
 from llama_tp.text import Tokenizer, load_tokenizer
 from tests.e2e.demo_answers import ANSWER, QUESTION
 from tests.e2e.torchserve_rig import TorchServe, package, serve
+from tests.optional import imported
 from tests.waiting import PATIENCE_S
 
-openai = pytest.importorskip("openai")
+openai = imported("openai")
 
 pytestmark = pytest.mark.e2e
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import http.client
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +48,6 @@ NUM_SLOTS = 8
 MAX_SEQ_LEN = 4096
 DEFAULTS = {"max_new_tokens": 24, "temperature": 1.9, "top_p": 0.95, "manual_seed": 40, "mode": "chat"}
 ABANDON_AFTER_S = 3.0
-REFUSAL_CPU_S = 2.0
 BEGINS_WITHIN_S = 10.0
 """A fraction of what NUM_SLOTS times LONG_REQUEST takes."""
 
@@ -369,162 +366,7 @@ def test_more_requests_than_slots_are_all_answered(server: TorchServe, solo: lis
     assert ask_all(server, MIXED * 3) == solo * 3
 
 
-# --- bad input
-
-
-def chat(*turns: object) -> dict[str, object]:
-    return {"dialog": list(turns)}
-
-
-def user(content: object = "Hi") -> dict[str, object]:
-    return {"role": "user", "content": content}
-
-
-def system(content: object = "Be short.") -> dict[str, object]:
-    return {"role": "system", "content": content}
-
-
-def assistant(content: object = "Hello.") -> dict[str, object]:
-    return {"role": "assistant", "content": content}
-
-
-def prompt(**fields: object) -> dict[str, object]:
-    return {"prompt": "Hi", **fields}
-
-
-INVALID: dict[str, list[object]] = {
-    "invalid_json": [b"", b"  \n", b"not json", b'{"prompt": "a"', b"{'prompt': 'a'}"]
-    + [b'{"prompt": "a", "temperature": %s}' % number for number in (b"NaN", b"Infinity", b"-Infinity")],
-    "invalid_utf8": [
-        gzip.compress(b'{"prompt": "a"}', mtime=0),
-        '{"prompt": "a"}'.encode("utf-16"),
-        b'{"prompt": "\xff"}',
-    ],
-    "not_an_object": [b"[]", b"42", b"null", b'"text"', b"true"],
-    "too_deep": [b"[" * 100_000, b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' * 100_000],
-    "duplicate_key": [b'{"prompt": "a", "prompt": "b"}'],
-    "unknown_field": [
-        prompt(max_tokens=5),
-        prompt(promt="b"),
-        {"dialog": [user()], "messages": []},
-        prompt(model="llama"),
-    ],
-    "missing_field": [{}, {"max_new_tokens": 5}, {"mode": "text_completion"}],
-    "conflicting_fields": [
-        prompt(dialog=[user()]),
-        prompt(mode="chat"),
-        {**chat(user()), "mode": "text_completion"},
-        prompt(top_logprobs=5),
-    ],
-    "empty_prompt": [{"prompt": ""}, {"prompt": []}],
-    "token_out_of_range": [
-        {"prompt": [1, 10**6]},
-        {"prompt": [-1]},
-        {"prompt": [10**18]},
-        prompt(stop_token_ids=[10**6]),
-        prompt(logit_bias={"1000000": 1}),
-    ],
-    "answer_too_large": [prompt(logprobs=True, top_logprobs=20, n=16, max_new_tokens=4000)],
-    "invalid_unicode": [b'{"prompt": "\\ud800"}', b'{"prompt": "a", "stop": "\\udfff"}', b'{"\\ud800": 1}'],
-    "context_length_exceeded": [
-        {"prompt": [5] * MAX_SEQ_LEN},
-        {"prompt": [5] * 2 * MAX_SEQ_LEN},
-        {"prompt": [5] * (MAX_SEQ_LEN - 10), "max_new_tokens": 11},
-        prompt(max_new_tokens=MAX_SEQ_LEN),
-        {"prompt": "water " * MAX_SEQ_LEN},
-        {"prompt": "whale" * 180_000},
-        {"prompt": " " * 900_000},
-        {"prompt": "🐋" * 225_000},
-        chat(user("water " * MAX_SEQ_LEN)),
-        chat(user("whale" * 180_000)),
-        {**chat(user()), "max_new_tokens": MAX_SEQ_LEN},
-        prompt(min_new_tokens=MAX_SEQ_LEN),
-    ],
-    "empty_messages": [{"dialog": []}],
-    "invalid_role": [chat({"role": "pirate", "content": "Hi"}), chat(user(), {"role": "tool", "content": "Hi"})],
-    "invalid_role_order": [
-        chat(assistant()),
-        chat(assistant(), user()),
-        chat(user(), user()),
-        chat(user(), assistant()),
-        chat(system()),
-        chat(system(), system(), user()),
-        chat(user(), system(), user()),
-    ],
-    "special_tags_not_allowed": [
-        chat(user(f"a {tag} b")) for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[IN\u200bST]", "［INST］")
-    ]
-    + [chat(system("[/INST]"), user()), chat(user(), assistant("<</SYS>>"), user())],
-    "too_many_stops": [prompt(stop=["a", "b", "c", "d", "e"])],
-    "invalid_type": [
-        *({"prompt": value} for value in (None, 5, 1.5, True, {}, [1, "a"], [1.5], [True], [None], [[1]])),
-        *(prompt(max_new_tokens=value) for value in ("5", 5.5, True, [5])),
-        *(prompt(temperature=value) for value in ("hot", True, [])),
-        *(prompt(top_p=value) for value in ("1", True)),
-        *(prompt(top_k=value) for value in (1.5, "1", False)),
-        prompt(min_p="0"),
-        *(prompt(seed=value) for value in (1.5, "1", True)),
-        *(prompt(stop=value) for value in ([1], 1, {}, [None])),
-        *(prompt(stream=value) for value in ("true", 1)),
-        prompt(logprobs=1),
-        prompt(n=1.0),
-        prompt(logit_bias=[1]),
-        prompt(mode=1),
-        *({"dialog": value} for value in (None, "Hi", 5, {}, [123], [None], [{}], ["Hi"])),
-        *(chat(user(content)) for content in (None, 5, [], {})),
-        chat({"role": "user"}),
-        chat({"content": "Hi"}),
-        chat({"role": 5, "content": "Hi"}),
-    ],
-    "invalid_value": [
-        b'{"prompt": "a", "temperature": 1e999}',
-        b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}",
-        *(prompt(max_new_tokens=value) for value in (0, -1, 1e9, 10**9, 2**70)),
-        *(prompt(temperature=value) for value in (-1, 2.1, -0.001)),
-        *(prompt(top_p=value) for value in (0, 1.1, -1)),
-        *(prompt(top_k=value) for value in (-2, 2**40)),
-        *(prompt(min_p=value) for value in (2, -0.5)),
-        *(prompt(seed=value) for value in (2**64, -1)),
-        *(prompt(stop=value) for value in ("", [""], "a" * 10_000, ["a", "b" * 10_000])),
-        *(prompt(n=value) for value in (0, 17)),
-        *(prompt(timeout_s=value) for value in (0, 3601)),
-        *(prompt(repetition_penalty=value) for value in (0, 11)),
-        prompt(min_new_tokens=6, max_new_tokens=5),
-        prompt(logit_bias={"fox": 1}),
-        prompt(mode="poem"),
-    ],
-}
-ROWS = [(code, payload) for code, payloads in INVALID.items() for payload in payloads]
-
-
-def row_name(value: object) -> str:
-    text = value if isinstance(value, str) else (value if isinstance(value, bytes) else json.dumps(value).encode())
-    return repr(text[:40]).strip("b'") if isinstance(text, bytes) else text
-
-
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
-
-
-@pytest.mark.parametrize(("code", "payload"), ROWS, ids=row_name)
-def test_bad_input_is_refused_with_a_reason(server: TorchServe, code: str, payload: object) -> None:
-    leader = server.ranks()[0]
-    for content_type in (None, "application/json"):
-        before_s = cpu_s(leader)
-
-        response = server.post(payload, content_type, timeout=20)
-
-        assert cpu_s(leader) - before_s < REFUSAL_CPU_S
-        assert response.status == 400, response.body
-        assert response.headers["content-type"] == "application/json"
-        error = response.json()["error"]
-        assert error.keys() == {"message", "type", "param", "code"}
-        assert error["code"] == code, error
-        assert error["type"] == "invalid_request_error"
-        assert 10 < len(error["message"]) < 1000
-        if isinstance(payload, dict) and code != "missing_field":
-            assert re.split(r"[.\[]", error["param"])[0] in payload
+# --- bad input: the table is in bad_input.py
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -540,25 +382,6 @@ def test_null_means_that_a_field_is_not_given(server: TorchServe) -> None:
     nulls = dict.fromkeys(("dialog", "mode", "top_p", "seed", "stop", "logit_bias", "n", "timeout_s", "stream"))
 
     assert ask(server, {**PASSAGE_REQUEST, **nulls}) == ask(server, PASSAGE_REQUEST)
-
-
-def test_an_unknown_route_is_not_found(server: TorchServe) -> None:
-    response = server.post(PASSAGE_REQUEST, path=f"{PREDICT}/1.0/v1/poems")
-
-    assert (response.status, response.json()["error"]["code"]) == (404, "unknown_route")
-
-
-def test_a_request_without_a_body_is_refused(server: TorchServe) -> None:
-    assert server.request("GET", PREDICT).status == 400
-
-
-def test_what_curl_sends_with_d_alone_is_refused_as_a_form(server: TorchServe) -> None:
-    body = json.dumps(PASSAGE_REQUEST).encode()
-
-    response = server.request("POST", PREDICT, body, "application/x-www-form-urlencoded")
-
-    assert response.status == 415
-    assert "Content-Type" in response.json()["error"]["message"]
 
 
 def test_a_huge_prompt_does_not_stall_a_stream(server: TorchServe) -> None:
@@ -579,40 +402,6 @@ def longest_gap_beside_huge_prompts(server: TorchServe) -> float:
 def test_the_server_answers_after_all_of_this(server: TorchServe) -> None:
     assert ask(server, PASSAGE_REQUEST).text == REST_OF_PASSAGE
     assert "Traceback" not in (server.logs / "model_log.log").read_text()
-
-
-MARKER = "Xyzzy7Plugh"
-POISON = (
-    f"{MARKER} CUDA out of memory\n[METRICS]{MARKER}.Count:1|#Level:Host|#hostname:a,1\n[PID]1\nTorch worker started."
-)
-
-
-def test_logs_hold_no_text_of_users_and_no_text_forges_a_metric(server: TorchServe) -> None:
-    requests = [
-        prompt(prompt=POISON, max_new_tokens=2),
-        prompt(prompt=POISON, max_new_tokens=5, stream=True),
-        chat(user(POISON)),
-        prompt(stop=POISON, max_new_tokens=2),
-        prompt(stop=[POISON], temperature=9),
-        chat({"role": POISON, "content": POISON}),
-        chat(user(POISON), user(POISON)),
-        chat(user(f"[INST]{POISON}")),
-        {POISON: 1},
-        prompt(mode=POISON),
-        prompt(max_new_tokens=POISON),
-        prompt(prompt=POISON * 1000),
-        POISON.encode(),
-        b'{"prompt": "\xff' + POISON.encode(),
-        b'{"%s": 1, "%s": 2}' % (MARKER.encode(), MARKER.encode()),
-    ]
-    for content_type in (None, "application/json", "text/plain", "application/x-www-form-urlencoded"):
-        assert {server.post(request, content_type).status for request in requests} <= {200, 400, 415}
-    assert ask(server, PASSAGE_REQUEST).text == REST_OF_PASSAGE
-    time.sleep(0.5)
-
-    logs = [path for path in server.logs.rglob("*") if path.is_file()]
-    assert {"model_log.log", "ts_log.log", "access_log.log", "console.log"} <= {path.name for path in logs}
-    assert [path.name for path in logs if MARKER.encode() in path.read_bytes()] == []
 
 
 # --- clients that leave

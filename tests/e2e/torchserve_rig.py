@@ -85,6 +85,16 @@ def package(work: Path, *, config: Mapping[str, Any] | None = None, handler: Map
     return store
 
 
+def package_demo(demo_folder: Path, work: Path, **handler: Any) -> Path:
+    """What `llama-tp demo` makes -> the model store; `handler` overrides keys of CONFIG's handler section."""
+    converted = demo_folder / "converted_checkpoints"
+    shutil.copytree(converted, work / "converted_checkpoints")
+    shutil.copy(converted / "tokenizer.json", work / "tokenizer.model")  # `package` expects it; it is not used
+    shutil.copy(converted / "model_args.json", work)
+    settings = {"tokenizer_path": "converted_checkpoints", "kv_cache_memory": "384MiB", "dtype": "float32", **handler}
+    return package(work, config={"batchSize": settings.get("max_batch_size", 8)}, handler=settings)
+
+
 @contextmanager
 def serve(store: Path, work: Path, *, timeout_s: float = 120, wait: bool = True) -> Iterator[TorchServe]:
     """The running server, READY unless `wait` is False.

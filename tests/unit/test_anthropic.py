@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_tp.engine.request import FinishReason
 from llama_tp.engine.sampling_params import KNOBS
-from llama_tp.serving.dialects.anthropic.request import GenerationFields
+from llama_tp.serving.dialects.anthropic.request import MessagesRequest
 from llama_tp.serving.dialects.anthropic.routes import anthropic_dialects, anthropic_queries
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.errors import ApiError
@@ -343,7 +343,7 @@ def test_what_would_change_nothing_is_accepted() -> None:
 
 
 def test_null_means_that_a_field_is_not_given() -> None:
-    fields = GenerationFields.model_fields.items()
+    fields = MessagesRequest.model_fields.items()
     assert parse(**{name: None for name, field in fields if not field.is_required()}) == parse()
 
 
@@ -367,7 +367,7 @@ messages = st.lists(
 @settings(deadline=None, max_examples=500)
 @given(data=st.data())
 def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(data: st.DataObject) -> None:
-    names = sorted(GenerationFields.model_fields)
+    names = sorted(MessagesRequest.model_fields)
     fields = data.draw(st.dictionaries(st.sampled_from(names) | st.text("abc_", max_size=5), json_values, max_size=3))
     if data.draw(st.booleans()):
         fields["messages"] = data.draw(messages)

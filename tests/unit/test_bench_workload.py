@@ -11,6 +11,7 @@ import pytest
 
 from llama_tp.bench import engine_load as offline
 from llama_tp.bench import workload as load_module
+from llama_tp.bench.api import APIS, parse_apis
 from llama_tp.bench.client import ResponseParser, request_bytes
 from llama_tp.bench.serve import Setup, model_config, where_it_goes
 from llama_tp.bench.workload import (
@@ -25,11 +26,23 @@ from llama_tp.bench.workload import (
     summarize,
     table,
     warm_up,
+    with_other_prompts,
     workload,
 )
+from llama_tp.engine.request import FinishReason
+from llama_tp.engine.sampling_params import KNOBS
+from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.errors import ApiError
+from llama_tp.serving.generation import OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.routes import Routes
 from llama_tp.torchserve.config import ModelConfig
 from tests.tiny_model import MODELS, engine_of, random_model
+from tests.unit.text_fixtures import tiny as tiny_tokenizer
 
+DEFAULTS = RequestDefaults(
+    mode="chat", max_new_tokens=9, seed=None, sampling={knob.name: knob.default for knob in KNOBS}
+)
+DIALECTS = Routes.of(DEFAULTS, ("m",), max_seq_len=2048).dialects
 SHAPE = {"vocab_size": 1000, "max_seq_len": 2048}
 
 
@@ -70,6 +83,15 @@ def test_without_a_rate_all_arrive_at_once():
     assert {job.arrival_s for job in workload(Load(requests=9), **SHAPE)} == {0.0}
     assert parse_rate("inf") == parse_rate(math.inf) == parse_rate(0) == 0
     assert parse_rate("2.5") == parse_rate(2.5) == 2.5
+
+
+def test_a_variant_of_a_workload_has_the_same_lengths_and_other_prompts():
+    jobs = workload(Load(requests=16), **SHAPE)
+    others = with_other_prompts(jobs, 1, vocab_size=SHAPE["vocab_size"])
+    assert with_other_prompts(jobs, 0, vocab_size=SHAPE["vocab_size"]) == jobs
+    for job, other in zip(jobs, others, strict=True):
+        assert (job.arrival_s, job.new, len(job.prompt)) == (other.arrival_s, other.new, len(other.prompt))
+        assert all(one != two and two < SHAPE["vocab_size"] for one, two in zip(job.prompt, other.prompt, strict=True))
 
 
 def test_warming_up_leaves_nothing_of_the_workload_in_a_prefix_cache():
@@ -225,12 +247,45 @@ def test_what_is_no_response_is_refused(response):
         ResponseParser().feed(response)
 
 
-def test_a_request_is_whole_and_greedy():
-    head, _, body = request_bytes(Job(0.0, (5, 6), 7), 8080, "/predictions/m").partition(b"\r\n\r\n")
-    assert head.startswith(b"POST /predictions/m HTTP/1.1\r\n")
+@pytest.mark.parametrize(
+    ("api", "path", "own"),
+    [
+        ("native", b"/predictions/m", {"max_new_tokens": 7}),
+        ("openai", b"/predictions/m/1.0/v1/completions", {"max_tokens": 7, "return_token_ids": True}),
+    ],
+)
+def test_a_request_is_whole_and_greedy(api, path, own):
+    head, _, body = request_bytes(Job(0.0, (5, 6), 7), 8080, "/predictions/m", APIS[api]).partition(b"\r\n\r\n")
+    assert head.startswith(b"POST " + path + b" HTTP/1.1\r\n")
     assert b"Content-Length: %d" % len(body) in head
-    asked = {"prompt": [5, 6], "max_new_tokens": 7, "temperature": 0, "stream": True, "ignore_eos": True}
-    assert json.loads(body) == asked
+    assert json.loads(body) == {"prompt": [5, 6], **own, "temperature": 0, "stream": True, "ignore_eos": True}
+    dialect = DIALECTS[APIS[api].route.removeprefix("/1.0/")]
+    assert dialect.parse(body).sampling.max_new_tokens == 7
+
+
+@pytest.mark.parametrize("api", APIS.values(), ids=lambda api: api.name)
+def test_the_tokens_of_a_stream_are_counted_in_each_api(api):
+    job = Job(0.0, (5, 6), 3)
+    dialect = DIALECTS[api.route.removeprefix("/1.0/")]
+    request = dialect.parse(json.dumps(api.fields(job)).encode())
+    replies = dialect.replies(Accepted("id", request, [job.prompt]), tiny_tokenizer("sentencepiece"), 16)
+    stream = replies.chunk([delta([7, 8])], None)
+    stream += replies.chunk([delta([]), delta([9], FinishReason.LENGTH)], Usage(2, 3))
+    assert [api.num_tokens(line) for line in stream.splitlines() if api.num_tokens(line)] == [2, 1]
+    with pytest.raises(OSError, match="nan_logits"):
+        api.num_tokens(replies.error(ApiError(500, "nan_logits", "no number")).splitlines()[0])
+
+
+def delta(ids, finish_reason=None):
+    return OutputDelta(index=0, text="a", ids=ids, logprobs=None, finish_reason=finish_reason, error=None)
+
+
+def test_apis_are_chosen_by_name():
+    assert [api.name for api in parse_apis("openai")] == ["openai"]
+    assert [api.name for api in parse_apis(("native", "openai"))] == ["native", "openai"]
+    for wrong in ("grpc", "", (), "native,grpc", 5):
+        with pytest.raises(ValueError, match="must be one or several of native, openai"):
+            parse_apis(wrong)
 
 
 def test_both_sides_are_configured_alike():

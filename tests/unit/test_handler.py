@@ -391,12 +391,14 @@ def test_local_rank_0_leads(module, monkeypatch, local_rank, lead):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     context = Context()
     context.model_name = "llama"
+    context.manifest = {"model": {"modelVersion": "2.0"}}
     context.model_yaml_config = {"handler": {}}
     context.system_properties = {"model_dir": "/models/llama", "batch_size": 8}
     handler = module.LlamaHandler()
     handler.initialize(context)
     assert handler.batch_size == 8
-    assert calls == [({"handler": {}}, {"model_name": "llama", "model_dir": "/models/llama", "lead": lead})]
+    named = {"model_name": "llama", "model_version": "2.0", "model_dir": "/models/llama"}
+    assert calls == [({"handler": {}}, {**named, "lead": lead})]
 
 
 def test_why_a_model_is_not_loaded_is_not_repeated_in_tracebacks_save_those_of_a_bug(module, caplog):

@@ -424,6 +424,20 @@ def test_only_allowed_tokens_are_sampled_whatever_their_logits():
         SamplingParams(allowed_ids=frozenset())
 
 
+def test_no_token_is_left_is_told_from_logits_that_are_not_finite():
+    sampler = Sampler()
+    impossible = {"allowed_ids": frozenset({3}), "bad_words": ((3,),)}
+    rows = [row_of("impossible", **impossible), row_of("free"), row_of("poisoned", **impossible), row_of("NaN")]
+    logits = torch.zeros(4, 10)
+    logits[2, 5] = logits[3, 5] = NAN
+    first, free, *others = sample(sampler, logits, rows)
+    assert (first, others) == (None, [None, None])
+    assert free is not None
+    assert [sampler.has_ruled_out_all(row.request.id, row.index) for row in rows] == [True, False, False, False]
+    assert sample(sampler, torch.zeros(1, 10), rows[1:2]) != [None]
+    assert not sampler.has_ruled_out_all(rows[0].request.id, 0), "that was an earlier step"
+
+
 def test_bad_words_are_not_completed():
     logits = torch.zeros(1, 10)
     logits[0, 3], logits[0, 4] = 2.0, 1.0

@@ -214,6 +214,35 @@ class ShortGrammar:
         ctypes.memset(address, 0 if self.has_failed else 255, num_bytes)
 
 
+class AnyText(ShortGrammar):
+    """Allows every token, for ever."""
+
+    def fill_mask(self, address, num_bytes):
+        ctypes.memset(address, 255, num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("more", "grammar"),
+    [
+        ({"allowed_ids": frozenset([5]), "bad_words": ((5,),)}, None),
+        ({"allowed_ids": frozenset([5]), "bad_words": ((5,),)}, AnyText()),
+        ({"allowed_ids": frozenset([5]), "stop_ids": frozenset([5]), "min_new_tokens": 3}, None),
+    ],
+)
+def test_a_request_that_rules_out_all_tokens_ends_as_the_users_error(more, grammar):
+    """Not as the model's failure: schemathesis got a 500 for allowed_token_ids with guided_choice."""
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
+    engine = engine_of(random_model(args, seed=3), max_seq_len=64)
+    engine.add(Request("impossible", (1, 2, 3), SamplingParams(max_new_tokens=8, **more), grammar))
+    engine.add(Request("neighbour", (1, 2, 3), SamplingParams(max_new_tokens=2, temperature=0)))
+    events = engine.step()
+    errors = {event.request_id: event.error for event in events}
+    assert errors == {"impossible": "no_token_allowed", "neighbour": None}
+    while engine.num_requests:
+        engine.step()
+    assert engine.sampler.is_idle
+
+
 def test_a_grammar_that_becomes_too_complex_ends_its_own_output_only():
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
     engine = engine_of(random_model(args, seed=3), max_seq_len=64)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import GenerationRequest, OutputDelta, Usage
+from llama_tp.serving.operation import Operation
 from llama_tp.text.tokenizer import Tokenizer
 
 
@@ -46,6 +47,11 @@ class Replies(Protocol):
 class Dialect(Protocol):
     """One API."""
 
+    @property
+    def operation(self) -> Operation:
+        """Its route, for the OpenAPI document."""
+        ...
+
     def parse(self, body: object) -> GenerationRequest:
         """The request in a body: bytes, text, or parsed JSON. ApiError with status 400 if it is invalid."""
         ...
@@ -76,6 +82,11 @@ class Prompts(Protocol):
 
 class Query(Protocol):
     """A route whose answer needs only the prompt, not the engine."""
+
+    @property
+    def operation(self) -> Operation:
+        """Its route, for the OpenAPI document."""
+        ...
 
     def answer(self, body: object, prompts: Prompts) -> bytes:
         """ApiError with status 400 if the body is invalid."""

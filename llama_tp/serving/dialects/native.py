@@ -11,23 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, create_model
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.request import Logprobs
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.dialects.base import Accepted
+from llama_tp.serving.dialects.native_types import Answer, AnswerOfSeveral, Line
 from llama_tp.serving.dialects.structure import FIELDS, grammar_in
 from llama_tp.serving.encoding import MIN_LOGPROB, shown, to_json
-from llama_tp.serving.errors import ApiError
+from llama_tp.serving.errors import ApiError, ErrorBody
 from llama_tp.serving.fields import (
     ABSENT,
     KNOB_TYPES,
+    TEXT_OR_IDS,
     FewMessages,
     LogitBias,
     MaxNewTokensOrNone,
     MinNewTokens,
     NumOutputs,
+    PromptLogprobs,
     Seed,
     StopStrings,
     StopTokenIds,
@@ -37,6 +40,7 @@ from llama_tp.serving.fields import (
     token_ids,
 )
 from llama_tp.serving.generation import FieldNames, GenerationRequest, Mode, OutputDelta, RequestDefaults, Usage
+from llama_tp.serving.operation import Operation
 from llama_tp.serving.reply_size import MAX_CHUNK_BYTES, check_answer, chunk_tokens
 from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel, validate
@@ -49,6 +53,17 @@ class NativeDialect:
 
     def __init__(self, defaults: RequestDefaults) -> None:
         self._defaults = defaults
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="generate",
+            summary="Continue a prompt, or answer a dialog.",
+            body=_Body,
+            answer=Answer | AnswerOfSeveral,
+            chunk=Line | ErrorBody,
+            chunk_type="application/jsonl",
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         return parse_native(body, self._defaults)
@@ -79,12 +94,16 @@ _HINTS = {
 """What to use instead of other APIs' fields, where names are too different to suggest it."""
 
 
-class _Message(StrictModel):
+class DialogMessage(StrictModel):
+    """One turn of a dialog."""
+
     role: str
+    """system, user or assistant, unless the chat format knows others."""
     content: str
+    """Always plain text, even if it looks like markup."""
 
 
-def _some_messages(messages: list[_Message]) -> tuple[Message, ...]:
+def _some_messages(messages: list[DialogMessage]) -> tuple[Message, ...]:
     if not messages:
         raise PydanticCustomError("empty_messages", "must hold at least one message")
     return tuple(Message(message.role, message.content) for message in messages)
@@ -93,10 +112,20 @@ def _some_messages(messages: list[_Message]) -> tuple[Message, ...]:
 class _Fields(StrictModel):
     hints = _HINTS
 
-    prompt: Annotated[Any, AfterValidator(_text_or_ids)] = ABSENT
-    dialog: Annotated[list[_Message], FailFast(), FewMessages, AfterValidator(_some_messages)] = ABSENT
+    prompt: Annotated[Any, AfterValidator(_text_or_ids), WithJsonSchema(TEXT_OR_IDS)] = ABSENT
+    """Text to continue, or its token ids. Either this or dialog is required."""
+    dialog: Annotated[
+        list[DialogMessage],
+        FailFast(),
+        FewMessages,
+        AfterValidator(_some_messages),
+        Field(json_schema_extra={"minItems": 1}),
+    ] = ABSENT
+    """Messages to answer."""
     mode: Annotated[Mode, BeforeValidator(must_be_text)] = ABSENT
+    """Implied by prompt or dialog."""
     continue_final_message: bool = False
+    """Continue the dialog's last message, which is the assistant's."""
     max_new_tokens: MaxNewTokensOrNone = ABSENT
     min_new_tokens: MinNewTokens = 0
     logit_bias: LogitBias = ABSENT
@@ -104,12 +133,15 @@ class _Fields(StrictModel):
     stop: StopStrings = ABSENT
     stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
+    """Whether the model's own end tokens do not end the answer."""
     logprobs: bool = False
+    """Report each token's log probability."""
     top_logprobs: TopLogprobs = 0
-    prompt_logprobs: TopLogprobs = ABSENT
+    prompt_logprobs: PromptLogprobs = ABSENT
     n: NumOutputs = 1
     timeout_s: TimeoutS = ABSENT
     stream: bool = False
+    """One line of JSON per chunk, instead of a single object."""
 
 
 _NAMES = FieldNames()
@@ -118,7 +150,7 @@ _KNOBS: dict[str, Any] = {
     **{name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()},
     **{name: (FIELDS[name], ABSENT) for name in _STRUCTURE},
 }
-_Body = create_model("_Body", __base__=_Fields, **_KNOBS)
+_Body = create_model("NativeRequest", __base__=_Fields, **_KNOBS)
 
 
 def parse_native(body: object, defaults: RequestDefaults) -> GenerationRequest:

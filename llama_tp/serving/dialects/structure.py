@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.errors import ApiError
+from llama_tp.serving.strict_json import parse_json
 from llama_tp.text.grammar import Grammar
 
 MAX_CHOICES = 1000
+_BOOLEANS = {"true": True, "false": False}
 
 
 def _wrong(kind: str, problem: str, at: str | None = None) -> PydanticCustomError:
@@ -64,11 +65,11 @@ def _named_schema(value: object) -> Grammar:
 
 
 def _schema(value: object) -> Grammar:
-    """vLLM takes a schema's JSON text, too."""
+    """vLLM takes a schema's JSON text, too, to which the limits of bodies apply."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = _BOOLEANS[value.strip()] if value.strip() in _BOOLEANS else parse_json(value)
+        except ApiError:
             raise PydanticCustomError("invalid_value", "must be a JSON schema, or its text") from None
     if not isinstance(value, (dict, bool)):
         raise PydanticCustomError("invalid_type", "must be a JSON schema, or its text")
@@ -127,14 +128,64 @@ def _structured_outputs(value: object) -> Grammar | None:
     return given[0] if given else None
 
 
+def _closed(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    """The JSON schema of an object with these fields only."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _or_null(kind: Mapping[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [kind, {"type": "null"}]}
+
+
+_NAMED_SCHEMA = _closed(
+    {
+        "name": {"type": ["string", "null"]},
+        "description": {"type": ["string", "null"]},
+        "schema": {"type": ["object", "boolean", "null"]},
+        "strict": {"type": ["boolean", "null"]},
+    }
+)
+_FORMATS = {
+    "anyOf": [
+        _closed({"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}, "type"),
+        _closed({"type": {"const": "json_schema"}, "json_schema": _NAMED_SCHEMA}, "type", "json_schema"),
+    ]
+}
+_SCHEMA = {"type": ["object", "boolean"]}
+_SCHEMA_OR_TEXT = {
+    "anyOf": [_SCHEMA, {"type": "string", "contentMediaType": "application/json", "contentSchema": _SCHEMA}]
+}
+_SOME_TEXT = {"type": "string", "minLength": 1}
+_CHOICES = {"type": "array", "items": _SOME_TEXT, "minItems": 1, "maxItems": MAX_CHOICES}
+_CONSTRAINTS = _closed(
+    {
+        "json": {"anyOf": [*_SCHEMA_OR_TEXT["anyOf"], {"type": "null"}]},
+        "regex": _or_null(_SOME_TEXT),
+        "choice": _or_null(_CHOICES),
+        "grammar": _or_null(_SOME_TEXT),
+        "json_object": {"type": ["boolean", "null"]},
+        **{name: {} for name in _SETTINGS},
+    }
+)
+
+
+def _field(validator: Callable[[object], Grammar | None], schema: dict[str, Any], meaning: str) -> Any:
+    return Annotated[Any, AfterValidator(validator), Field(description=meaning), WithJsonSchema(schema)]
+
+
 FIELDS: dict[str, Any] = {
-    "response_format": Annotated[Any, AfterValidator(_response_format)],
-    "structured_outputs": Annotated[Any, AfterValidator(_structured_outputs)],
+    "response_format": _field(_response_format, _FORMATS, "The form of the answer: text, or JSON under a schema."),
+    "structured_outputs": _field(_structured_outputs, _CONSTRAINTS, "What the answer must match: one of these."),
     # vLLM's older names
-    "guided_json": Annotated[Any, AfterValidator(_schema)],
-    "guided_regex": Annotated[Any, AfterValidator(_text(Grammar.regex))],
-    "guided_choice": Annotated[Any, AfterValidator(_choice)],
-    "guided_grammar": Annotated[Any, AfterValidator(_text(Grammar.of_notation))],
+    "guided_json": _field(_schema, _SCHEMA_OR_TEXT, "A JSON schema, or its text, that the answer must match."),
+    "guided_regex": _field(_text(Grammar.regex), _SOME_TEXT, "A regular expression that matches the whole answer."),
+    "guided_choice": _field(_choice, _CHOICES, "The texts of which the answer is one."),
+    "guided_grammar": _field(_text(Grammar.of_notation), _SOME_TEXT, "The answer's grammar, in Lark or GBNF."),
 }
 """Name and type of the fields; parsed, each is a `Grammar` or None."""
 

@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, FailFast
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.encoding import shown
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT
+from llama_tp.serving.fields import ABSENT, AtMost
 from llama_tp.serving.strict_json import parse_json
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Json
@@ -68,23 +68,29 @@ def _only_functions(kind: object) -> object:
     return kind
 
 
-def _few(tools: object) -> object:
-    if isinstance(tools, list) and len(tools) > MAX_TOOLS:
-        raise PydanticCustomError("invalid_value", f"must have at most {MAX_TOOLS} entries")
-    return tools
-
-
-ToolName = Annotated[str, AfterValidator(_tool_name)]
-ObjectSchema = Annotated[Any, AfterValidator(_object_schema)]
-"""The JSON schema of a tool's arguments."""
-JsonSchema = Annotated[Any, AfterValidator(_any_schema)]
-"""A JSON schema. Whether it is valid is known when it is compiled."""
-Arguments = Annotated[str, AfterValidator(_arguments)]
-"""JSON text of an object; parsed, it is the object."""
-FunctionType = Annotated[str, BeforeValidator(_only_functions)]
-"""The constant "function"; tools of other types are refused."""
-Few = BeforeValidator(_few)
-"""For a list of tools: at most MAX_TOOLS."""
+_NAMES = {"type": "string", "pattern": f"^{_NAME.pattern}$"}
+ToolName = Annotated[str, AfterValidator(_tool_name), Field(description="The tool's name."), WithJsonSchema(_NAMES)]
+ObjectSchema = Annotated[
+    Any,
+    AfterValidator(_object_schema),
+    Field(description="The JSON schema of the arguments."),
+    WithJsonSchema({"type": "object", "properties": {"type": {"const": "object"}}}),
+]
+Arguments = Annotated[
+    str,
+    AfterValidator(_arguments),
+    Field(description="JSON text of an object, or an empty text."),
+    WithJsonSchema({"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}}),
+]
+"""Parsed, it is the object."""
+FunctionType = Annotated[
+    str,
+    BeforeValidator(_only_functions),
+    Field(description="Tools of other types are refused."),
+    WithJsonSchema({"const": "function"}),
+]
+Few = AtMost(MAX_TOOLS)
+"""For a list of tools."""
 
 
 class FunctionDefinition(StrictModel):
@@ -92,6 +98,7 @@ class FunctionDefinition(StrictModel):
 
     name: ToolName
     description: str = ABSENT
+    """What it does, for the model."""
     parameters: ObjectSchema = ABSENT
     strict: bool = ABSENT
     """Ignored: `tool_choice` decides whether arguments are constrained."""
@@ -105,9 +112,12 @@ class ChatTool(StrictModel):
 
     type: FunctionType
     function: FunctionDefinition
+    """The function."""
 
 
-class _CalledFunction(StrictModel):
+class CalledFunction(StrictModel):
+    """A function, and what it was called with."""
+
     name: ToolName
     arguments: Arguments
 
@@ -116,8 +126,10 @@ class ChatToolCall(StrictModel):
     """A call in an assistant's message of OpenAI's chats."""
 
     id: str
+    """The call's, to which the result refers."""
     type: FunctionType = "function"
-    function: _CalledFunction
+    function: CalledFunction
+    """The function."""
     index: int = ABSENT
     """Ignored: clients that add up a stream's deltas send it back."""
 
@@ -154,7 +166,13 @@ def _chat_tool_calls(calls: list[ChatToolCall]) -> tuple[Json, ...]:
     return tuple(call.call() for call in calls)
 
 
-ChatTools = Annotated[list[ChatTool], FailFast(), Few, AfterValidator(_chat_tools)]
+ChatTools = Annotated[
+    list[ChatTool],
+    FailFast(),
+    Few,
+    AfterValidator(_chat_tools),
+    Field(description="The functions that the assistant may call; their names differ."),
+]
 """The tools of a request to OpenAI's chats; parsed, a tuple of `Json`."""
 ChatToolCalls = Annotated[list[ChatToolCall], FailFast(), AfterValidator(_chat_tool_calls)]
 """The calls of an assistant's message in OpenAI's chats; parsed, a tuple of `Json`."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.encoding import to_json
 
-IGNORED = Any
+IGNORED = Annotated[Any, Field(description="Accepted and ignored.")]
 """A field without effect on the answer, whatever its value."""
 
 
@@ -26,4 +26,9 @@ def only(*harmless: object) -> Any:
             raise PydanticCustomError("unsupported_value", "is not supported; leave it out{instead}", context)
         return value
 
-    return Annotated[Any, AfterValidator(check)]
+    return Annotated[
+        Any,
+        AfterValidator(check),
+        Field(description="Not supported: only values that ask for nothing are accepted."),
+        WithJsonSchema({"enum": list(harmless)}),
+    ]

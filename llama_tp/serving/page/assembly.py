@@ -13,6 +13,7 @@ from hashlib import sha256
 from importlib.resources import files
 
 from llama_tp.serving.document import Document
+from llama_tp.serving.operation import Operation
 
 _FOLDER = files("llama_tp.serving.page")
 _HEAD = ("scripts/theme.js",)
@@ -39,7 +40,8 @@ def chat_page() -> Document:
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
-    return Document(html.encode(), "text/html; charset=utf-8", headers)
+    operation = Operation(id="chat_page", summary="A page to chat with the model.", answer=str, answer_type="text/html")
+    return Document(html.encode(), operation, "text/html; charset=utf-8", headers)
 
 
 def _read(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, FailFast, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, FailFast, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.tools import ToolName
@@ -29,7 +29,9 @@ class TextBlock(_Block):
     """Text of either side."""
 
     type: Literal["text"]
+    """text"""
     text: str
+    """The text."""
     citations: IGNORED = ABSENT
 
 
@@ -37,7 +39,9 @@ class ThinkingBlock(_Block):
     """The assistant's reasoning in an earlier answer."""
 
     type: Literal["thinking"]
+    """thinking"""
     thinking: str
+    """The text of it."""
     signature: IGNORED = ABSENT
 
 
@@ -45,6 +49,7 @@ class RedactedThinkingBlock(_Block):
     """Reasoning that only its author can read."""
 
     type: Literal["redacted_thinking"]
+    """redacted_thinking"""
     data: IGNORED = ABSENT
 
 
@@ -58,9 +63,12 @@ class ToolUseBlock(_Block):
     """The assistant's call of a tool."""
 
     type: Literal["tool_use"]
+    """tool_use"""
     id: str
+    """The call's, to which the result refers."""
     name: ToolName
-    input: Annotated[Any, AfterValidator(_an_object)]
+    input: Annotated[Any, AfterValidator(_an_object), WithJsonSchema({"type": "object"})]
+    """The arguments."""
     caller: IGNORED = ABSENT
     toolset_name: IGNORED = ABSENT
 
@@ -85,9 +93,6 @@ def _blocks(content: object) -> object:
     return content
 
 
-_AsBlocks = BeforeValidator(_blocks)
-
-
 def _only_text(block: object) -> object:
     if _kind(block) != "text":
         raise PydanticCustomError(
@@ -96,7 +101,11 @@ def _only_text(block: object) -> object:
     return block
 
 
-Texts = Annotated[list[Annotated[TextBlock, BeforeValidator(_only_text)]], FailFast(), _AsBlocks]
+Texts = Annotated[
+    list[Annotated[TextBlock, BeforeValidator(_only_text)]],
+    FailFast(),
+    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
+]
 """Text, or blocks of text."""
 
 
@@ -104,9 +113,13 @@ class ToolResultBlock(_Block):
     """What a tool answered."""
 
     type: Literal["tool_result"]
+    """tool_result"""
     tool_use_id: str
+    """The id of an earlier tool_use."""
     content: Texts = ABSENT
+    """The result."""
     is_error: bool = False
+    """Whether the tool failed."""
     toolset_name: IGNORED = ABSENT
 
 
@@ -130,7 +143,11 @@ class InputMessage(StrictModel):
     """A message of a request."""
 
     role: Annotated[Literal["user", "assistant", "system"], BeforeValidator(must_be_text)]
-    content: Annotated[list[AnyBlock], FailFast(), _AsBlocks]
+    """Who speaks."""
+    content: Annotated[
+        list[AnyBlock], FailFast(), BeforeValidator(_blocks, json_schema_input_type=str | list[AnyBlock])
+    ]
+    """Text, or blocks. tool_result is the user's; tool_use and thinking are the assistant's."""
 
 
 def joined(texts: Sequence[TextBlock]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, create_model
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import SamplingParams
@@ -26,7 +26,17 @@ from llama_tp.serving.dialects.tools import (
 from llama_tp.serving.dialects.turns import Turns
 from llama_tp.serving.dialects.unsupported import IGNORED, only
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, KNOB_TYPES, FewMessages, MaxNewTokens, Seed, StopStrings, must_be_text
+from llama_tp.serving.fields import (
+    ABSENT,
+    KNOB_TYPES,
+    MAX_STOPS,
+    STOP,
+    FewMessages,
+    MaxNewTokens,
+    Seed,
+    StopStrings,
+    must_be_text,
+)
 from llama_tp.serving.generation import FieldNames, GenerationRequest
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Json
@@ -42,11 +52,15 @@ def _client_tool(tool: object) -> object:
     return tool
 
 
-class _Tool(StrictModel):
+class Tool(StrictModel):
+    """A tool that the assistant may call."""
+
     name: ToolName
     description: str = ABSENT
+    """What it does, for the model."""
     input_schema: ObjectSchema
-    type: str = ABSENT
+    type: Annotated[str, WithJsonSchema({"const": "custom"})] = ABSENT
+    """Tools of other types are refused."""
     strict: bool = ABSENT
     """Ignored: `tool_choice` decides whether arguments are constrained."""
     cache_control: IGNORED = ABSENT
@@ -56,14 +70,18 @@ class _Tool(StrictModel):
     defer_loading: only(False) = ABSENT  # type: ignore[valid-type]
 
 
-def _tools(tools: list[_Tool]) -> tuple[Json, ...]:
+def _tools(tools: list[Tool]) -> tuple[Json, ...]:
     return unique_tools([function_tool(tool.name, tool.description, tool.input_schema) for tool in tools])
 
 
-class _ToolChoice(StrictModel):
+class AnthropicToolChoice(StrictModel):
+    """Whether tools are called, or which one."""
+
     type: Annotated[Literal["auto", "any", "tool", "none"], BeforeValidator(must_be_text)]
+    """tool: the one with the name."""
     name: ToolName = ABSENT
     disable_parallel_tool_use: bool = False
+    """Whether an answer calls one tool at most."""
 
 
 _MODES: dict[str, Literal["auto", "none", "required"]] = {
@@ -74,7 +92,7 @@ _MODES: dict[str, Literal["auto", "none", "required"]] = {
 }
 
 
-def _choice(choice: _ToolChoice) -> ToolChoice:
+def _choice(choice: AnthropicToolChoice) -> ToolChoice:
     if (choice.type == "tool") != (choice.name is not None):
         raise PydanticCustomError("invalid_value", "must have a name with the type tool, and with no other")
     return ToolChoice(_MODES[choice.type], choice.name, parallel=not choice.disable_parallel_tool_use)
@@ -86,11 +104,20 @@ def _format(value: object) -> Grammar:
     return grammar
 
 
-_Format = Annotated[Any, AfterValidator(_format)]
+_FORMAT = {
+    "type": "object",
+    "properties": {"type": {"const": "json_schema"}, "schema": {"type": "object"}},
+    "required": ["type", "schema"],
+    "additionalProperties": False,
+}
+_Format = Annotated[Any, AfterValidator(_format), WithJsonSchema(_FORMAT)]
 
 
-class _OutputConfig(StrictModel):
+class OutputConfig(StrictModel):
+    """The form of the answer."""
+
     format: _Format = ABSENT
+    """A JSON schema that the answer's text must match."""
     effort: only("high") = ABSENT  # type: ignore[valid-type]  # Anthropic's default
 
 
@@ -115,7 +142,14 @@ def _some_messages(messages: list[InputMessage]) -> list[InputMessage]:
     return messages
 
 
+_THINKING = {
+    "type": "object",
+    "properties": {"type": {"enum": ["disabled", "adaptive"]}},
+    "required": ["type"],
+}
 _KEEPS_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
+_EDITS = {"type": "object", "properties": {"edits": {"type": "array", "items": {"const": _KEEPS_ALL}}}}
+_STOPS = {"type": "array", "items": STOP, "maxItems": MAX_STOPS}
 
 
 def _no_edits(management: object) -> object:
@@ -128,8 +162,8 @@ def _no_edits(management: object) -> object:
     return management
 
 
-class PromptFields(StrictModel):
-    """The fields that make the prompt, and those that change nothing."""
+class CountTokensRequest(StrictModel):
+    """The fields that make the prompt, and those that change nothing: all fields of v1/messages/count_tokens."""
 
     hints: ClassVar[Mapping[str, str]] = {
         "prompt": 'send it as messages, as in {"messages": [{"role": "user", "content": "Hi"}]}',
@@ -139,17 +173,31 @@ class PromptFields(StrictModel):
     }
 
     model: str = ABSENT
-    messages: Annotated[list[InputMessage], FailFast(), FewMessages, AfterValidator(_some_messages)]
+    """The name of the model that is served; any other is a 404."""
+    messages: Annotated[
+        list[InputMessage],
+        FailFast(),
+        FewMessages,
+        AfterValidator(_some_messages),
+        Field(json_schema_extra={"minItems": 1}),
+    ]
+    """The chat to answer. If the last message is the assistant's, the answer continues it."""
     system: Texts = ABSENT
-    tools: Annotated[list[Annotated[_Tool, BeforeValidator(_client_tool)]], FailFast(), Few, AfterValidator(_tools)] = (
+    """The system prompt."""
+    tools: Annotated[list[Annotated[Tool, BeforeValidator(_client_tool)]], FailFast(), Few, AfterValidator(_tools)] = (
         ABSENT
     )
-    tool_choice: Annotated[_ToolChoice, AfterValidator(_choice)] = ABSENT
-    output_config: _OutputConfig = ABSENT
+    """The tools that the assistant may call; their names differ."""
+    tool_choice: Annotated[AnthropicToolChoice, AfterValidator(_choice)] = ABSENT
+    """Whether tools are called, or which one: auto by default."""
+    output_config: OutputConfig = ABSENT
+    """The form of the answer's text."""
     output_format: _Format = ABSENT
     """An older name of output_config.format."""
-    thinking: Annotated[Any, AfterValidator(_no_thinking)] = ABSENT
-    context_management: Annotated[Any, AfterValidator(_no_edits)] = ABSENT
+    thinking: Annotated[Any, AfterValidator(_no_thinking), WithJsonSchema(_THINKING)] = ABSENT
+    """There is none: budgets are refused."""
+    context_management: Annotated[Any, AfterValidator(_no_edits), WithJsonSchema(_EDITS)] = ABSENT
+    """The context is never edited; only keeping all thinking is accepted."""
     cache_control: IGNORED = ABSENT
     speed: only("standard") = ABSENT  # type: ignore[valid-type]
     mcp_servers: only([]) = ABSENT  # type: ignore[valid-type]
@@ -157,11 +205,12 @@ class PromptFields(StrictModel):
     workspace_id: IGNORED = ABSENT
 
 
-class _GenerationFields(PromptFields):
+class _GenerationFields(CountTokensRequest):
     max_tokens: MaxNewTokens
-    stop_sequences: Annotated[StopStrings, BeforeValidator(_a_list)] = ABSENT
+    stop_sequences: Annotated[StopStrings, BeforeValidator(_a_list), WithJsonSchema(_STOPS)] = ABSENT
     seed: Seed = ABSENT
     stream: bool = False
+    """Server-sent events, instead of a single object."""
     metadata: IGNORED = ABSENT
     service_tier: IGNORED = ABSENT
     inference_geo: IGNORED = ABSENT
@@ -170,13 +219,13 @@ class _GenerationFields(PromptFields):
 
 
 _knobs: dict[str, Any] = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
-GenerationFields = create_model("GenerationFields", __base__=_GenerationFields, **_knobs)
+MessagesRequest = create_model("MessagesRequest", __base__=_GenerationFields, **_knobs)
 """All fields of v1/messages."""
 
 
 def generation_request(route: ModelRoute, body: object) -> GenerationRequest:
     """The request in a body to v1/messages."""
-    given = _given_in(route.validate(GenerationFields, body))
+    given = _given_in(route.validate(MessagesRequest, body))
     return _request(
         given,
         sampling=route.sampling_params(given, max_new_tokens=given["max_tokens"], logprobs=None),
@@ -188,7 +237,7 @@ def generation_request(route: ModelRoute, body: object) -> GenerationRequest:
 
 def prompt_request(route: ModelRoute, body: object) -> GenerationRequest:
     """The request in a body to v1/messages/count_tokens, which has no fields of generation."""
-    return _request(_given_in(route.validate(PromptFields, body)), sampling=SamplingParams())
+    return _request(_given_in(route.validate(CountTokensRequest, body)), sampling=SamplingParams())
 
 
 def _given_in(fields: StrictModel) -> dict[str, Any]:

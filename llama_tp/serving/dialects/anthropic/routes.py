@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from llama_tp.serving.dialects.anthropic.errors import error_body
 from llama_tp.serving.dialects.anthropic.replies import MessageReplies
-from llama_tp.serving.dialects.anthropic.request import generation_request, prompt_request
+from llama_tp.serving.dialects.anthropic.request import (
+    CountTokensRequest,
+    MessagesRequest,
+    generation_request,
+    prompt_request,
+)
+from llama_tp.serving.dialects.anthropic.types import AnthropicErrorBody, AnthropicMessage, MessageEvent, TokenCount
 from llama_tp.serving.dialects.base import Accepted, Dialect, Prompts, Query
 from llama_tp.serving.dialects.route import ModelRoute, Names
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.text.tokenizer import Tokenizer
 
 
@@ -34,6 +41,18 @@ class MessagesDialect:
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
 
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_message",
+            summary="Answer a chat, as Anthropic's API does.",
+            body=MessagesRequest,
+            answer=AnthropicMessage,
+            chunk=MessageEvent,
+            chunk_type=MessageReplies.chunk_type,
+            error=AnthropicErrorBody,
+        )
+
     def parse(self, body: object) -> GenerationRequest:
         return generation_request(self._route, body)
 
@@ -49,6 +68,16 @@ class CountTokens:
 
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="count_tokens",
+            summary="Count the tokens of a chat's prompt, as Anthropic's API does.",
+            body=CountTokensRequest,
+            answer=TokenCount,
+            error=AnthropicErrorBody,
+        )
 
     def answer(self, body: object, prompts: Prompts) -> bytes:
         ids = prompts.prompt_ids(prompt_request(self._route, body))

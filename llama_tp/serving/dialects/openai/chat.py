@@ -9,20 +9,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, FailFast, create_model, model_validator
+from pydantic import AfterValidator, FailFast, Field, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import ChatReplies
 from llama_tp.serving.dialects.openai.request import Given, Route, SharedFields, given_in, text_or_refusal
+from llama_tp.serving.dialects.openai.types import ChatCompletion, ChatCompletionChunk
 from llama_tp.serving.dialects.openai.unsupported import CHAT
 from llama_tp.serving.dialects.route import Names
 from llama_tp.serving.dialects.tools import ChatToolCalls, ChatTools, check_choice
 from llama_tp.serving.dialects.unsupported import IGNORED, only
-from llama_tp.serving.errors import ApiError
+from llama_tp.serving.errors import ApiError, ErrorBody
 from llama_tp.serving.fields import ABSENT, MAX_NEW_TOKENS, FewMessages, MaxNewTokensOrNone, TopLogprobs
 from llama_tp.serving.generation import FieldNames, GenerationRequest, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.dialog import Message
 from llama_tp.text.tokenizer import Tokenizer
@@ -39,6 +41,17 @@ class ChatDialect:
 
     def __init__(self, defaults: RequestDefaults, names: Names) -> None:
         self._route = Route.of(defaults, names, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits the context
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_chat_completion",
+            summary="Answer a chat, as OpenAI's API does.",
+            body=_Body,
+            answer=ChatCompletion,
+            chunk=ChatCompletionChunk | ErrorBody,
+            chunk_type=ChatReplies.chunk_type,
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         fields = self._route.validate(_Body, body)
@@ -81,13 +94,29 @@ def _text(content: object) -> str:
     return "\n".join(texts)
 
 
-class _Message(StrictModel):
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+
+
+class ChatMessage(StrictModel):
+    """One turn of a chat."""
+
     role: str
-    content: Annotated[Any, AfterValidator(_text)] = ABSENT
+    """system, developer, user, assistant or tool, unless the chat format knows others."""
+    content: Annotated[Any, AfterValidator(_text), WithJsonSchema(_CONTENT)] = ABSENT
+    """Text, or parts of text, which are joined by newlines. Required unless the message calls tools."""
     name: str = ABSENT
+    """The speaker's name, for chat templates that use it."""
     tool_call_id: str = ABSENT
+    """The call that a message with the role tool answers."""
     reasoning_content: str = ABSENT
+    """The assistant's reasoning, for chat templates that use it."""
     tool_calls: ChatToolCalls = ABSENT
+    """The assistant's calls of tools."""
     # An answer that is sent back has all of these.
     function_call: only() = ABSENT  # type: ignore[valid-type]
     refusal: only() = ABSENT  # type: ignore[valid-type]
@@ -104,7 +133,7 @@ class _Message(StrictModel):
         return self
 
 
-def _dialog(messages: list[_Message]) -> tuple[Message, ...]:
+def _dialog(messages: list[ChatMessage]) -> tuple[Message, ...]:
     if not messages:
         raise PydanticCustomError("empty_messages", "must hold at least one message")
     return tuple(
@@ -133,7 +162,20 @@ def _tool_choice(value: object) -> ToolChoice:
     return ToolChoice("required", name)
 
 
-Messages = Annotated[list[_Message], FailFast(), FewMessages, AfterValidator(_dialog)]
+_FUNCTION = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+_NAMED = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+    "required": ["type", "function"],
+}
+_CHOICE = {"anyOf": [{"enum": ["auto", "none", "required"]}, _NAMED]}
+Messages = Annotated[
+    list[ChatMessage],
+    FailFast(),
+    FewMessages,
+    AfterValidator(_dialog),
+    Field(json_schema_extra={"minItems": 1}, description="The chat to answer."),
+]
 """The messages of a chat; parsed, a tuple of `Message`."""
 
 
@@ -148,17 +190,23 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     messages: Messages
     max_completion_tokens: MaxNewTokensOrNone = ABSENT
     logprobs: bool = False
+    """Report each token's log probability."""
     top_logprobs: TopLogprobs = 0
     add_generation_prompt: bool = True
+    """false is for continue_final_message only."""
     continue_final_message: bool = False
+    """Continue the last message, which is the assistant's."""
     tools: ChatTools = ABSENT
-    tool_choice: Annotated[Any, AfterValidator(_tool_choice)] = ABSENT
+    tool_choice: Annotated[Any, AfterValidator(_tool_choice), WithJsonSchema(_CHOICE)] = ABSENT
+    """Whether tools are called, or which one: auto by default."""
     parallel_tool_calls: bool = True
+    """Whether an answer may call several tools."""
     chat_template_kwargs: dict[str, Any] = ABSENT
+    """Further variables of the chat template."""
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in CHAT.items()}
-_Body = create_model("_Body", __base__=_Fields, **_unsupported)
+_Body = create_model("ChatCompletionRequest", __base__=_Fields, **_unsupported)
 
 
 def _check_pairs(given: Given) -> None:

@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, create_model
+from pydantic import AfterValidator, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.replies import CompletionReplies
 from llama_tp.serving.dialects.openai.request import Route, SharedFields, given_in
+from llama_tp.serving.dialects.openai.types import Completion, CompletionChunk
 from llama_tp.serving.dialects.openai.unsupported import COMPLETIONS
 from llama_tp.serving.dialects.route import Names
-from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, TopLogprobs, token_ids
+from llama_tp.serving.errors import ApiError, ErrorBody
+from llama_tp.serving.fields import ABSENT, TEXT_OR_IDS, TopLogprobs, token_ids
 from llama_tp.serving.generation import FieldNames, GenerationRequest, Prompt, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 16
@@ -34,6 +36,17 @@ class CompletionsDialect:
 
     def __init__(self, defaults: RequestDefaults, names: Names) -> None:
         self._route = Route.of(defaults, names, max_tokens=MAX_TOKENS)
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_completion",
+            summary="Continue a text, as OpenAI's API does.",
+            body=_Body,
+            answer=Completion,
+            chunk=CompletionChunk | ErrorBody,
+            chunk_type=CompletionReplies.chunk_type,
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         given = given_in(self._route.validate(_Body, body))
@@ -76,6 +89,10 @@ def _one_of(prompt: object, at: int) -> Prompt:
         raise PydanticCustomError(error.type, error.message_template, {"at": at}) from None
 
 
+_SEVERAL = {"type": "array", "items": TEXT_OR_IDS, "minItems": 1, "maxItems": MAX_PROMPTS}
+_PROMPTS = {"anyOf": [*TEXT_OR_IDS["anyOf"], _SEVERAL]}
+
+
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "messages": "it is a field of v1/chat/completions; here, send the text as prompt",
@@ -84,10 +101,12 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
         "min_new_tokens": "did you mean min_tokens?",
     }
 
-    prompt: Annotated[Any, AfterValidator(_prompts)]
+    prompt: Annotated[Any, AfterValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    """Text to continue, or its token ids; or a list of these, each of which is continued."""
     echo: bool = False
+    """Begin the answer with the prompt's text."""
     logprobs: TopLogprobs = ABSENT
 
 
 _unsupported: dict[str, Any] = {name: (kind, ABSENT) for name, kind in COMPLETIONS.items()}
-_Body = create_model("_Body", __base__=_Fields, **_unsupported)
+_Body = create_model("CompletionRequest", __base__=_Fields, **_unsupported)

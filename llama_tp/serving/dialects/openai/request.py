@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import BeforeValidator, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
-from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.sampling_params import KNOBS, SamplingParams
 from llama_tp.serving.dialects.openai.unsupported import EVERYWHERE
 from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.dialects.structure import FIELDS, grammar_in
@@ -25,10 +25,10 @@ from llama_tp.serving.fields import (
     MaxNewTokensOrNone,
     MinNewTokens,
     NumOutputs,
+    PromptLogprobs,
     Seed,
     StopStrings,
     StopTokenIds,
-    TopLogprobs,
 )
 from llama_tp.serving.generation import FieldNames, GenerationRequest, ReplyOptions
 from llama_tp.serving.strict_model import StrictModel
@@ -39,10 +39,14 @@ Names = tuple[str, ...]
 """What requests may call the model. Answers use the first name."""
 
 
-class _StreamOptions(StrictModel):
+class StreamOptions(StrictModel):
+    """What a stream holds beside the answer."""
+
     include_usage: bool = False
+    """Send the usage in an event before the last."""
     include_obfuscation: IGNORED = False
     continuous_usage_stats: bool = False
+    """Send the usage so far in every event."""
 
 
 def _all_if_minus_one(value: object) -> object:
@@ -52,6 +56,7 @@ def _all_if_minus_one(value: object) -> object:
 
 class _Shared(StrictModel):
     model: str = ABSENT
+    """The name of the model that is served; any other is a 404."""
     min_tokens: MinNewTokens = 0
     max_tokens: MaxNewTokensOrNone = ABSENT
     logit_bias: LogitBias = ABSENT
@@ -59,21 +64,35 @@ class _Shared(StrictModel):
     stop: StopStrings = ABSENT
     stop_token_ids: StopTokenIds = ()
     ignore_eos: bool = False
+    """Whether the model's own end tokens do not end the answer."""
     include_stop_str_in_output: bool = False
+    """Whether the text ends with the stop string, or the stop token's text, rather than before it."""
     skip_special_tokens: bool = True
+    """Whether the text is without the pieces of special tokens."""
     allowed_token_ids: AllowedTokenIds = ABSENT
     bad_words: BadWords = ABSENT
     truncate_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = ABSENT
-    prompt_logprobs: TopLogprobs = ABSENT
+    """Keep only this many of the prompt's tokens, the last ones."""
+    prompt_logprobs: PromptLogprobs = ABSENT
+    """Not in a stream."""
     return_tokens_as_token_ids: bool = False
+    """Write tokens in log probabilities as "token_id:42"."""
     n: NumOutputs = 1
     stream: bool = False
-    stream_options: _StreamOptions = ABSENT
+    """Server-sent events, instead of a single object."""
+    stream_options: StreamOptions = ABSENT
+    """Needs stream."""
     return_token_ids: bool = False
+    """Report the token ids of prompt and answer."""
 
 
 _KNOBS = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
-_TopK: Any = Annotated[KNOB_TYPES["top_k"], BeforeValidator(_all_if_minus_one)]  # noqa: F821
+_top_k = {
+    "type": "integer",
+    "minimum": -1,
+    "maximum": int(next(knob for knob in KNOBS if knob.name == "top_k").api.high),
+}
+_TopK: Any = Annotated[KNOB_TYPES["top_k"], BeforeValidator(_all_if_minus_one), WithJsonSchema(_top_k)]  # noqa: F821
 _UNSUPPORTED = {name: (kind, ABSENT) for name, kind in EVERYWHERE.items()}
 _STRUCTURE = {name: (kind, ABSENT) for name, kind in FIELDS.items()}
 _fields: dict[str, Any] = {**_KNOBS, "top_k": (_TopK, ABSENT), **_STRUCTURE, **_UNSUPPORTED}

@@ -9,11 +9,13 @@ from llama_tp.serving.dialects.openai.chat import ChatDialect
 from llama_tp.serving.dialects.openai.completions import CompletionsDialect
 from llama_tp.serving.dialects.openai.responses.dialect import ResponsesDialect
 from llama_tp.serving.dialects.openai.tokenize import DetokenizeQuery, TokenizeQuery
+from llama_tp.serving.dialects.openai.types import Model, ModelList
 from llama_tp.serving.dialects.route import ModelRoute, Names
 from llama_tp.serving.document import Document
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import RequestDefaults
+from llama_tp.serving.operation import Operation
 
 
 def openai_dialects(defaults: RequestDefaults, names: Names) -> dict[str, Dialect]:
@@ -42,6 +44,10 @@ def model_documents(names: Names, max_seq_len: int) -> dict[str, Document]:
         "max_model_len": max_seq_len,  # vLLM's field
     }
     return {
-        "v1/models": Document(to_json({"object": "list", "data": [model]}) + b"\n"),
-        **{f"v1/models/{name}": Document(to_json(model) + b"\n") for name in names},
+        "v1/models": Document(to_json({"object": "list", "data": [model]}) + b"\n", _LIST),
+        **{f"v1/models/{name}": Document(to_json(model) + b"\n", _RETRIEVE) for name in names},
     }
+
+
+_LIST = Operation(id="list_models", summary="The model that is served.", answer=ModelList)
+_RETRIEVE = Operation(id="retrieve_model", summary="The model that is served, and its context length.", answer=Model)

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.serving.dialects.base import Prompts
 from llama_tp.serving.dialects.openai.chat import Messages, check_continuation
 from llama_tp.serving.dialects.openai.request import Given, given_in
+from llama_tp.serving.dialects.openai.types import Detokenized, Tokenized
 from llama_tp.serving.dialects.route import ModelRoute
 from llama_tp.serving.dialects.tools import ChatTools
 from llama_tp.serving.dialects.unsupported import only
 from llama_tp.serving.encoding import to_json
 from llama_tp.serving.errors import ApiError
-from llama_tp.serving.fields import ABSENT, token_ids
+from llama_tp.serving.fields import ABSENT, TOKEN_IDS, token_ids
 from llama_tp.serving.generation import FieldNames, GenerationRequest
+from llama_tp.serving.operation import Operation
 from llama_tp.serving.reply_size import check_answer
 from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.tokenizer import Tokenizer
@@ -31,24 +33,36 @@ _NAMES = FieldNames(dialog="messages")
 _OF_TOKENS = FieldNames(prompt="tokens")
 
 
-class _Tokenize(StrictModel):
+class TokenizeRequest(StrictModel):
+    """A text, or a chat."""
+
     model: str = ABSENT
+    """The name of the model that is served; any other is a 404."""
     prompt: str = ABSENT
+    """The text. Either this or messages is required."""
     messages: Messages = ABSENT
     tools: ChatTools = ABSENT
     add_special_tokens: bool = ABSENT
+    """Whether a text begins as the model's prompts do, which is the default; not with messages."""
     return_token_strs: bool = False
+    """Report the text of each token."""
     add_generation_prompt: bool = ABSENT
+    """Whether a chat's prompt ends with the beginning of an answer."""
     continue_final_message: bool = False
+    """Whether a chat's last message, which is the assistant's, is left open."""
     chat_template: only() = ABSENT  # type: ignore[valid-type]
     chat_template_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
     mm_processor_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
     media_io_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
 
 
-class _Detokenize(StrictModel):
+class DetokenizeRequest(StrictModel):
+    """Token ids."""
+
     model: str = ABSENT
-    tokens: Annotated[Any, AfterValidator(token_ids)]
+    """The name of the model that is served; any other is a 404."""
+    tokens: Annotated[Any, AfterValidator(token_ids), WithJsonSchema(TOKEN_IDS)]
+    """The ids, of special tokens too."""
 
 
 class TokenizeQuery:
@@ -57,8 +71,13 @@ class TokenizeQuery:
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
 
+    @property
+    def operation(self) -> Operation:
+        summary = "Count and list the tokens of a text or a chat's prompt, as vLLM does."
+        return Operation(id="tokenize", summary=summary, body=TokenizeRequest, answer=Tokenized)
+
     def answer(self, body: object, prompts: Prompts) -> bytes:
-        given = given_in(self._route.validate(_Tokenize, body))
+        given = given_in(self._route.validate(TokenizeRequest, body))
         request = _request(given)
         ids = prompts.prompt_ids(request, special_tokens=given.get("add_special_tokens", True))
         strings = _texts(prompts.tokenizer, ids) if given.get("return_token_strs") else None
@@ -77,8 +96,13 @@ class DetokenizeQuery:
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
 
+    @property
+    def operation(self) -> Operation:
+        summary = "The text of token ids, as vLLM has it."
+        return Operation(id="detokenize", summary=summary, body=DetokenizeRequest, answer=Detokenized)
+
     def answer(self, body: object, prompts: Prompts) -> bytes:
-        tokens = self._route.validate(_Detokenize, body).tokens
+        tokens = self._route.validate(DetokenizeRequest, body).tokens
         ids = prompts.prompt_ids(GenerationRequest(prompts=(tokens,), sampling=SamplingParams(), names=_OF_TOKENS))
         encoded = to_json({"prompt": _text(prompts.tokenizer, ids)}) + b"\n"
         check_answer(encoded, param="tokens", remedy="send fewer of them")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from llama_tp.serving.dialects.base import Accepted
 from llama_tp.serving.dialects.openai.responses.replies import ResponseReplies
-from llama_tp.serving.dialects.openai.responses.request import response_request
+from llama_tp.serving.dialects.openai.responses.request import Body, response_request
+from llama_tp.serving.dialects.openai.responses.types import Response, ResponseEvent
 from llama_tp.serving.dialects.route import ModelRoute, Names
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.fields import MAX_NEW_TOKENS
 from llama_tp.serving.generation import GenerationRequest, RequestDefaults
+from llama_tp.serving.operation import Operation
 from llama_tp.text.tokenizer import Tokenizer
 
 
@@ -17,6 +19,17 @@ class ResponsesDialect:
 
     def __init__(self, defaults: RequestDefaults, names: Names) -> None:
         self._route = ModelRoute.of(defaults, names, max_tokens=MAX_NEW_TOKENS)  # clipped to what fits
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(
+            id="create_response",
+            summary="Answer a chat, as OpenAI's Responses API does.",
+            body=Body,
+            answer=Response,
+            chunk=ResponseEvent,
+            chunk_type=ResponseReplies.chunk_type,
+        )
 
     def parse(self, body: object) -> GenerationRequest:
         return response_request(self._route, body)

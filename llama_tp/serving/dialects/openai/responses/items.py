@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, FailFast, Tag
+from pydantic import BeforeValidator, Discriminator, FailFast, StringConstraints, Tag, WithJsonSchema, conlist
 from pydantic_core import PydanticCustomError
 
 from llama_tp.serving.dialects.tools import Arguments, ToolName
@@ -19,11 +19,13 @@ _ROLES = {"developer": "system"}
 _PARTS = ("input_text", "output_text", "text")
 
 
-class _Part(StrictModel):
+class ContentPart(StrictModel):
     """Text of either side."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"enum": list(_PARTS)})]
+    """Parts of other types are refused."""
     text: str
+    """The text."""
     annotations: IGNORED = ABSENT
     logprobs: IGNORED = ABSENT
     prompt_cache_breakpoint: IGNORED = ABSENT
@@ -46,12 +48,16 @@ def _parts(content: object) -> object:
     return content
 
 
-def _joined(parts: Sequence[_Part]) -> str:
+def _joined(parts: Sequence[ContentPart]) -> str:
     """By newlines, as in chats."""
     return "\n".join(part.text for part in parts)
 
 
-_Content = Annotated[list[Annotated[_Part, BeforeValidator(_only_text)]], FailFast(), BeforeValidator(_parts)]
+_Content = Annotated[
+    list[Annotated[ContentPart, BeforeValidator(_only_text)]],
+    FailFast(),
+    BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart]),
+]
 """Text, or parts of text."""
 
 
@@ -59,8 +65,11 @@ class MessageItem(StrictModel):
     """What somebody said."""
 
     role: Annotated[Literal["user", "assistant", "system", "developer"], BeforeValidator(must_be_text)]
+    """Who speaks."""
     content: _Content
-    type: str = "message"
+    """Text, or parts of text."""
+    type: Annotated[str, WithJsonSchema({"const": "message"})] = "message"
+    """message"""
     id: IGNORED = ABSENT
     status: IGNORED = ABSENT
     phase: IGNORED = ABSENT
@@ -69,8 +78,10 @@ class MessageItem(StrictModel):
 class FunctionCallItem(StrictModel):
     """The assistant's call of a function."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"const": "function_call"})]
+    """function_call"""
     call_id: str
+    """The call's, to which the result refers."""
     name: ToolName
     arguments: Arguments
     id: IGNORED = ABSENT
@@ -82,9 +93,12 @@ class FunctionCallItem(StrictModel):
 class FunctionCallOutputItem(StrictModel):
     """What a function answered."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"const": "function_call_output"})]
+    """function_call_output"""
     call_id: str
+    """The call_id of an earlier function_call."""
     output: _Content
+    """The result: text, or parts of text."""
     id: IGNORED = ABSENT
     status: IGNORED = ABSENT
     caller: IGNORED = ABSENT
@@ -95,7 +109,8 @@ class FunctionCallOutputItem(StrictModel):
 class ReasoningItem(StrictModel):
     """Another model's reasoning, which is not passed on."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"const": "reasoning"})]
+    """reasoning"""
     id: IGNORED = ABSENT
     summary: IGNORED = ABSENT
     content: IGNORED = ABSENT
@@ -133,7 +148,11 @@ def _items(value: object) -> object:
     return value
 
 
-Input = Annotated[list[Item], FailFast(), BeforeValidator(_items), FewMessages]
+_Some: Any = conlist(Item, min_length=1)  # type: ignore[arg-type]  # a union is a type, too
+_SomeText = Annotated[str, StringConstraints(min_length=1)]
+Input = Annotated[
+    list[Item], FailFast(), BeforeValidator(_items, json_schema_input_type=_SomeText | _Some), FewMessages
+]
 """Text, or items."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, create_model
+from pydantic import AfterValidator, BeforeValidator, FailFast, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from llama_tp.engine.sampling_params import SamplingParams
@@ -28,6 +28,8 @@ from llama_tp.text.grammar import Grammar
 from llama_tp.text.tools.calls import ToolChoice
 
 _PLAIN_TEXT = {"type": "text"}
+_UNUSED = ("name", "description", "strict")
+"""Fields of a format with a schema that change nothing: it is always followed."""
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (
     _LOGPROBS,
@@ -50,17 +52,42 @@ class _Format:
 
 
 def _format(value: object) -> _Format:
-    grammar = grammar_of(value, ["text", "json_schema", "json_object"], ignored=["name", "description", "strict"])
+    grammar = grammar_of(value, ["text", "json_schema", "json_object"], ignored=_UNUSED)
     assert isinstance(value, dict)
     return _Format(grammar, value)
 
 
-class _Text(StrictModel):
-    format: Annotated[Any, AfterValidator(_format)] = ABSENT
+_FORMATS = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "schema": {"type": "object"},
+                **{name: {} for name in _UNUSED},
+            },
+            "required": ["type", "schema"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
+class ResponseText(StrictModel):
+    """The form of the answer."""
+
+    format: Annotated[Any, AfterValidator(_format), WithJsonSchema(_FORMATS)] = ABSENT
+    """Text, or JSON under a schema."""
     verbosity: only("medium") = ABSENT  # type: ignore[valid-type]  # OpenAI's default
 
 
-class _Tool(FunctionDefinition):
+class ResponseTool(FunctionDefinition):
     """A function, without the object around it that chats have."""
 
     type: FunctionType
@@ -96,7 +123,7 @@ class _Tools:
     echo: tuple[Json, ...] = ()
 
 
-def _tools(tools: list[_Tool]) -> _Tools:
+def _tools(tools: list[ResponseTool]) -> _Tools:
     return _Tools(unique_tools([tool.tool() for tool in tools]), tuple(tool.echo() for tool in tools))
 
 
@@ -112,6 +139,19 @@ def _choice(value: object) -> ToolChoice:
     if not isinstance(value.get("name"), str) or len(value) > 2:
         raise PydanticCustomError("invalid_value", "must have a type and the function's name")
     return ToolChoice("required", value["name"])
+
+
+_CHOICE = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+            "required": ["type", "name"],
+            "additionalProperties": False,
+        },
+    ]
+}
 
 
 def _includes(value: object) -> object:
@@ -140,7 +180,16 @@ def _metadata(value: object) -> object:
     return value
 
 
-class _StreamOptions(StrictModel):
+_REASONING = {
+    "type": "object",
+    "properties": {"effort": {"enum": ["none", None]}},
+    "additionalProperties": {"type": "null"},
+}
+
+
+class ResponseStreamOptions(StrictModel):
+    """What a stream holds beside the answer."""
+
     include_obfuscation: IGNORED = False
 
 
@@ -154,29 +203,51 @@ class _Fields(StrictModel):
     }
 
     model: str = ABSENT
+    """The name of the model that is served; any other is a 404."""
     input: Input
+    """Text to answer, or items of a chat."""
     instructions: str = ABSENT
+    """The system prompt."""
     max_output_tokens: MaxNewTokens = ABSENT
     seed: Seed = ABSENT
     stream: bool = False
-    stream_options: _StreamOptions = ABSENT
-    text: _Text = ABSENT
+    """Server-sent events, instead of a single object."""
+    stream_options: ResponseStreamOptions = ABSENT
+    """Without effect."""
+    text: ResponseText = ABSENT
+    """The form of the answer's text."""
     tools: Annotated[
-        list[Annotated[_Tool, BeforeValidator(_only_functions)]], FailFast(), Few, AfterValidator(_tools)
+        list[Annotated[ResponseTool, BeforeValidator(_only_functions)]], FailFast(), Few, AfterValidator(_tools)
     ] = ABSENT
-    tool_choice: Annotated[Any, AfterValidator(_choice)] = ABSENT
+    """The functions that the assistant may call; their names differ."""
+    tool_choice: Annotated[Any, AfterValidator(_choice), WithJsonSchema(_CHOICE)] = ABSENT
+    """Whether tools are called, or which one: auto by default."""
     parallel_tool_calls: bool = True
-    include: Annotated[Any, AfterValidator(_includes)] = ()
+    """Whether an answer may call several tools."""
+    include: Annotated[
+        Any, AfterValidator(_includes), WithJsonSchema({"type": "array", "items": {"enum": list(_INCLUDABLE)}})
+    ] = ()
+    """What the answer holds beside the text: log probabilities."""
     top_logprobs: TopLogprobs = 0
-    metadata: Annotated[Any, AfterValidator(_metadata)] = ABSENT
-    reasoning: Annotated[Any, AfterValidator(_no_reasoning)] = ABSENT
+    metadata: Annotated[
+        Any,
+        AfterValidator(_metadata),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+    ] = ABSENT
+    """Repeated in the answer."""
+    reasoning: Annotated[Any, AfterValidator(_no_reasoning), WithJsonSchema(_REASONING)] = ABSENT
+    """There is none: any effort is refused."""
     user: str = ABSENT
+    """Repeated in the answer."""
     safety_identifier: str = ABSENT
+    """Repeated in the answer."""
     prompt_cache_key: str = ABSENT
+    """Repeated in the answer."""
     prompt_cache_retention: IGNORED = ABSENT
     prompt_cache_options: IGNORED = ABSENT
     service_tier: IGNORED = ABSENT
-    max_tool_calls: int = ABSENT  # of tools that run on OpenAI's servers
+    max_tool_calls: int = ABSENT
+    """Repeated in the answer. It is for tools that run on OpenAI's servers, of which there are none."""
     store: only(False) = ABSENT  # type: ignore[valid-type]
     background: only(False) = ABSENT  # type: ignore[valid-type]
     truncation: only("disabled") = ABSENT  # type: ignore[valid-type]
@@ -188,7 +259,7 @@ class _Fields(StrictModel):
 
 
 _knobs: dict[str, Any] = {name: (kind, ABSENT) for name, kind in KNOB_TYPES.items()}
-Body = create_model("Body", __base__=_Fields, **_knobs)
+Body = create_model("ResponseRequest", __base__=_Fields, **_knobs)
 """All fields of v1/responses."""
 
 

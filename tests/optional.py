@@ -1,0 +1,19 @@
+"""Packages that only some tests need."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+
+COMPLETE = "LLAMA_TP_COMPLETE_TESTS"
+"""Set where nothing may be skipped for lack of a package: by scripts/test.sh, which installs them all."""
+
+
+def imported(name: str) -> Any:
+    """The module. Without it the test, or the file, is skipped, or fails if COMPLETE is set."""
+    if os.environ.get(COMPLETE):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
