@@ -29,5 +29,5 @@ if [ -n "${REQUIRE_PROGRAMS:-}" ]; then  # its package may start a server: not o
     ensure nginx nginx-light .demo/logs/nginx.log
 fi
 # Two processes: one for all tests that start processes, the other for unit tests, until only those are left (or -n 0).
-export LLAMA_TP_COMPLETE_TESTS=1  # everything is installed: nothing may be skipped for lack of a package
+export REQUIRE_PACKAGES=1  # everything is installed: nothing may be skipped for lack of a package
 exec .venv/bin/python -m pytest -n 2 "$@"
