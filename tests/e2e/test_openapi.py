@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.e2e.torchserve_rig import BIN, TorchServe, package_demo, serve
 from tests.optional import imported
 from tests.schema_strategy import from_schema
+from tests.waiting import PATIENCE_S
 
 schemathesis = imported("schemathesis")
 
@@ -37,7 +38,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    limits = {"max_new_tokens": 4, "max_waiting": 64, "max_batch_size": NUM_SLOTS}
+    limits = {"max_new_tokens": 4, "max_seq_len": 512, "max_waiting": 64, "max_batch_size": NUM_SLOTS}
     store = package_demo(demo_folder, tmp_path_factory.mktemp("model"), **limits)
     with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
         yield running
@@ -55,6 +56,7 @@ def test_schemathesis_finds_no_fault(server: TorchServe, document: dict[str, Any
     address = f"http://127.0.0.1:{server.inference_port}{ROOT}/openapi.json"
     command = [str(BIN / "schemathesis"), "run", address, "--phases", "coverage,fuzzing", "--max-examples", "20"]
     command += ["--checks", ",".join(CHECKS), "--generation-database", "none", "--no-color", "--seed", "1"]
+    command += ["--request-timeout", str(PATIENCE_S)]  # an answer may have as many tokens as the context
     command += ["--include-path-regex", "^/"]  # otherwise it leaves out the document's own route
     before = server.ranks()
 
