@@ -77,13 +77,25 @@ class Command:
         return [one for one in processes_marked(self.env[MARK]) if one.pid != self.process.pid]
 
 
+def heed_interrupts() -> None:
+    """A shell that started these tests in the background has made them, and so their children, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(source: Path, folder: Path, *options: str) -> Iterator[Command]:
     port = free_port_range(3)
     with variables(LLAMA_TP_CACHE=str(folder / "cache"), LLAMA_TP_PORT=str(port)) as env:
         line = [sys.executable, "-m", "llama_tp", "serve", str(source), *options]
         process = subprocess.Popen(
-            line, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            line,
+            env=env,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
         command = Command(process, port, env)
         command.read_output()
