@@ -132,6 +132,8 @@ class Admission:
             )
             return ids, self._chat.stop_ids
         except ChatError as error:
+            if error.index is not None:  # of a message of the request: tools may have added one before it
+                error.index = max(0, error.index - len(told) + len(dialog))
             raise ApiError(400, error.code, str(error), _param_of(error, names)) from None
 
     def _tell(

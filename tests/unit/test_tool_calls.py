@@ -138,6 +138,11 @@ def test_results_go_back_to_the_model(service):
     assert status == (200 if service._admission._tools.format.name == "hermes" else 400), body
 
 
+def test_an_error_in_a_dialog_names_the_message_as_the_client_counts(service):
+    status, body = ask(service, messages=[*MESSAGES, *MESSAGES], tools=[ADD])
+    assert (status, json.loads(body)["error"]["param"]) == (400, "messages[1].role")
+
+
 def test_a_long_list_of_tools_counts_as_part_of_the_prompt(service):
     tools = [{"type": "function", "function": {"name": f"f{i}", "description": "x" * 5000}} for i in range(100)]
     status, body = ask(service, tools=tools)
