@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -54,8 +55,14 @@ def test_a_drain_does_not_take_longer_than_it_may(service, tmp_path):
     assert service.is_draining
 
 
+def test_a_server_that_still_loads_is_not_waited_for(tmp_path):
+    start = time.monotonic()
+    assert not drain(tmp_path, 30)
+    assert time.monotonic() - start < 10
+
+
 def test_an_earlier_server_s_drain_does_not_end_the_next_one(tmp_path, monkeypatch):
-    for name in ("drain", "drained"):
+    for name in ("led", "drain", "drained"):
         (tmp_path / name).touch()
     forget_drain(tmp_path)
     assert list(tmp_path.iterdir()) == []
