@@ -11,6 +11,7 @@ Legend: S sampled sequences, V vocabulary.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -131,16 +132,10 @@ class Sampler:
         biased = [index for index, one in enumerate(params) if one.logit_bias]
         restricted = [index for index, one in enumerate(params) if one.allowed_ids is not None]
         banned = [
-            (index, word[-1])
-            for index, sequence in enumerate(sequences)
-            for word in params[index].bad_words
-            if _output_ends_with(sequence, word[:-1])
-        ]
-        banned += [
             (index, token)
-            for index, sequence in enumerate(sequences)
-            if sequence.num_generated < params[index].min_new_tokens
-            for token in params[index].stop_ids
+            for index, one in enumerate(params)
+            if one.bad_words or one.min_new_tokens
+            for token in _banned(sequences[index])
         ]
         constrained = [index for index, sequence in enumerate(sequences) if sequence.request.grammar is not None]
         if not (penalized or biased or restricted or banned or constrained):
@@ -222,8 +217,14 @@ class Sampler:
         return torch.empty(like.size(-1), device=like.device).exponential_(generator=state.generator)
 
 
-def _output_ends_with(sequence: Sequence, ids: tuple[int, ...]) -> bool:
-    return len(ids) <= sequence.num_generated and tuple(sequence.tokens[len(sequence.tokens) - len(ids) :]) == ids
+def _banned(sequence: Sequence) -> Iterator[int]:
+    """Tokens that must not come next: ends of bad words, and stop ids before min_new_tokens."""
+    params, tokens = sequence.request.params, sequence.tokens
+    for *before, last in params.bad_words:
+        if len(before) <= sequence.num_generated and tokens[len(tokens) - len(before) :] == before:
+            yield last
+    if sequence.num_generated < params.min_new_tokens:
+        yield from params.stop_ids
 
 
 def argmax(x: Tensor) -> Tensor:
