@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from hypothesis import strategies as st
@@ -32,9 +33,9 @@ def from_schema(schema: Schema, definitions: Mapping[str, Schema]) -> Json:
     if choices := schema.get("anyOf") or schema.get("oneOf"):
         return st.one_of(*(from_schema(one, definitions) for one in choices))
     if "enum" in schema:
-        return st.sampled_from(schema["enum"])
+        return st.sampled_from(schema["enum"]).map(deepcopy)  # tests change what they draw
     if "const" in schema:
-        return st.just(schema["const"])
+        return st.just(schema["const"]).map(deepcopy)
     if "type" not in schema:
         return anything
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]

@@ -88,6 +88,7 @@ def run(folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=str)
 def test_a_command_that_needs_no_server_runs_as_it_is_written(reader: Path, tiny: Path, command: Command) -> None:
     meant = {"$D": str(tiny / "originals"), "CHECKPOINT": ".demo/converted_checkpoints", "R": "inf"}
+    meant["TOKENIZER"] = meant["CHECKPOINT"]
     words = [meant.get(word, word) for word in command.words]
     if words[0] == "verify":
         (reader / "converted_checkpoints").symlink_to(tiny / "converted")
