@@ -175,7 +175,8 @@ class Admission:
             raise ApiError(400, "invalid_grammar", f"{name} cannot be followed: {error}", name) from None
 
     def _tokens_of(self, word: str) -> list[tuple[int, ...]]:
-        """What vLLM bans for a word: its tokens, and those that it has after a space if only the first one differs."""
+        """The token sequences to ban for a word, as in vLLM: its own, and that of the word after a space if only its
+        first token differs."""
         bare, spaced = (tuple(self.tokenizer.encode(space + word.lstrip())) for space in ("", " "))
         is_other = bool(bare) and len(spaced) == len(bare) and spaced[0] != bare[0]
         return [bare, spaced] if is_other else [bare] if bare else []

@@ -17,6 +17,7 @@ from llama_tp.serving.strict_model import StrictModel, validate
 
 Fields = TypeVar("Fields", bound=StrictModel)
 Names = tuple[str, ...]
+"""What requests may call the model. Answers use the first name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

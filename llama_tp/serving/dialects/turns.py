@@ -64,7 +64,7 @@ class Turns:
         return self._turns[-1] if self._turns and self._turns[-1].role == role else self.new(role, path)
 
     def call(self, path: str, call_id: str, name: str, arguments: Any) -> None:
-        """The assistant calls a tool, in the turn that it has begun if there is one. `arguments`: an object."""
+        """Add a tool call to the assistant's current turn, or begin one. `arguments`: an object."""
         self.same("assistant", path).calls.append(tool_call(call_id, name, arguments))
         self._names[call_id] = name
 

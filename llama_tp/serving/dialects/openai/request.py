@@ -35,8 +35,6 @@ from llama_tp.serving.strict_model import StrictModel
 
 Given = Mapping[str, Any]
 """The fields that a request sets, by name."""
-Names = tuple[str, ...]
-"""What requests may call the model. Answers use the first name."""
 
 
 class StreamOptions(StrictModel):

@@ -26,6 +26,7 @@ from llama_tp.serving.generation import FieldNames, GenerationRequest
 from llama_tp.serving.operation import Operation
 from llama_tp.serving.reply_size import check_answer
 from llama_tp.serving.strict_model import StrictModel
+from llama_tp.text.detokenizer import bytes_with_specials
 from llama_tp.text.tokenizer import Tokenizer
 
 _OF_CHATS = ("tools", "add_generation_prompt", "continue_final_message")
@@ -142,8 +143,8 @@ def _check_pairs(given: Given) -> None:
 
 def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of each token: that of a special token is its name, and broken UTF-8 becomes U+FFFD."""
-    names = {token: piece for piece, token in tokenizer.special_ids.items()}
-    return [names.get(token) or tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
+    token_bytes = bytes_with_specials(tokenizer)
+    return [token_bytes(token).decode("utf-8", "replace") for token in ids]
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
