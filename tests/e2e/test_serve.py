@@ -216,7 +216,7 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
             )
         finally:
             for process in processes_marked(env[MARK]):
-                if "org.pytorch.serve.ModelServer" in process.cmdline():
+                if "org.pytorch.serve.ModelServer" in command_of(process):
                     process.terminate()
             wait_until(lambda: not processes_marked(env[MARK]), timeout_s=20)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -23,7 +23,7 @@ import pytest
 
 from llama_tp.torchserve.server import free_port_range
 from tests.e2e.programs import program
-from tests.e2e.torchserve_rig import CUT_OFF, MARK, free_ports, processes_marked, variables
+from tests.e2e.torchserve_rig import CUT_OFF, MARK, command_of, free_ports, processes_marked, variables
 from tests.paths import CONFIGS
 from tests.waiting import wait_until
 
@@ -315,7 +315,7 @@ def test_in_the_background_it_is_ended_by_stop_which_drains_too(demo_folder: Pat
 
 def test_a_command_that_is_killed_leaves_nothing_behind(demo_folder: Path, folder: Path) -> None:
     with started(demo_folder / "converted_checkpoints", folder) as command:
-        assert wait_until(lambda: any("ModelServer" in " ".join(one.cmdline()) for one in command.children()), 60)
+        assert wait_until(lambda: any("ModelServer" in " ".join(command_of(one)) for one in command.children()), 60)
         command.process.kill()
         command.process.wait()
         assert wait_until(lambda: not command.children(), timeout_s=40)

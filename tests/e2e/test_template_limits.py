@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.torchserve_rig import convert, is_gone, package, serve
+from tests.e2e.torchserve_rig import command_of, convert, is_gone, package, serve
 
 pytestmark = pytest.mark.e2e
 
@@ -30,5 +30,5 @@ def test_a_template_without_end_fails_one_request(tiny_llama2: Path, tmp_path: P
         log = (server.logs / "model_log.log").read_text(errors="replace")
         assert "it took more than 1 s of CPU time" in log, log[-3000:]
         assert server.ranks() == ranks
-        (renderer,) = [one for one in server.processes() if "template_renderer" in " ".join(one.cmdline())]
+        (renderer,) = [one for one in server.processes() if "template_renderer" in " ".join(command_of(one))]
     assert is_gone(renderer)

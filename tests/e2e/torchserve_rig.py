@@ -218,13 +218,13 @@ class TorchServe:
         first, and Java would start another, whose ranks wait half a minute for a frontend that is gone.
         """
         for process in self.processes():
-            if "org.pytorch.serve.ModelServer" in _command(process):
+            if "org.pytorch.serve.ModelServer" in command_of(process):
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         deadline = time.monotonic() + grace_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        killed = [f"{process.pid} {' '.join(_command(process))[:200]}" for process in left]
+        killed = [f"{process.pid} {' '.join(command_of(process))[:200]}" for process in left]
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -375,7 +375,8 @@ def _variable(process: psutil.Process, name: str) -> str | None:
         return None
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing once it has ended, or while it is a zombie."""
     try:
         return process.cmdline()
     except psutil.Error:
