@@ -1,0 +1,89 @@
+"""The compiled library's interface: the structs of step.cpp, and its functions, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+
+class Form(IntEnum):
+    """How a matrix is stored; the quantized forms are those of `llama_tp.model.quantization`."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    INT8_GROUPS = 3
+    INT4 = 4
+
+
+class LinearStruct(Structure):
+    _fields_ = [
+        ("form", c_int32),
+        ("has_float32_offsets", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class LayerStruct(Structure):
+    _fields_ = [
+        ("wqkv", LinearStruct),
+        ("wo", LinearStruct),
+        ("w13", LinearStruct),
+        ("w2", LinearStruct),
+        ("attention_norm", c_void_p),
+        ("ffn_norm", c_void_p),
+        ("qk_norm", c_void_p),
+    ]
+
+
+class ModelStruct(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("dim", "hidden", "heads", "kv_heads", "head_dim", "layers")),
+        *((name, c_int32) for name in ("threads", "max_tokens", "max_parts", "is_bfloat16_cache", "in_bfloat16")),
+        ("eps", c_float),
+        ("layer", POINTER(LayerStruct)),
+        ("norm", c_void_p),
+        ("output", LinearStruct),
+        ("cache", c_void_p),
+        ("num_slots", c_int64),
+    ]
+
+
+class StepStruct(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("num_tokens", "num_sequences", "num_sampled", "num_units")),
+        *(
+            (name, c_void_p)
+            for name in ("x", "rope", "sequences", "ranges", "units", "sampled", "partial_sums", "logits", "is_finite")
+        ),
+    ]
+
+
+PHASES_PER_LAYER = 5
+PHASES_OF_OUTPUT = 2
+
+
+class Library:
+    """The functions of a compiled library. OSError if it is not one."""
+
+    def __init__(self, path: Path) -> None:
+        self._functions = functions = ctypes.CDLL(str(path))
+        self.run: Any = functions.llama_tp_run
+        self.run.argtypes = [c_void_p, POINTER(StepStruct), c_int32, c_int32]
+        self.run.restype = None
+        self.create: Any = functions.llama_tp_create
+        self.create.argtypes = [POINTER(ModelStruct)]
+        self.create.restype = c_void_p
+        self.destroy: Any = functions.llama_tp_destroy
+        self.destroy.argtypes = [c_void_p]
+        self.destroy.restype = None
+        functions.llama_tp_part.restype = c_int32
+        self.keys_per_part: int = functions.llama_tp_part()

@@ -1,0 +1,173 @@
+// Vectors of floats, and the number formats that weights and caches are stored in.
+//
+// Products are added with fma(), not with * and +, which a compiler may contract differently in each copy of a loop: a
+// token's results shall not depend on how many others are computed with it.
+//
+// "Split order": of every 2 * W elements, first those with even indices, then those with odd ones. Pairs of bfloat16
+// and of 4-bit numbers come apart in this order without a shuffle.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Loops whose variables index arrays that are to become registers.
+#define LLAMA_TP_UNROLL _Pragma("GCC unroll 8")
+
+namespace llama_tp {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+constexpr int W = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+constexpr int W = 8;
+#else
+#error "needs AVX2, FMA and F16C"
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+
+template <class V, class T>
+inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+
+template <class T, class V>
+inline void store(T* to, V v) {
+    std::memcpy(to, &v, sizeof(V));
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+inline vf splat(float value) { return _mm512_set1_ps(value); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+// The first numbers of a vector, then zeros.
+inline vf first_floats(const float* from, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, from); }
+inline vu first_pairs(const uint16_t* from, int count) {
+    return (vu)_mm512_maskz_loadu_epi16(uint32_t((1ull << count) - 1), from);
+}
+inline vf first_halves(const uint16_t* from, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(uint16_t((1u << count) - 1), from));
+}
+inline vf to_float(vi numbers) { return _mm512_cvtepi32_ps((__m512i)numbers); }
+inline vi signed_bytes(const int8_t* from) { return (vi)_mm512_cvtepi8_epi32(load<__m128i>(from)); }
+inline vi bytes(const uint8_t* from) { return (vi)_mm512_cvtepu8_epi32(load<__m128i>(from)); }
+// The even and the odd ones of 2 * W numbers.
+inline void split(vf a, vf b, vf& even, vf& odd) {
+    const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odds = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const vf e = _mm512_permutex2var_ps(a, evens, b), o = _mm512_permutex2var_ps(a, odds, b);
+    even = e;
+    odd = o;
+}
+// The inverse.
+inline void interleave(vf even, vf odd, vf& a, vf& b) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    const vf l = _mm512_permutex2var_ps(even, low, odd), h = _mm512_permutex2var_ps(even, high, odd);
+    a = l;
+    b = h;
+}
+inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
+inline float largest(vf v) { return _mm512_reduce_max_ps(v); }
+
+// The sums of four vectors. Each is added up in the same order.
+inline __m128 sum4(vf a, vf b, vf c, vf d) {
+    const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512 abcd = (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) +
+                        (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+#else
+inline vf splat(float value) { return _mm256_set1_ps(value); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+// The first numbers of a vector, then zeros.
+inline vf first_floats(const float* from, int count) {
+    vf v{};
+    std::memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+inline vu first_pairs(const uint16_t* from, int count) {
+    vu v{};
+    std::memcpy(&v, from, count * sizeof(uint16_t));
+    return v;
+}
+inline vf first_halves(const uint16_t* from, int count) {
+    if (count == W) return _mm256_cvtph_ps(load<__m128i>(from));
+    uint16_t part[W] = {};
+    for (int i = 0; i < count; ++i) part[i] = from[i];
+    return _mm256_cvtph_ps(load<__m128i>(part));
+}
+inline vf to_float(vi numbers) { return _mm256_cvtepi32_ps((__m256i)numbers); }
+inline vi signed_bytes(const int8_t* from) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+inline vi bytes(const uint8_t* from) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+// The even and the odd ones of 2 * W numbers.
+inline void split(vf a, vf b, vf& even, vf& odd) {
+    const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);  // a0 a2 a4 a6 | b0 b2 b4 b6
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+// The inverse.
+inline void interleave(vf even, vf odd, vf& a, vf& b) {
+    const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
+
+inline __m128 sum4(vf a, vf b, vf c, vf d) {
+    const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+    const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+    const __m256 abcd = (__m256)(_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd)) +
+                        (__m256)(_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd));
+    return _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
+}
+
+inline float sum(vf v) { return _mm_cvtss_f32(sum4(v, v, v, v)); }
+
+inline float largest(vf v) {
+    float most = v[0];
+    for (int lane = 1; lane < W; ++lane) most = std::fmax(most, v[lane]);
+    return most;
+}
+#endif
+
+// bfloat16: the upper half of a float.
+inline vf even_bf16(vu pairs) { return (vf)(pairs << 16); }
+inline vf odd_bf16(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// e^x to 2e-7 for x <= 0, 0 from -87 on; for positive x up to 88.
+inline vf exponential(vf x) {
+    x = x < -87.0f ? splat(-87.0f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
+    const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf shifted = x * 1.44269504f + rounder;
+    const vf n = shifted - rounder;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
+}
+
+inline int round_up(int64_t value, int step) { return int((value + step - 1) / step * step); }
+
+}  // namespace llama_tp
