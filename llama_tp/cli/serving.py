@@ -101,10 +101,10 @@ def start_and_stay(options: Options) -> None:
 
 
 def _server(options: Options) -> TorchServe:
-    from llama_tp.checkpoint.user_cache import cache_folder
     from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.properties import Properties
     from llama_tp.torchserve.server import TorchServe
+    from llama_tp.user_cache import cache_folder
 
     properties = options.properties or resource(PROPERTIES)
     run_dir = options.run_dir

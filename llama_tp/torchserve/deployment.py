@@ -185,7 +185,7 @@ def _on_this_machine(source: str) -> tuple[Path, str | None]:
     if os.path.lexists(source):
         return Path(source).resolve(), None
     from llama_tp.checkpoint.hub.download import download, parse_hub_id
-    from llama_tp.checkpoint.user_cache import cache_folder
+    from llama_tp.user_cache import cache_folder
 
     if (hub_id := parse_hub_id(source)) is None:
         raise ValueError(f"there is no {source}; give a folder, a GGUF file, or a repository on the hub (owner/name)")

@@ -1,0 +1,1 @@
+"""The decode step as C++ kernels for CPUs, compiled on this machine."""
