@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llama_tp.model.cpu.build_worker import Job
+from llama_tp.model.cpu.build_worker import Job, ended
 from llama_tp.model.cpu.compiler import find_compilers, why_none
 from llama_tp.model.cpu.library_cache import LibraryCache, user_folder, why_unsafe, why_unwritable
 from llama_tp.model.cpu.sources import Sources
@@ -134,7 +134,7 @@ class Build:
         try:
             result = json.loads(answer)
         except ValueError:
-            result = {"error": f"the process that compiles kernels ended with exit code {process.returncode}"}
+            result = {"error": f"the process that compiles kernels {ended(process.returncode)}"}
         if "library" in result:
             self._library = Path(result["library"])
         else:

@@ -139,7 +139,7 @@ def _run(command: Sequence[str], temporary: Path, timeout_s: float, subject: str
     if output is None:
         raise CompileError(f"{subject} did nothing for {timeout_s:g} s and was ended")
     if status:
-        raise CompileError(f"{subject} {_ended(status)}{_first_error(output)}")
+        raise CompileError(f"{subject} {ended(status)}{_first_error(output)}")
 
 
 def _limit() -> None:
@@ -201,7 +201,8 @@ def _exit(*_: object) -> NoReturn:
     sys.exit(1)
 
 
-def _ended(status: int) -> str:
+def ended(status: int) -> str:
+    """How a process has ended, by its return code."""
     if status > 0:
         return f"failed with exit code {status}"
     try:
