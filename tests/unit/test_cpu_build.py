@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_tp
 from llama_tp.model.cpu import build as build_module
 from llama_tp.model.cpu import build_worker, library_cache, sources
 from llama_tp.model.cpu.build import start_build
@@ -521,3 +522,22 @@ def test_waiting_for_others_has_an_end(cache):
     with store.locked(1.0, lambda: None), pytest.raises(TimeoutError, match=r"compiling for 0\.2 s"):
         waiting.__enter__()
     assert calls
+
+
+def test_libraries_are_listed_and_removed_by_the_command(real, run, cache, files):
+    assert run("cache")[:2] == (0, "the cache is empty\n")
+    libraries = [finished(start(files, value=value)).parent for value in (1, 2, 3)]
+    record = libraries[1] / "about.json"
+    record.write_text(record.read_text().replace(f'"version": "{llama_tp.__version__}"', '"version": "0.0.1"'))
+    lines = dict(line.split("  ", 1) for line in run("cache")[1].splitlines())
+    assert lines.keys() == {folder.name for folder in libraries}
+    assert "MB  kernels compiled by /" in lines[libraries[0].name]
+    assert [lines[folder.name].endswith("  (stale)") for folder in libraries] == [False, True, False]
+    assert run("cache", "--remove=stale")[:2] == (0, f"removing {libraries[1]}\n")
+    assert run("cache", "--remove=stale")[:2] == (0, "nothing to remove\n")
+    assert run("cache", f"--remove={libraries[0].name}")[:2] == (0, f"removing {libraries[0]}\n")
+    assert left_in(cache) == [libraries[2].name]
+    code, _, err = run("cache", f"--remove={libraries[0].name}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert run("cache", "--remove=all")[:2] == (0, f"removing {libraries[2]}\n")
+    assert left_in(cache) == []

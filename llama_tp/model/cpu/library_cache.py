@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_tp import __version__
 from llama_tp.user_cache import cache_folder
 
 LIBRARY = "kernels.so"
@@ -44,7 +45,12 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        return sum(path.stat().st_size for path in self.folder.glob("*"))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this version of llama_tp could use it."""
+        return self.version == __version__
 
 
 def user_folder() -> Path:
