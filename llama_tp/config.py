@@ -42,6 +42,9 @@ class EngineConfig:
     dtype: str = "auto"
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on devices without
     instructions for the checkpoint's, except with AVX2 for one or two sequences."""
+    compile: str | bool = "auto"
+    """Whether decode steps run as kernels compiled on this machine. auto: on a CPU, as soon as they are compiled, if
+    there is a compiler; True: loading waits for them, and fails without; False: never."""
     device: str = "auto"
     """cpu | cuda | auto: cuda if available."""
     threads: int | None = None
@@ -68,6 +71,8 @@ class EngineConfig:
             problems.append(f"tp_shares={self.tp_shares!r} must be a tuple of integers, the query heads of each rank")
         if self.dtype not in DTYPES:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if not (self.compile == "auto" or isinstance(self.compile, bool)):
+            problems.append(f"compile={self.compile!r} must be one of auto, true, false")
         if self.device not in DEVICES:
             problems.append(f"device={self.device!r} must be one of {', '.join(DEVICES)}")
         if self.verify_checkpoint not in VERIFY_CHECKPOINT:

@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from llama_tp.checkpoint.user_cache import cache_folder
+from llama_tp.user_cache import cache_folder
 
 MISTRAL = (
     "mistral-common==1.13.1",

@@ -141,6 +141,7 @@ def bench_engine(
     runs: int,
     against: str | None,
     dtype: str,
+    compile: bool | str,
     device: str,
     threads: int | None,
     max_batched_tokens: int,
@@ -153,6 +154,7 @@ def bench_engine(
         max_batch_size=max(batches),
         max_batched_tokens=max(max_batched_tokens, *batches),
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )

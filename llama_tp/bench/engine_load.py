@@ -29,6 +29,7 @@ def bench_load(
     max_batch_size: int,
     max_batched_tokens: int,
     dtype: str,
+    compile: bool | str,
     device: str,
     threads: int | None,
 ) -> None:
@@ -40,6 +41,7 @@ def bench_load(
         max_batched_tokens=max(max_batched_tokens, max_batch_size),
         max_waiting=max(load.requests, max_batch_size),  # open loop: no request is rejected
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )

@@ -69,7 +69,7 @@ class Agreement:
 
 
 def bench_quality(
-    checkpoint: str, *, against: str | None, new: int, dtype: str, device: str, threads: int | None
+    checkpoint: str, *, against: str | None, new: int, dtype: str, compile: bool | str, device: str, threads: int | None
 ) -> None:
     """Implements `llama-tp bench quality`."""
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
@@ -79,6 +79,7 @@ def bench_quality(
         max_batch_size=_PROMPTS,
         max_batched_tokens=WINDOW,
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )

@@ -61,6 +61,7 @@ class Setup:
     threads: int = 1
     """Per rank."""
     dtype: str = "auto"
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batched_tokens", "tp", "threads"):
@@ -206,7 +207,7 @@ def _offline(setup: Setup, load: Load, slo: Slo) -> Figures:
     """Run `llama-tp bench load` in separate processes; returns its final JSON."""
     launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={setup.tp}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
-    options = {**asdict(load), **asdict(slo), "dtype": setup.dtype, "device": "cpu"}
+    options = {**asdict(load), **asdict(slo), "dtype": setup.dtype, "compile": setup.compile, "device": "cpu"}
     options |= {"max_batch_size": setup.max_batch_size, "max_batched_tokens": setup.max_batched_tokens}
     options["threads"] = setup.threads
     names = {"ttft_ms": "slo_ttft_ms", "tpot_ms": "slo_tpot_ms"}
@@ -289,6 +290,7 @@ def model_config(setup: Setup, load: Load, max_seq_len: int) -> dict[str, Any]:
             "max_batch_size": setup.max_batch_size,
             "max_batched_tokens": setup.max_batched_tokens,
             "dtype": setup.dtype,
+            "compile": setup.compile,
             "temperature": 0.0,
         },
     }

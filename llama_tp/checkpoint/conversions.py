@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from llama_tp.checkpoint.store.staging import replace_file
-from llama_tp.checkpoint.user_cache import cache_folder
+from llama_tp.user_cache import cache_folder
 
 _FOLDER = "converted"
 _FORMAT_VERSION = 1

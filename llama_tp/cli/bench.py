@@ -15,6 +15,7 @@ def engine(
     runs: int = 3,
     against: str | None = None,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
     max_batched_tokens: int = 512,
@@ -32,6 +33,7 @@ def engine(
         against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
             "deterministic" and "no_prefix_cache" compare with our engine in deterministic mode or without prefix cache
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
@@ -51,6 +53,7 @@ def engine(
         runs=runs,
         against=against,
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
         max_batched_tokens=max_batched_tokens,
@@ -66,6 +69,7 @@ def load(
     max_batched_tokens: int = 512,
     seed: int = 0,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
     slo_ttft_ms: float = 1000.0,
@@ -86,6 +90,7 @@ def load(
         max_batched_tokens: maximum tokens per step
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         slo_ttft_ms: maximum time to first token for goodput
@@ -105,6 +110,7 @@ def load(
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batched_tokens,
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )
@@ -158,6 +164,7 @@ def quality(
     against: str | None = None,
     new: int = 64,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
@@ -172,12 +179,13 @@ def quality(
             it, the share of positions with the same most probable token, and how long greedy outputs are the same
         new: tokens generated for each of 8 prompts; only with `against`
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads; by default all available cores
     """
     from llama_tp.bench.quality import bench_quality
 
-    bench_quality(checkpoint, against=against, new=new, dtype=dtype, device=device, threads=threads)
+    bench_quality(checkpoint, against=against, new=new, dtype=dtype, compile=compile, device=device, threads=threads)
 
 
 def serve(
@@ -193,6 +201,7 @@ def serve(
     runs: int = 2,
     seed: int = 0,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     api: str = "native",
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
@@ -219,6 +228,7 @@ def serve(
         runs: runs of each; run n uses seed + n
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         api: native, openai (v1/completions), or native,openai to compare them
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
@@ -249,6 +259,7 @@ def serve(
             tp=size,
             threads=max(1, available_cores() // size) if threads is None else threads,
             dtype=dtype,
+            compile=compile,
         ),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
         Slo(slo_ttft_ms, slo_tpot_ms),

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 import fire
 from fire import decorators
@@ -71,7 +72,8 @@ def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
     """The entry, with calls recorded in `work` instead of made, until python-fire has parsed the whole command line.
     Otherwise fire would call a function first and report a misspelled --tempreture afterwards.
 
-    Fire parses every argument as a Python literal; here, those annotated str are always text.
+    Fire parses every argument as a Python literal; here, those annotated str are always text, and those annotated
+    `bool | str` text, true or false.
     """
     if isinstance(entry, Mapping):
         return {name: _accept(one, work) for name, one in entry.items()}
@@ -83,7 +85,18 @@ def _accept(entry: Any, work: list[Callable[[], Any]]) -> Any:
     signature = inspect.signature(entry, eval_str=True)
     accept.__signature__ = signature  # type: ignore[attr-defined]  # with types instead of their names, for --help
     texts = {name: str for name, one in signature.parameters.items() if one.annotation in (str, str | None)}
-    return decorators.SetParseFns(**texts)(accept)
+    switches = {name: _switch for name, one in signature.parameters.items() if _is_switch(one.annotation)}
+    return decorators.SetParseFns(**texts, **switches)(accept)
+
+
+def _is_switch(annotation: object) -> bool:
+    """Whether an option is true, false or a word."""
+    return set(get_args(annotation)) - {NoneType} == {bool, str}
+
+
+def _switch(text: str) -> bool | str:
+    """`--compile`, which fire reads as --compile=True, and true or false in any case; any other text as it is."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _escape_unprintable() -> None:

@@ -28,13 +28,21 @@ def run_console(
     *,
     tokenizer: str | None = None,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
     """Load a checkpoint on all ranks, run `act` on the leader, and finish on all ranks together."""
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
     vocabulary = load_tokenizer(tokenizer or _find_tokenizer(Path(checkpoint)), embedding_rows=args.vocab_size)
-    config = EngineConfig(max_seq_len=args.max_seq_len, max_batch_size=1, dtype=dtype, device=device, threads=threads)
+    config = EngineConfig(
+        max_seq_len=args.max_seq_len,
+        max_batch_size=1,
+        dtype=dtype,
+        compile=compile,
+        device=device,
+        threads=threads,
+    )
     group = join(config.device, timeout_s=config.collective_timeout_s)
     thread = EngineThread()
     engine = thread.call(lambda: load_engine(checkpoint, args, config, group))

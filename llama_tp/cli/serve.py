@@ -75,6 +75,7 @@ def serve(
     host: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    compile: bool | str | None = None,
     quantize: str | None = None,
     max_batch_size: int | None = None,
     max_seq_len: int | None = None,
@@ -100,8 +101,8 @@ def serve(
     the model has generated a token, then prints a line for each request. Ctrl-C or SIGTERM lets open requests finish.
 
     Without SOURCE, TorchServe serves a model store that `llama-tp package` has made, in the background: the options tp,
-    device, dtype, quantize, max_batch_size, max_seq_len, api_key, api_key_file, served_model_name, chat_template and
-    tokenizer are then those of its model-config.yaml.
+    device, dtype, compile, quantize, max_batch_size, max_seq_len, api_key, api_key_file, served_model_name,
+    chat_template and tokenizer are then those of its model-config.yaml.
 
     Every option is also read from a variable, such as LLAMA_TP_MAX_SEQ_LEN, and from the YAML file --config. The
     command line wins over variables, variables win over the file, and the file wins over the defaults.
@@ -116,6 +117,8 @@ def serve(
             inference_address, else 127.0.0.1
         device: auto, cpu or cuda; by default auto: GPUs, if there are any
         dtype: auto, bfloat16, float16 or float32; by default auto: the checkpoint's, or what is faster here
+        compile: auto, true or false: whether decode steps run as kernels compiled on this machine; by default auto: on
+            CPUs, as soon as they are compiled, if there is a C++ compiler
         quantize: int8 or int4, to quantize the linear layers; none, to make all layers dense; by default as in the
             source
         max_batch_size: requests at the same time; by default the checkpoint's, or fewer if memory is short

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _API_KEY = "LLAMA_TP_API_KEY"
 _OF_SOURCE = (
-    *("tp", "device", "dtype", "quantize", "max_batch_size", "max_seq_len", "api_key", "api_key_file"),
+    *("tp", "device", "dtype", "compile", "quantize", "max_batch_size", "max_seq_len", "api_key", "api_key_file"),
     *("served_model_name", "chat_template", "tokenizer"),
 )
 """Options that a model store has in its model-config.yaml."""
@@ -33,6 +33,7 @@ class Options:
     host: str | None
     device: str | None
     dtype: str | None
+    compile: bool | str | None
     quantize: str | None
     max_batch_size: int | None
     max_seq_len: int | None
@@ -101,10 +102,10 @@ def start_and_stay(options: Options) -> None:
 
 
 def _server(options: Options) -> TorchServe:
-    from llama_tp.checkpoint.user_cache import cache_folder
     from llama_tp.resources import LOG_CONFIG, PROPERTIES, resource
     from llama_tp.torchserve.properties import Properties
     from llama_tp.torchserve.server import TorchServe
+    from llama_tp.user_cache import cache_folder
 
     properties = options.properties or resource(PROPERTIES)
     run_dir = options.run_dir
@@ -144,6 +145,7 @@ def _deployment(options: Options, api_key_file: str | None) -> Deployment:
         tp=options.tp,
         device=options.device or AUTO,
         dtype=options.dtype or AUTO,
+        compile=AUTO if options.compile is None else options.compile,
         quantize=options.quantize,
         max_batch_size=options.max_batch_size,
         max_seq_len=options.max_seq_len,

@@ -13,6 +13,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
     tp: int | str | None = None,
@@ -29,6 +30,7 @@ def generate(
         top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
@@ -45,6 +47,7 @@ def generate(
         lambda console: console.complete(str(prompt), params),
         tokenizer=tokenizer,
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )
@@ -61,6 +64,7 @@ def chat(
     top_k: int = 0,
     seed: int | None = None,
     dtype: str = "auto",
+    compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
     tp: int | str | None = None,
@@ -78,6 +82,7 @@ def chat(
         top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
+        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
@@ -94,6 +99,7 @@ def chat(
         lambda console: console.chat(chat_format, params, system=system),
         tokenizer=tokenizer,
         dtype=dtype,
+        compile=compile,
         device=device,
         threads=threads,
     )

@@ -80,6 +80,9 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     """Whether an answer is independent of what else is in the batch, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
+    compile: Literal["auto", True, False] = "auto"
+    """Whether decode steps run as kernels compiled on this machine. auto: on a CPU, as soon as they are compiled, if
+    there is a compiler; true: loading waits for them, and fails without; false: never."""
     verify_checkpoint: Literal["always", "once", "size"] = "once"
     """Which files are compared with the manifest's sha256 while loading: all; those not compared before or changed
     since; none, only their sizes."""
@@ -192,6 +195,7 @@ class ModelConfig(_Section):
             prefix_cache=handler.prefix_cache,
             deterministic=handler.deterministic,
             dtype=handler.dtype,
+            compile=handler.compile,
             verify_checkpoint=handler.verify_checkpoint,
             device="cuda" if self.deviceType == "gpu" else "cpu",
             threads=self.torchrun.OMP_NUMBER_THREADS,

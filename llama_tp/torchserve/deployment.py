@@ -50,6 +50,7 @@ class Deployment:
     """Number of ranks, or auto."""
     device: str = AUTO
     dtype: str = AUTO
+    compile: bool | str = AUTO
     quantize: str | None = None
     """int8, int4 or none; None: as in the source."""
     max_batch_size: int | None = None
@@ -72,6 +73,8 @@ class Deployment:
         for name, value, choices in (("dtype", self.dtype, DTYPES), ("device", self.device, DEVICE_KINDS)):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+        if not (self.compile == AUTO or isinstance(self.compile, bool)):
+            raise ValueError(f"compile={self.compile!r} must be one of {AUTO}, true, false")
         for name in ("max_batch_size", "max_seq_len"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be at least 1")
@@ -117,6 +120,7 @@ def model_config(wanted: Deployment, checkpoint: Path, devices: LocalDevices, to
         "converted_ckpt_dir": str(checkpoint),
         "model_args_path": None,
         "dtype": wanted.dtype,
+        "compile": wanted.compile,
         "served_model_name": wanted.served_model_name,
         "api_key_file": wanted.api_key_file,
     }
@@ -185,7 +189,7 @@ def _on_this_machine(source: str) -> tuple[Path, str | None]:
     if os.path.lexists(source):
         return Path(source).resolve(), None
     from llama_tp.checkpoint.hub.download import download, parse_hub_id
-    from llama_tp.checkpoint.user_cache import cache_folder
+    from llama_tp.user_cache import cache_folder
 
     if (hub_id := parse_hub_id(source)) is None:
         raise ValueError(f"there is no {source}; give a folder, a GGUF file, or a repository on the hub (owner/name)")

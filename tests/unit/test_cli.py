@@ -210,7 +210,41 @@ def test_names_and_paths_reach_their_command_as_they_were_typed(run, monkeypatch
     seen = []
     monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append((checkpoint, options)))
     run("generate", "2024", "Hello", "--tokenizer=7")
-    assert seen == [("2024", {"tokenizer": "7", "dtype": "auto", "device": "auto", "threads": None})]
+    options = {"tokenizer": "7", "dtype": "auto", "compile": "auto", "device": "auto", "threads": None}
+    assert seen == [("2024", options)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ([], "auto"),
+        (["--compile"], True),
+        (["--nocompile"], False),
+        (["--compile=true"], True),
+        (["--compile=True"], True),
+        (["--compile", "false"], False),
+        (["--compile=auto"], "auto"),
+        (["--compile=1"], "1"),
+    ],
+)
+@pytest.mark.parametrize("command", [("generate", "2024", "Hello"), ("chat", "2024")])
+def test_an_option_that_is_true_false_or_a_word_may_be_written_as_people_do(run, monkeypatch, command, argv, value):
+    from llama_tp.cli import console
+
+    seen = []
+    monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append(options["compile"]))
+    assert run(*command, *argv)[0] == 0
+    assert seen == [value]
+    assert type(seen[0]) is type(value)
+
+
+@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("bench", "engine"), ("bench", "load")])
+def test_compile_is_checked_by_every_command_that_runs_an_engine(run, checkpoint, command):
+    words = list(command)
+    words.insert(1 + (command[0] == "bench"), str(checkpoint))
+    code, out, err = run(*words, "--compile=always", "--device=cpu")
+    assert (code, out) == (1, "")
+    assert err == "llama-tp: compile='always' must be one of auto, true, false\n"
 
 
 def test_generate_continues_a_prompt_from_a_checkpoint(run, checkpoint):

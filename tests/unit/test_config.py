@@ -325,6 +325,8 @@ def test_a_vocabulary_of_minus_one_takes_the_size_of_the_embedding():
         ({"page_size": True}, ["page_size=True"]),
         ({"max_batch_size": 1.0}, ["max_batch_size=1.0"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"compile": "always"}, ["compile='always' must be one of auto, true, false"]),
+        ({"compile": 1}, ["compile=1 must be one of auto, true, false"]),
         ({"device": "tpu"}, ["device='tpu'", "cuda"]),
         ({"verify_checkpoint": "never"}, ["verify_checkpoint='never'", "size"]),
         ({"max_batched_tokens": 7, "max_batch_size": 8}, ["max_batched_tokens=7", "max_batch_size=8"]),

@@ -145,7 +145,7 @@ def test_the_cache_is_listed_and_emptied_by_the_command(run, cache, originals):
 
 
 def test_the_cache_is_where_xdg_says_if_that_is_absolute(monkeypatch, tmp_path):
-    from llama_tp.checkpoint.user_cache import cache_folder
+    from llama_tp.user_cache import cache_folder
 
     monkeypatch.delenv("LLAMA_TP_CACHE", raising=False)
     monkeypatch.setenv("HOME", "/home/alice")

@@ -90,7 +90,7 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
     names = imports_of(module, also_inside_functions=True) | reach_of(module)
     assert not any(name.startswith("torch.distributed") for name in names)
     packages = {package_of(name) for name in names if name in FILES}
-    assert packages <= {"llama_tp", *(f"llama_tp.{name}" for name in ("model", "file_kind", *CONFIG))}
+    assert packages <= {"llama_tp", *(f"llama_tp.{name}" for name in ("model", "file_kind", "user_cache", *CONFIG))}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,8 @@ def test_the_model_knows_neither_ranks_nor_requests(module):
         "llama_tp.control_groups",
         "llama_tp.threads",
         "llama_tp.file_kind",
+        "llama_tp.user_cache",
+        *(f"llama_tp.model.cpu.{name}" for name in ("build", "build_worker", "compiler", "library_cache", "sources")),
         "llama_tp.model.weights",
         "llama_tp.model.published",
         *modules_below("llama_tp.planning"),
@@ -141,24 +143,26 @@ LAYERS = {
     "file_kind": (),
     "control_groups": (),
     "resources": (),
+    "user_cache": (),
     "config_error": (),
     "model_args": ("file_kind", "config_error"),
     "config": ("config_error",),
     "threads": ("control_groups",),
     "text": ("file_kind",),
-    "model": CONFIG,
+    "model": ("user_cache", *CONFIG),
     "parallel": (*CONFIG, "threads", "model"),
     # A conversion checks and keeps the tokenizer.
-    "checkpoint": ("file_kind", *CONFIG, "threads", "text", "model", "parallel"),
+    "checkpoint": ("file_kind", "user_cache", *CONFIG, "threads", "text", "model", "parallel"),
     "engine": (*CONFIG, "control_groups", "threads", "model", "parallel", "checkpoint"),
     "planning": (*CONFIG, "control_groups", "threads", "resources", "model", "parallel", "engine"),
     "serving": (*CONFIG, "text", "engine"),
     "torchserve": (
-        *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine", "planning", "serving"),
+        *(*CONFIG, "user_cache", "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
+        *("planning", "serving"),
     ),
     "bench": (*CONFIG, "threads", "model", "parallel", "checkpoint", "engine", "text", "serving", "torchserve"),
     "cli": (
-        *(*CONFIG, "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
+        *(*CONFIG, "user_cache", "resources", "threads", "text", "model", "parallel", "checkpoint", "engine"),
         *("planning", "torchserve", "bench"),
     ),
 }

@@ -102,12 +102,12 @@ def test_options_reach_the_configuration(serve, originals, tmp_path):
     found = serve(
         originals,
         *("--tp=2", "--dtype=float32", "--max-batch-size=3", "--max-seq-len=96", "--served-model-name=tiny"),
-        *("--chat-template=own.jinja", "--model-name=other", "--run-dir=here", "--port=8200"),
+        *("--chat-template=own.jinja", "--model-name=other", "--run-dir=here", "--port=8200", "--compile=false"),
     )
     handler = found.config.handler
     assert found.config.torchrun.nproc_per_node == 2
     assert (handler.dtype, handler.max_batch_size, found.config.batchSize, handler.max_seq_len) == ("float32", 3, 3, 96)
-    assert handler.served_model_name == "tiny"
+    assert (handler.served_model_name, handler.compile) == ("tiny", False)
     assert (found.folder / "chat_template.jinja").read_text() == "{{ messages }}"
     assert found.folder == tmp_path / "here" / "archive" / "other"
     assert Path(handler.converted_ckpt_dir).parent == tmp_path / "cache" / "converted"
@@ -216,6 +216,12 @@ def test_wrong_arguments_have_exit_code_2(run, started, checkpoint, tmp_path, op
     assert not started
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("auto", "auto")])
+def test_kernels_may_be_switched_off_by_a_variable(serve, checkpoint, monkeypatch, text, value):
+    monkeypatch.setenv("LLAMA_TP_COMPILE", text)
+    assert serve(checkpoint).config.handler.compile is value
+
+
 def test_options_of_a_source_are_refused_for_a_model_store(run, started):
     code, line = refusal(run, "--tp=2")
     assert code == 2
@@ -228,6 +234,7 @@ def test_options_of_a_source_are_refused_for_a_model_store(run, started):
         (["--tp=9"], "tensor_parallel_size=9 exceeds n_heads=8"),
         (["--tp=none"], "tp='none' must be an integer of at least 1, or auto"),
         (["--dtype=int3"], "dtype='int3' must be one of auto, bfloat16, float16, float32"),
+        (["--compile=always"], "compile='always' must be one of auto, true, false"),
         (["--device=tpu"], "device='tpu' must be one of auto, cpu, cuda"),
         (["--quantize=int8"], "is converted already"),
         (["--model-name=a/b"], "model_name='a/b' is part of URLs"),

@@ -322,10 +322,23 @@ def test_a_cache_of_no_size_is_named(values, memory):
 
 def test_what_the_engine_is_told_is_what_the_file_says(values):
     values["handler"] |= {"max_waiting": 7, "deterministic": True, "prefix_cache": False, "page_size": 32}
-    values["handler"]["verify_checkpoint"] = "always"
+    values["handler"] |= {"verify_checkpoint": "always", "compile": False}
     engine = ModelConfig.of(values).engine_config(TINY)
     assert (engine.max_waiting, engine.deterministic, engine.prefix_cache, engine.page_size) == (7, True, False, 32)
-    assert engine.verify_checkpoint == "always"
+    assert (engine.verify_checkpoint, engine.compile) == ("always", False)
+
+
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_kernels_may_be_compiled_or_not(values, value):
+    values["handler"]["compile"] = value
+    assert ModelConfig.of(values).engine_config(TINY).compile is value
+
+
+@pytest.mark.parametrize("value", ["true", 2, None])
+def test_another_value_of_compile_is_named_with_those_that_there_are(values, value):
+    values["handler"]["compile"] = value
+    (problem,) = problems_of(ModelConfig.of, values)
+    assert problem == f'handler.compile={json.dumps(value)}: input should be "auto", true or false'
 
 
 def test_every_key_of_the_handler_is_in_the_documentation():

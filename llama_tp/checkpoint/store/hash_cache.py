@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llama_tp.checkpoint.store.manifest import HASH_CACHE, manifest_digest
 from llama_tp.checkpoint.store.staging import replace_file
-from llama_tp.checkpoint.user_cache import cache_folder
+from llama_tp.user_cache import cache_folder
 
 _FORMAT_VERSION = 1
 _MAX_BYTES = 4 << 20

@@ -1,1 +1,1 @@
-"""Steps of few tokens on CPUs, compiled from C++ on the machine that runs them."""
+"""Steps of few tokens as C++ kernels for CPUs, compiled on the machine that runs them."""

@@ -17,4 +17,4 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "llama_tp"
     except RuntimeError:
-        raise ValueError("the user has no home folder for downloads; set LLAMA_TP_CACHE to a folder") from None
+        raise ValueError("the user has no home folder; set LLAMA_TP_CACHE to a folder") from None
