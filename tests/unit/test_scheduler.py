@@ -800,6 +800,16 @@ def test_a_stop_id_in_the_draft_ends_the_sequence_there():
 
 
 @pytest.mark.usefixtures("counted_drafts")
+@pytest.mark.parametrize("last", [7, None])
+def test_one_that_ends_after_the_token_that_its_draft_predicts_again_has_ended(last, monkeypatch):
+    monkeypatch.setattr(Guesser, "draft", lambda self, tokens, most: (50,) * most)
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50,), SamplingParams(max_new_tokens=30, stop_ids=frozenset({7}))))
+    assert step(scheduler, [50], [last]) == ([(50,) * 5], [50, None])
+    assert len(scheduler) == 0
+
+
+@pytest.mark.usefixtures("counted_drafts")
 def test_with_more_running_than_speculative_max_batch_nobody_gets_a_draft():
     scheduler = drafting(max_batched_tokens=32).scheduler
     for name in "abc":
