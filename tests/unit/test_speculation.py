@@ -275,7 +275,8 @@ def test_logits_depend_on_what_is_not_finite_before_them_until_it_is_computed_an
     tokens[bad_at] = NAN_TOKEN
     drafted = runner.execute(StepPlan(1, (Chunk(0, 0, tuple(tokens), 4),), ((0, 0, 0),)))
     assert drafted.isnan().any(dim=-1).tolist() == [at >= bad_at for at in range(2, 6)]
-    again = runner.execute(StepPlan(2, (Chunk(0, bad_at, (7,), 1),)))
+    assert runner.execute(StepPlan(2, (Chunk(0, bad_at + 1, (7,), 1),))).isnan().any(), "the bad one is still there"
+    again = runner.execute(StepPlan(3, (Chunk(0, bad_at, (7,), 1),)))
     whole = runner.execute(StepPlan(3, (Chunk(1, 0, (*tokens[:bad_at], 7), 1),), ((1, 0, 1),)))
     torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
     after = runner.execute(StepPlan(4, (Chunk(0, bad_at + 1, (NAN_TOKEN,), 0), Chunk(1, bad_at + 1, (8,), 1))))
