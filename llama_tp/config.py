@@ -37,6 +37,11 @@ class EngineConfig:
     """Maximum outputs that wait to join the batch; a request that would exceed it is refused."""
     prefix_cache: bool = True
     """Whether prompts with a common prefix share pages."""
+    speculative_tokens: int = 0
+    """Maximum tokens per step that are predicted of a sequence, from what followed its last tokens earlier in prompt or
+    output. Those that are right save steps; the output is the same. 0: none."""
+    speculative_max_batch: int = 2
+    """No tokens are predicted in steps with more running sequences than this."""
     deterministic: bool = False
     """Whether a request's logits are bit-identical however it is batched and chunked, in every dtype."""
     dtype: str = "auto"
@@ -62,9 +67,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)!r} must be a positive integer"
-            for name in ("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size", "max_waiting")
+            for name in (
+                *("max_seq_len", "max_batch_size", "max_batched_tokens", "page_size", "max_waiting"),
+                "speculative_max_batch",
+            )
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1
         ]
+        if not _is_int(self.speculative_tokens) or self.speculative_tokens < 0:
+            problems.append(
+                f"speculative_tokens={self.speculative_tokens!r} must be a non-negative integer; 0 turns it off"
+            )
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             problems.append(f"threads={self.threads!r} must be a positive integer")
         if self.tp_shares is not None and not (isinstance(self.tp_shares, tuple) and all(map(_is_int, self.tp_shares))):

@@ -36,6 +36,7 @@ Prompts = list[list[int]]
 _SETTINGS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "no_prefix_cache": {"prefix_cache": False},
+    "no_speculation": {"speculative_tokens": 0},
 }
 """Contenders that are our own engine in a different configuration."""
 CONTENDERS = ("transformers", *_SETTINGS)
@@ -52,6 +53,10 @@ class Row:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     runs: int
+    drafted_tokens: int
+    """Predicted and computed ahead, in all runs."""
+    accepted_tokens: int
+    """How many of those were right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,9 @@ class Timing:
     decode_s: float
     decoded: int
     """Tokens sampled after the prefill."""
+    drafted: int = 0
+    """Tokens predicted by speculative decoding, and how many were right."""
+    accepted: int = 0
 
 
 class Contender(Protocol):
@@ -87,13 +95,16 @@ class OurEngine:
             request = Request(f"bench {next(self._ids)}", tuple(prompt), params)
             waiting.add(request.id)
             self.engine.add(request)
+        before = self.engine.stats()
         start = perf_counter()
         while waiting:
             waiting -= {event.request_id for event in self.engine.step()}
         first, decoded = perf_counter(), 0
         while self.engine.num_requests:
             decoded += len(self.engine.step())
-        return Timing(first - start, perf_counter() - first, decoded)
+        decode_s, after = perf_counter() - first, self.engine.stats()
+        drafted = after.drafted_tokens - before.drafted_tokens
+        return Timing(first - start, decode_s, decoded, drafted, after.accepted_tokens - before.accepted_tokens)
 
 
 class Transformers:
@@ -145,6 +156,8 @@ def bench_engine(
     device: str,
     threads: int | None,
     max_batched_tokens: int,
+    speculative_tokens: int,
+    speculative_max_batch: int,
 ) -> None:
     """Implements `llama-tp bench engine`. Call it on every rank."""
     _check_settings(batches, prompt, prefix, new, runs, against)
@@ -153,6 +166,8 @@ def bench_engine(
         max_seq_len=prompt + new,
         max_batch_size=max(batches),
         max_batched_tokens=max(max_batched_tokens, *batches),
+        speculative_tokens=speculative_tokens,
+        speculative_max_batch=speculative_max_batch,
         dtype=dtype,
         compile=compile,
         device=device,
@@ -220,7 +235,8 @@ def _measure(
     for (size, name), timings in runs_of.items():
         prefill = statistics.median(size * prompt / timing.prefill_s for timing in timings)
         decode = statistics.median(timing.decoded / timing.decode_s for timing in timings)
-        rows.append(Row(name, size, prompt, new, prefill, decode, runs))
+        drafted, accepted = sum(timing.drafted for timing in timings), sum(timing.accepted for timing in timings)
+        rows.append(Row(name, size, prompt, new, prefill, decode, runs, drafted, accepted))
     return rows
 
 

@@ -28,6 +28,8 @@ def bench_load(
     *,
     max_batch_size: int,
     max_batched_tokens: int,
+    speculative_tokens: int,
+    speculative_max_batch: int,
     dtype: str,
     compile: bool | str,
     device: str,
@@ -39,6 +41,8 @@ def bench_load(
         max_seq_len=context_of(args.max_seq_len),
         max_batch_size=max_batch_size,
         max_batched_tokens=max(max_batched_tokens, max_batch_size),
+        speculative_tokens=speculative_tokens,
+        speculative_max_batch=speculative_max_batch,
         max_waiting=max(load.requests, max_batch_size),  # open loop: no request is rejected
         dtype=dtype,
         compile=compile,
@@ -54,9 +58,9 @@ def bench_load(
         group.comm.close()
         return
     drive(engine, warm_up(max_batch_size, **shape))
-    cpu_s = process_time()
+    before, cpu_s = engine.stats(), process_time()
     recorder = drive(engine, jobs, concurrency=load.concurrency)
-    cpu_s = process_time() - cpu_s
+    cpu_s, after = process_time() - cpu_s, engine.stats()
     engine.release()
     group.comm.close()
     figures = summarize(jobs, recorder.traces, slo)
@@ -69,6 +73,9 @@ def bench_load(
     print(f"{checkpoint}: {', '.join(f'{key} {value}' for key, value in where.items())}; {describe(load, slo)}")
     print(table({"offline": figures}))
     settings = {**asdict(load), **asdict(slo), "max_batch_size": max_batch_size, **where}
+    settings["speculative_tokens"] = speculative_tokens
+    figures["drafted_tokens"] = after.drafted_tokens - before.drafted_tokens
+    figures["accepted_tokens"] = after.accepted_tokens - before.accepted_tokens
     print(json.dumps({"checkpoint": checkpoint, **settings, "leader_cpu_s": cpu_s, **figures}))
 
 

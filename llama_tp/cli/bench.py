@@ -19,6 +19,8 @@ def engine(
     device: str = "auto",
     threads: int | None = None,
     max_batched_tokens: int = 512,
+    speculative_tokens: int = 0,
+    speculative_max_batch: int = 2,
     tp: int | str | None = None,
 ) -> None:
     """Measure the engine's prefill and decode rates. Runs on all ranks under torchrun. Ends with a line of JSON.
@@ -31,12 +33,15 @@ def engine(
         new: tokens generated per prompt
         runs: measured runs, after one warm-up; batch sizes and contenders alternate
         against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
-            "deterministic" and "no_prefix_cache" compare with our engine in deterministic mode or without prefix cache
+            "deterministic", "no_prefix_cache" and "no_speculation" compare with our engine in deterministic mode, or
+            without prefix cache or speculative decoding
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
+        speculative_tokens: tokens per step and sequence to predict from its text so far
+        speculative_max_batch: predict none in steps with more running sequences than this
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
     from llama_tp.cli.ranks import run_on_ranks
@@ -57,6 +62,8 @@ def engine(
         device=device,
         threads=threads,
         max_batched_tokens=max_batched_tokens,
+        speculative_tokens=speculative_tokens,
+        speculative_max_batch=speculative_max_batch,
     )
 
 
@@ -67,6 +74,8 @@ def load(
     concurrency: int = 0,
     max_batch_size: int = 16,
     max_batched_tokens: int = 512,
+    speculative_tokens: int = 0,
+    speculative_max_batch: int = 2,
     seed: int = 0,
     dtype: str = "auto",
     compile: bool | str = "auto",
@@ -88,6 +97,8 @@ def load(
         concurrency: maximum concurrent requests; others are held back; 0 is no limit
         max_batch_size: maximum requests computed together
         max_batched_tokens: maximum tokens per step
+        speculative_tokens: tokens per step and sequence to predict from its text so far
+        speculative_max_batch: predict none in steps with more running sequences than this
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
@@ -109,6 +120,8 @@ def load(
         Slo(slo_ttft_ms, slo_tpot_ms),
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batched_tokens,
+        speculative_tokens=speculative_tokens,
+        speculative_max_batch=speculative_max_batch,
         dtype=dtype,
         compile=compile,
         device=device,

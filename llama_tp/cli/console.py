@@ -13,6 +13,7 @@ from llama_tp.engine.loop import EngineLoop, EngineThread
 from llama_tp.engine.request import FinishReason, Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.startup import load_engine
+from llama_tp.engine.stats import EngineStats
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
 from llama_tp.text.chat import chat_format
@@ -31,6 +32,7 @@ def run_console(
     compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    speculative_tokens: int = 0,
 ) -> None:
     """Load a checkpoint on all ranks, run `act` on the leader, and finish on all ranks together."""
     args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
@@ -42,6 +44,7 @@ def run_console(
         compile=compile,
         device=device,
         threads=threads,
+        speculative_tokens=speculative_tokens,
     )
     group = join(config.device, timeout_s=config.collective_timeout_s)
     thread = EngineThread()
@@ -98,6 +101,7 @@ class Console:
             )
         self._num_requests += 1
         params = params.but(stop_ids=stop_ids, max_new_tokens=min(params.max_new_tokens, remaining))
+        before = self._loop.stats()
         start = first = perf_counter()
         self._loop.submit(Request(str(self._num_requests), tuple(prompt), params))
         stream = TextStream(self._tokenizer, after=prompt if continues else ())
@@ -113,11 +117,17 @@ class Console:
         if reason is FinishReason.ERROR:
             raise ValueError("the model produced non-finite logits")
         rate = f", {(count - 1) / (perf_counter() - first):.1f} tokens/s after it" if count > 1 else ""
+        drafts = _describe_drafts(before, self._loop.stats())
         print(
-            f"[{len(prompt)} + {count} tokens, first after {first - start:.2f} s{rate}; {reason.value}]",
+            f"[{len(prompt)} + {count} tokens, first after {first - start:.2f} s{rate}{drafts}; {reason.value}]",
             file=sys.stderr,
         )
         return text
+
+
+def _describe_drafts(before: EngineStats, after: EngineStats) -> str:
+    drafted = after.drafted_tokens - before.drafted_tokens
+    return f"; {after.accepted_tokens - before.accepted_tokens} of {drafted} predicted tokens right" if drafted else ""
 
 
 def _show(text: str) -> str:

@@ -79,6 +79,8 @@ def serve(
     quantize: str | None = None,
     max_batch_size: int | None = None,
     max_seq_len: int | None = None,
+    speculative_tokens: int | None = None,
+    speculative_max_batch: int | None = None,
     api_key: str | None = None,
     api_key_file: str | None = None,
     served_model_name: str | None = None,
@@ -101,8 +103,8 @@ def serve(
     the model has generated a token, then prints a line for each request. Ctrl-C or SIGTERM lets open requests finish.
 
     Without SOURCE, TorchServe serves a model store that `llama-tp package` has made, in the background: the options tp,
-    device, dtype, compile, quantize, max_batch_size, max_seq_len, api_key, api_key_file, served_model_name,
-    chat_template and tokenizer are then those of its model-config.yaml.
+    device, dtype, compile, quantize, max_batch_size, max_seq_len, speculative_tokens, speculative_max_batch, api_key,
+    api_key_file, served_model_name, chat_template and tokenizer are then those of its model-config.yaml.
 
     Every option is also read from a variable, such as LLAMA_TP_MAX_SEQ_LEN, and from the YAML file --config. The
     command line wins over variables, variables win over the file, and the file wins over the defaults.
@@ -123,6 +125,9 @@ def serve(
             source
         max_batch_size: requests at the same time; by default the checkpoint's, or fewer if memory is short
         max_seq_len: prompt plus answer of a request, in tokens; by default the checkpoint's (2048 after a conversion)
+        speculative_tokens: tokens per step to predict from a request's text so far, such as 4; faster for texts that
+            repeat; by default 0
+        speculative_max_batch: predict none while more answers than this are generated; by default 2
         api_key: key that requests must have, in Authorization: Bearer KEY or x-api-key. The environment and
             api_key_file hide it better
         api_key_file: file with that key

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _API_KEY = "LLAMA_TP_API_KEY"
 _OF_SOURCE = (
-    *("tp", "device", "dtype", "compile", "quantize", "max_batch_size", "max_seq_len", "api_key", "api_key_file"),
+    *("tp", "device", "dtype", "compile", "quantize", "max_batch_size", "max_seq_len", "speculative_tokens"),
+    *("speculative_max_batch", "api_key", "api_key_file"),
     *("served_model_name", "chat_template", "tokenizer"),
 )
 """Options that a model store has in its model-config.yaml."""
@@ -37,6 +38,8 @@ class Options:
     quantize: str | None
     max_batch_size: int | None
     max_seq_len: int | None
+    speculative_tokens: int | None
+    speculative_max_batch: int | None
     api_key: str | None
     api_key_file: str | None
     served_model_name: str | None
@@ -149,6 +152,8 @@ def _deployment(options: Options, api_key_file: str | None) -> Deployment:
         quantize=options.quantize,
         max_batch_size=options.max_batch_size,
         max_seq_len=options.max_seq_len,
+        speculative_tokens=options.speculative_tokens,
+        speculative_max_batch=options.speculative_max_batch,
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
         api_key_file=api_key_file,

@@ -16,6 +16,7 @@ def generate(
     compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    speculative_tokens: int = 0,
     tp: int | str | None = None,
 ) -> None:
     """Continue a prompt and print the text as it is generated. Runs on all ranks under torchrun.
@@ -33,6 +34,7 @@ def generate(
         compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
+        speculative_tokens: tokens per step to predict from the text so far, such as 4; faster for texts that repeat
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
     from llama_tp.cli.ranks import run_on_ranks
@@ -50,6 +52,7 @@ def generate(
         compile=compile,
         device=device,
         threads=threads,
+        speculative_tokens=speculative_tokens,
     )
 
 
@@ -67,6 +70,7 @@ def chat(
     compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    speculative_tokens: int = 0,
     tp: int | str | None = None,
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D ends it. Runs on all ranks under torchrun.
@@ -85,6 +89,7 @@ def chat(
         compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
+        speculative_tokens: tokens per step to predict from the text so far, such as 4; faster for texts that repeat
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
     """
     from llama_tp.cli.ranks import run_on_ranks
@@ -102,4 +107,5 @@ def chat(
         compile=compile,
         device=device,
         threads=threads,
+        speculative_tokens=speculative_tokens,
     )

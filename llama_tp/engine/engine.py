@@ -110,25 +110,34 @@ class Engine:
         return was_there
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step. Returns an event for each output that got a token or ended."""
+        """Compute one step. Returns an event for each output that ended, and for each token, which may be several of an
+        output, in their order."""
         start = monotonic()
-        plan, sequences = self.scheduler.plan()
+        plan, _ = self.scheduler.plan()
         self._timing.admitted(self.scheduler.admitted, start)
         logits = self._execute(plan)
-        if logits is not None and self.scheduler.scored:
-            logits = self._score(logits)
-        events = [] if logits is None else self.scheduler.commit(*self.sampler.sample(logits, sequences))
+        events = []
+        if logits is not None:
+            if self.scheduler.scored:
+                self.scheduler.commit_scores(score(logits, self.scheduler.scored))
+            while self.scheduler.sampled:  # a second time only where a draft is right
+                events += self._sample(logits)
+        if plan.chunks:
+            self._step_seconds.add(monotonic() - start)
+        return events
+
+    def _sample(self, logits: Tensor) -> list[TokenEvent]:
+        """Sample one token of each sequence that the scheduler expects one of."""
+        sequences, rows = self.scheduler.sampled, self.scheduler.sampled_rows
+        events = self.scheduler.commit(*self.sampler.sample(logits if rows is None else logits[rows], sequences))
         for event in events:
             self._tokens_out += event.token_id is not None
             if event.error == "nan_logits":
                 event.error = self._why_no_token(event)
             if event.finish_reason is not None and event.request_id not in self.scheduler:
                 self.sampler.forget(event.request_id)
-        if plan.chunks:
-            now = monotonic()
-            self._step_seconds.add(now - start)
-            got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
-            self._timing.sampled(got_tokens, now)
+        got_tokens = [one for one, event in zip(sequences, events, strict=False) if event.token_id is not None]
+        self._timing.sampled(got_tokens, monotonic())
         return events
 
     def _why_no_token(self, event: TokenEvent) -> str:
@@ -137,12 +146,6 @@ class Engine:
         if self.sampler.has_no_mask(*output):
             return "grammar_too_complex"
         return "no_token_allowed" if self.sampler.has_ruled_out_all(*output) else "nan_logits"
-
-    def _score(self, logits: Tensor) -> Tensor | None:
-        """Score the prompts of this step. Returns the logits to sample from, if any."""
-        scheduler = self.scheduler
-        scheduler.commit_scores(score(logits, scheduler.scored))
-        return logits[scheduler.sampled_rows] if scheduler.sampled_rows else None
 
     def heartbeat(self) -> None:
         """Signal to idle followers that the leader is alive, and which table rows are free."""
@@ -182,6 +185,8 @@ class Engine:
             prompt_tokens=scheduler.num_prompt_tokens,
             prefix_hit_tokens=scheduler.num_prefix_hits,
             tokens_out=self._tokens_out,
+            drafted_tokens=scheduler.speculation.num_drafted,
+            accepted_tokens=scheduler.speculation.num_accepted,
             step_seconds=self._step_seconds.snapshot(),
             queue_seconds=self._timing.queue.snapshot(),
             inter_token_seconds=self._timing.inter_token.snapshot(),

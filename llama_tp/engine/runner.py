@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.config import EngineConfig
+from llama_tp.engine.nonfinite import NonFinite
 from llama_tp.engine.page_table import PageTable
 from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.attention import AttentionBackend, SequenceTokens, choose_backend
@@ -64,16 +65,14 @@ class ModelRunner:
             make_backend(self.cache) if make_backend else choose_backend(self.cache, deterministic=config.deterministic)
         )
         self._padding_row = config.max_batch_size
-        # Per table row, tokens with a non-finite hidden state: a prompt may have one in one step and be sampled in a
-        # later one.
-        self._num_nonfinite = torch.zeros(config.max_batch_size + 1, dtype=torch.int32, device=device)
+        self._nonfinite = NonFinite(config.max_batch_size + 1, device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self._guess: _Guess | None = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
         """Compute one step. On the leader, returns the float32 logits that the chunks need, in order, or None if they
-        need none. Logits of a sequence with any non-finite hidden state contain a NaN.
+        need none. Logits that depend on a token with a non-finite hidden state contain a NaN.
 
         On a GPU the step has only been launched when this returns, and the next one is already laid out.
         """
@@ -82,7 +81,9 @@ class ModelRunner:
         for row, index, page in plan.page_updates:
             self.page_table[row].set(index, page)
             if index == 0:
-                self._num_nonfinite[row] = 0
+                self._nonfinite.begin(row)
+        for chunk in plan.chunks:
+            self._nonfinite.advance(chunk.row, chunk.start, len(chunk.tokens))
         parts = [self._forward(one) for one in self._passes(plan)]
         logits = [part for part in parts if part is not None]
         self._guess = self._look_ahead(plan)
@@ -92,11 +93,10 @@ class ModelRunner:
 
     def _forward(self, one: _Pass) -> Tensor | None:
         logits, is_finite = self.model(one.batch, self.cache)
-        self._num_nonfinite.index_add_(0, one.table_rows, (~is_finite).int())
+        depends = self._nonfinite.depends(is_finite, one.table_rows, one.positions, one.batch.sampled)
         if logits is None:
             return None
-        has_nonfinite = self._num_nonfinite[one.table_rows[one.batch.sampled]] > 0
-        logits[:, 0].masked_fill_(has_nonfinite, float("nan"))
+        logits[:, 0].masked_fill_(depends, float("nan"))
         return logits[: one.num_sampled]
 
     def _passes(self, plan: StepPlan) -> list[_Pass]:
@@ -113,12 +113,12 @@ class ModelRunner:
 
     def _look_ahead(self, plan: StepPlan) -> _Guess | None:
         """Lay out the next step, except its tokens, as if every sequence continued and none joined. None if that
-        cannot be."""
+        cannot be, or if it is unknown where one continues because its chunk may end with a draft."""
         chunks = []
         for chunk in plan.chunks:
             position = chunk.start + len(chunk.tokens)
             has_slot = position < self.config.max_seq_len and self.page_table[chunk.row].covers(position)
-            if not (chunk.num_logits and has_slot):
+            if not (chunk.num_logits == 1 and has_slot):
                 return None
             chunks.append(Chunk(chunk.row, position, (0,), num_logits=1))
         return _Guess(chunks, self._lay_out(chunks)) if chunks else None
@@ -155,7 +155,7 @@ class ModelRunner:
             attention=self._attention.prepare(sequences, num_padding=num_padding),
             sampled=self._on_device(sampled),
         )
-        return _Pass(batch, packed[2], num_sampled)
+        return _Pass(batch, packed[1], packed[2], num_sampled)
 
     def _on_device(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -166,6 +166,8 @@ class _Pass:
     """One forward pass."""
 
     batch: Batch
+    positions: Tensor
+    """(T,) each token's."""
     table_rows: Tensor
     """(T,) the page table row of each token's sequence."""
     num_sampled: int

@@ -7,6 +7,8 @@ as do the turns of a conversation; so do the n outputs of one request, the first
 
 A request for the log probabilities of its prompt needs the logits of all its tokens, so it shares nothing until it has
 them, and a step computes at most MAX_SCORED of them.
+
+What is left of a step's budget, and of the pages, may be used for speculative decoding (`speculation.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.block_manager import NO_RESERVATION, BlockManager
 from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.sequence import Sequence, Span
+from llama_tp.engine.speculation import Share, Speculation
 from llama_tp.engine.step import Chunk, StepPlan
 
 MAX_SCORED = 128
-"""Logits per step of prompts to be scored, besides one per sampled sequence: with a vocabulary of 128,256 they take 63
-MiB."""
+"""Logits per step of prompts to be scored and of drafts, besides one per sampled sequence: with a vocabulary of 128,256
+they take 63 MiB."""
 _NUM_RESERVED = 16
 """Pages reserved for a sequence beyond those it needs now, if it may need them."""
 
@@ -53,11 +56,15 @@ class Scheduler:
         """How many of them were found in the cache."""
         self.admitted: list[Sequence] = []
         """Those that the last plan admitted."""
+        self.speculation = Speculation(config)
         self._step = 0
-        self._sampled: list[Sequence] = []
+        self.sampled: list[Sequence] = []
+        """The sequences whose sampled tokens `commit` expects next. After a call of it, those whose draft is right so
+        far: the step has computed their next logits, too."""
+        self.sampled_rows: list[int] | None = None
+        """Which of the step's logits their tokens are sampled from, in order. None: all."""
         self.scored: list[Span] = []
-        """What the last plan scores. Then the logits to sample from are those at `sampled_rows`, otherwise all."""
-        self.sampled_rows: list[int] = []
+        """What the last plan scores."""
         self._num_scored = 0
         self._page_updates: list[tuple[int, int, int]] = []
         self._freed: list[int] = []  # rows
@@ -139,7 +146,7 @@ class Scheduler:
         self._step += 1
         self.admitted = []
         self._num_scored = 0
-        shares: list[tuple[Sequence, Chunk]] = []
+        shares: list[Share] = []
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.config.max_batched_tokens - num_decodes
         for sequence in list(self.running):  # oldest first: only a sequence without a share yet can be preempted
@@ -152,14 +159,18 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit()):
             budget -= self._schedule(admitted, budget, shares)
         shares.sort(key=_attention_order)
-        self._sampled = [sequence for sequence, _ in shares if not sequence.num_uncomputed]
-        self.scored = self._spans(shares) if self._num_scored else []
-        for sequence in self._sampled:
+        self.sampled = [sequence for sequence, _ in shares if not sequence.num_uncomputed]
+        for sequence in self.sampled:
             if sequence.num_generated + 1 < sequence.request.params.max_new_tokens:
                 self._extend(sequence, len(sequence.tokens) + 1)  # so that ranks can already lay out the next step
+        if has_drafts := self._add_drafts(shares, budget):
+            shares.sort(key=_attention_order)
+            self.sampled = [sequence for sequence, _ in shares if not sequence.num_uncomputed]
+        self.scored = _spans(shares) if self._num_scored else []
+        self.sampled_rows = _sampled_rows(shares) if has_drafts or self.scored else None
         updates, self._page_updates = tuple(self._page_updates), []
         freed, self._freed = tuple(self._freed), []
-        return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self._sampled
+        return StepPlan(self._step, tuple(chunk for _, chunk in shares), updates, freed), self.sampled
 
     def commit_scores(self, scores: Items[Items[Logprobs]]) -> None:
         """Take the log probabilities of the planned spans. They are reported with the output's first event."""
@@ -172,17 +183,21 @@ class Scheduler:
     def commit(
         self, token_ids: Items[int | None], logprobs: Mapping[int, Logprobs] = MappingProxyType({})
     ) -> list[TokenEvent]:
-        """Take the tokens sampled for the planned sequences; None: the logits were not finite. logprobs: by logit
-        index.
+        """Take the tokens sampled for `sampled`; None: the logits were not finite. logprobs: by index in it. To be
+        called until `sampled` is empty.
 
         Sequences cancelled since the plan are skipped.
         """
-        assert len(token_ids) == len(self._sampled)
-        events = []
-        for index, (sequence, token_id) in enumerate(zip(self._sampled, token_ids, strict=True)):
+        assert len(token_ids) == len(self.sampled)
+        events, going_on, rows = [], [], []
+        for index, (sequence, token_id) in enumerate(zip(self.sampled, token_ids, strict=True)):
             if sequence.row >= 0:
                 events.append(self._advance(sequence, token_id, logprobs.get(index)))
-        self._sampled = []
+                if sequence.draft and self.speculation.accept(sequence):
+                    assert self.sampled_rows is not None
+                    going_on.append(sequence)
+                    rows.append(self.sampled_rows[index] + 1)
+        self.sampled, self.sampled_rows = going_on, rows
         return events
 
     def _advance(self, sequence: Sequence, token_id: int | None, logprobs: Logprobs | None) -> TokenEvent:
@@ -266,7 +281,7 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
-    def _schedule(self, sequence: Sequence, budget: int, shares: list[tuple[Sequence, Chunk]]) -> int:
+    def _schedule(self, sequence: Sequence, budget: int, shares: list[Share]) -> int:
         """Add the sequence's share to the step. Returns its number of tokens: 0 if it must wait."""
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + budget)
@@ -288,19 +303,11 @@ class Scheduler:
         limit = max(sequence.num_computed, len(sequence.scores or ())) + MAX_SCORED - self._num_scored
         return end if limit >= sequence.num_prompt - 1 else min(end, limit)  # the last token's logits are sampled
 
-    def _spans(self, shares: Items[tuple[Sequence, Chunk]]) -> list[Span]:
-        """What the chunks of a step score. Sets `sampled_rows`."""
-        spans, row = [], 0
-        self.sampled_rows = []
-        for sequence, chunk in shares:
-            if sequence.scores is not None and chunk.num_logits:
-                end = chunk.start + len(chunk.tokens)
-                targets = sequence.tokens[end - chunk.num_logits + 1 : end + 1]
-                spans.append(Span(sequence, row, tuple(targets)))
-            row += chunk.num_logits
-            if not sequence.num_uncomputed:
-                self.sampled_rows.append(row - 1)
-        return spans
+    def _add_drafts(self, shares: list[Share], budget: int) -> bool:
+        """Add drafts to the step, from what is left of its budget and of the pages. Returns whether there are any."""
+        if not self.config.speculative_tokens or len(self.running) > self.config.speculative_max_batch:
+            return False
+        return self.speculation.add_drafts(shares, min(budget, MAX_SCORED - self._num_scored), self._extend)
 
     def _register(self, sequence: Sequence) -> None:
         """Let others find a sequence's full pages, now that a sampled token has shown them to be finite."""
@@ -355,7 +362,7 @@ class Scheduler:
         self.running.remove(sequence)
 
 
-def _attention_order(share: tuple[Sequence, Chunk]) -> tuple[int, ...]:
+def _attention_order(share: Share) -> tuple[int, ...]:
     """Decodes first, by the location of their keys: neighbours, and those with a common prefix, share attention
     calls."""
     sequence, chunk = share
@@ -363,3 +370,25 @@ def _attention_order(share: tuple[Sequence, Chunk]) -> tuple[int, ...]:
         return (1,)
     pages, shared = sequence.pages, sequence.num_shared
     return (0, pages[0], pages[max(0, shared - 1)], pages[shared])
+
+
+def _spans(shares: Items[Share]) -> list[Span]:
+    """What the chunks of a step score."""
+    spans, row = [], 0
+    for sequence, chunk in shares:
+        if sequence.scores is not None and chunk.num_logits:
+            end = chunk.start + len(chunk.tokens)
+            targets = sequence.tokens[end - chunk.num_logits + 1 : end + 1]
+            spans.append(Span(sequence, row, tuple(targets)))
+        row += chunk.num_logits
+    return spans
+
+
+def _sampled_rows(shares: Items[Share]) -> list[int]:
+    """The index of the logits from which each sequence's next token is sampled; those of its draft follow."""
+    rows, row = [], 0
+    for sequence, chunk in shares:
+        row += chunk.num_logits
+        if not sequence.num_uncomputed:
+            rows.append(row - 1 - len(sequence.draft))
+    return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llama_tp.engine.prompt_lookup import PromptLookup
 from llama_tp.engine.request import Logprobs, Request
 
 
@@ -32,6 +33,10 @@ class Sequence:
     scores: list[Logprobs] | None = None
     """Log probabilities of the prompt's tokens, from the second on, as far as they are computed. None: not requested,
     or computed by another output, or already reported."""
+    draft: tuple[int, ...] = ()
+    """Its probable next tokens, as far as the current step computes them and has not yet sampled others."""
+    lookup: PromptLookup | None = None
+    """Predicts them; None: not needed so far."""
     sampled_at: float | None = None
     """When its newest token was sampled, as measured by the engine's `Timing`."""
 

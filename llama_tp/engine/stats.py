@@ -56,6 +56,10 @@ class EngineStats:
     """How many of those were found in the cache."""
     tokens_out: int
     """Generated tokens."""
+    drafted_tokens: int
+    """Predicted tokens that steps computed."""
+    accepted_tokens: int
+    """How many of those were right: generated without a step of their own."""
     step_seconds: HistogramSnapshot
     """Durations of steps that computed something."""
     queue_seconds: HistogramSnapshot

@@ -23,6 +23,7 @@ from llama_tp.serving.fields import KNOB_TYPES, MaxNewTokens, Seed
 from llama_tp.serving.generation import RequestDefaults
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 ServedName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
 """Visible ASCII without spaces: clients and logs can carry it."""
@@ -76,6 +77,10 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     """Outputs that may wait inside the engine, such as those of requests with n > 1; more are refused with 429."""
     prefix_cache: bool = True
     """Whether prompts with a common prefix, and the turns of a conversation, share pages."""
+    speculative_tokens: NonNegativeInt = 0
+    """Tokens per step that are predicted of an output from its own earlier tokens; 0: none. Changes no answer."""
+    speculative_max_batch: PositiveInt = 2
+    """No tokens are predicted while more outputs than this are generated concurrently."""
     deterministic: bool = False
     """Whether an answer is independent of what else is in the batch, in every dtype; slower."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -193,6 +198,8 @@ class ModelConfig(_Section):
             kv_cache_memory=handler.kv_cache_memory,
             max_waiting=handler.max_waiting,
             prefix_cache=handler.prefix_cache,
+            speculative_tokens=handler.speculative_tokens,
+            speculative_max_batch=handler.speculative_max_batch,
             deterministic=handler.deterministic,
             dtype=handler.dtype,
             compile=handler.compile,

@@ -55,6 +55,8 @@ class Deployment:
     """int8, int4 or none; None: as in the source."""
     max_batch_size: int | None = None
     max_seq_len: int | None = None
+    speculative_tokens: int | None = None
+    speculative_max_batch: int | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     """A file that replaces the model's own template."""
@@ -75,9 +77,11 @@ class Deployment:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
         if not (self.compile == AUTO or isinstance(self.compile, bool)):
             raise ValueError(f"compile={self.compile!r} must be one of {AUTO}, true, false")
-        for name in ("max_batch_size", "max_seq_len"):
+        for name in ("max_batch_size", "max_seq_len", "speculative_max_batch"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be at least 1")
+        if self.speculative_tokens is not None and self.speculative_tokens < 0:
+            raise ValueError(f"speculative_tokens={self.speculative_tokens} must be at least 0, which predicts none")
         if (isinstance(self.tp, str) and self.tp != AUTO) or (isinstance(self.tp, int) and self.tp < 1):
             raise ValueError(f"tp={self.tp!r} must be an integer of at least 1, or {AUTO}")
         if self.chat_template is not None and not Path(self.chat_template).is_file():
@@ -124,6 +128,9 @@ def model_config(wanted: Deployment, checkpoint: Path, devices: LocalDevices, to
         "served_model_name": wanted.served_model_name,
         "api_key_file": wanted.api_key_file,
     }
+    for name in ("speculative_tokens", "speculative_max_batch"):
+        if (number := getattr(wanted, name)) is not None:
+            handler[name] = number
     config["handler"] = handler
     head = "# Written by `llama-tp serve` at every start: change the options of the command, not this file.\n"
     return head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

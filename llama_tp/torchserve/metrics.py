@@ -113,6 +113,8 @@ def samples(engine: EngineStats, requests: RequestStats) -> Iterator[Sample]:
     yield Sample("llama_tp_prefix_cache_queries_total", engine.prompt_tokens)
     yield Sample("llama_tp_prefix_cache_hits_total", engine.prefix_hit_tokens)
     yield Sample("llama_tp_num_preemptions_total", engine.preemptions)
+    yield Sample("llama_tp_spec_decode_num_draft_tokens_total", engine.drafted_tokens)
+    yield Sample("llama_tp_spec_decode_num_accepted_tokens_total", engine.accepted_tokens)
     for reason, count in requests.finished.items():
         yield Sample("llama_tp_request_success_total", count, (reason.value,))
     for (status, code), count in requests.errors.items():

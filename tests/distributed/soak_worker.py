@@ -24,7 +24,14 @@ from tests.tiny_model import MODELS, random_model
 
 ARGS = MODELS["mha"]
 CONFIG = EngineConfig(
-    max_seq_len=96, max_batch_size=8, max_batched_tokens=40, page_size=4, cache_pages=90, max_waiting=24
+    max_seq_len=96,
+    max_batch_size=8,
+    max_batched_tokens=40,
+    page_size=4,
+    cache_pages=90,
+    max_waiting=24,
+    speculative_tokens=3,
+    speculative_max_batch=8,
 )
 CANCELLED = 0.3
 STOP = frozenset({3, 40, 77})
@@ -101,6 +108,7 @@ def main() -> None:
         assert engine.sampler.is_idle
         assert stats.preemptions > 0
         assert stats.prefix_hit_tokens > 0
+        assert stats.accepted_tokens > 0
         print(f"{dict(ends)} {stats}\n", end="")
     else:
         engine.follow()

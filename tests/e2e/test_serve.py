@@ -22,6 +22,7 @@ from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
     MARK,
+    command_of,
     convert,
     free_ports,
     package,

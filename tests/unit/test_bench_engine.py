@@ -10,6 +10,8 @@ import torch
 from llama_tp.bench import engine as bench
 from llama_tp.bench.peers import transformers_model
 from llama_tp.cli.bench import engine as bench_engine
+from llama_tp.cli.bench import load
+from llama_tp.engine.prompt_lookup import PromptLookup
 from llama_tp.model_args import ModelArgs
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model
@@ -20,7 +22,7 @@ def checkpoint(tmp_path_factory):
     return str(convert_beside(write_originals(tmp_path_factory.mktemp("bench") / "originals"), max_seq_len=64))
 
 
-@pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache"])
+@pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache", "no_speculation"])
 def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, against):
     bench_engine(checkpoint, batch=(1, 2), prompt=24, prefix=16, new=3, runs=1, against=against, dtype="float32")
     *table, last = capsys.readouterr().out.splitlines()
@@ -32,6 +34,22 @@ def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, again
     assert sum("ratio" in line for line in table) == 2 * (len(names) - 1)
     gain = rows[-len(names)]["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
     assert table[-1] == f"batch 2 decodes {gain:.2f} times as many tokens per second as batch 1"
+
+
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_drafted_tokens_are_reported_with_those_that_were_right(checkpoint, capsys, monkeypatch, drafted):
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: (7,) * most)
+    options = {"batch": (1, 3), "prompt": 24, "new": 30, "runs": 1, "dtype": "float32", "speculative_tokens": drafted}
+    bench_engine(checkpoint, **options)
+    one, three = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= one["accepted_tokens"] <= one["drafted_tokens"]
+    assert (one["drafted_tokens"] > 0) is (drafted > 0)
+    assert three["drafted_tokens"] == 0, "more than speculative_max_batch"
+    load(checkpoint, requests=3, max_batch_size=1, dtype="float32", speculative_tokens=drafted)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["speculative_tokens"] == drafted
+    assert 0 <= figures["accepted_tokens"] <= figures["drafted_tokens"]
+    assert (figures["drafted_tokens"] > 0) is (drafted > 0)
 
 
 class Clock:

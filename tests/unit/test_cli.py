@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,6 +212,7 @@ def test_names_and_paths_reach_their_command_as_they_were_typed(run, monkeypatch
     monkeypatch.setattr(console, "run_console", lambda checkpoint, act, **options: seen.append((checkpoint, options)))
     run("generate", "2024", "Hello", "--tokenizer=7")
     options = {"tokenizer": "7", "dtype": "auto", "compile": "auto", "device": "auto", "threads": None}
+    options["speculative_tokens"] = 0
     assert seen == [("2024", options)]
 
 
@@ -262,6 +264,25 @@ def test_generate_refuses_a_prompt_that_does_not_fit(run, checkpoint):
     assert (code, out) == (1, "")
     assert is_one_line(err)
     assert "fewer than max_seq_len=128" in err
+
+
+@pytest.mark.parametrize("drafted", [0, 4])
+def test_generate_tells_how_many_predicted_tokens_were_right(run, checkpoint, drafted):
+    arguments = [str(checkpoint), "the fox and the dog and the fox and the dog and the", "--max_new_tokens=40"]
+    arguments += ["--device=cpu", "--dtype=float32"]
+    _, expected, _ = run("generate", *arguments)
+    code, out, err = run("generate", *arguments, f"--speculative_tokens={drafted}")
+    assert (code, out) == (0, expected)
+    found = re.search(r"; (\d+) of (\d+) predicted tokens right; length\]", err)
+    assert (found is not None) is (drafted > 0), err
+    assert found is None or 0 <= int(found[1]) <= int(found[2])
+
+
+def test_a_wrong_number_of_predicted_tokens_is_one_line(run, checkpoint):
+    code, _, err = run("generate", str(checkpoint), "the", "--speculative_tokens=-1", "--device=cpu")
+    assert code == 1
+    assert is_one_line(err)
+    assert "speculative_tokens=-1 must be a non-negative integer; 0 turns it off" in err
 
 
 def test_chat_answers_line_by_line_and_ends_with_the_input(run, checkpoint, monkeypatch):

@@ -513,6 +513,14 @@ def test_followers_are_released_when_a_prompt_is_refused(model):
     assert [decode(message).stop for message in comm.messages] == [True]
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, True, "4", None])
+def test_a_number_of_drafted_tokens_that_is_none_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"^speculative_tokens=.* must be a non-negative integer; 0 turns it off$"):
+        EngineConfig(speculative_tokens=value)
+    with pytest.raises(ConfigError, match=r"^speculative_max_batch=.* must be a positive integer$"):
+        EngineConfig(speculative_max_batch=value)
+
+
 @pytest.mark.parametrize("memory", ["", "6 GiBs", "lots", 0, -1, 1.0 - 1, True, "nan", float("inf")])
 def test_a_cache_of_no_size_is_refused_by_name(memory):
     with pytest.raises(ConfigError, match=r"^kv_cache_memory=.* must be bytes \(6442450944, "):

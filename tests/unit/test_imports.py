@@ -204,7 +204,8 @@ def test_one_module_knows_each_foreign_format():
         ("sampling_params", set()),
         ("grammar", set()),
         ("request", {"sampling_params", "grammar"}),
-        ("sequence", {"request"}),
+        ("prompt_lookup", set()),
+        ("sequence", {"request", "prompt_lookup"}),
         ("stats", set()),
         ("timing", {"sequence", "stats"}),
         ("step", set()),
@@ -212,7 +213,8 @@ def test_one_module_knows_each_foreign_format():
         ("codec", {"step"}),
         ("token_masks", {"grammar"}),
         ("sampler", {"sampling_params", "request", "sequence", "token_masks"}),
-        ("scheduler", {"request", "sequence", "step", "block_manager"}),
+        ("speculation", {"prompt_lookup", "sequence", "step"}),
+        ("scheduler", {"request", "sequence", "step", "block_manager", "speculation"}),
     ],
 )
 def test_inside_the_engine_policy_and_sampling_stand_alone(module, may_import):

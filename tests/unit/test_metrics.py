@@ -75,6 +75,8 @@ def engine_stats(**changes):
         prompt_tokens=0,
         prefix_hit_tokens=0,
         tokens_out=0,
+        drafted_tokens=0,
+        accepted_tokens=0,
         step_seconds=empty,
         queue_seconds=empty,
         inter_token_seconds=empty,

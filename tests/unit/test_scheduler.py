@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llama_tp.config import EngineConfig
 from llama_tp.engine import scheduler as scheduler_module
+from llama_tp.engine import speculation as speculation_module
 from llama_tp.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.scheduler import QueueFull, Scheduler
@@ -26,6 +27,23 @@ def few_scored_per_step():
     """So that prompts as short as these take several steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler_module, "MAX_SCORED", 3)
+        yield
+
+
+class Guesser:
+    """Predicts anything, as tokens' values do not matter here."""
+
+    def __init__(self):
+        self._rng = random.Random(1)
+
+    def draft(self, tokens, most):
+        return tuple(self._rng.choice([STOP_ID, *range(100, 120)]) for _ in range(self._rng.randint(0, most)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def guessed_drafts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation_module, "PromptLookup", Guesser)
         yield
 
 
@@ -90,6 +108,7 @@ class Simulation:
         self.restarts = 0
         self.hits = 0
         self.num_scored = 0
+        self.num_accepted = 0
         self._rng, self._stops, self._poison = rng, stops, poison
 
     @property
@@ -142,6 +161,7 @@ class Simulation:
         self.follower.execute(plan)
         self._check_chunks(plan, names)
         assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.config.max_batched_tokens
+        assert sum(chunk.num_logits for chunk in plan.chunks) <= len(sampled) + scheduler_module.MAX_SCORED
         singles = [len(chunk.tokens) == 1 for chunk in plan.chunks]
         assert singles == sorted(singles, reverse=True), "decodes come first"
         assert all(sequence.row < 0 or sequence.row in by_row for sequence in decodes), "a decode waited"
@@ -191,15 +211,26 @@ class Simulation:
             is_new = chunk.start == 0 or (may_share and chunk.start % self.config.page_size == 0)
             assert is_next or is_new, "a token was left out or computed twice"
             self.hits += 0 if is_next else chunk.start
-            life.computed = end
+            num_drafted = max(0, end - len(life.tokens))
+            self._check_drafted(life, num_drafted)
+            life.computed = end - num_drafted
             if life.request.params.prompt_logprobs is None:
-                assert chunk.num_logits == (end == len(life.tokens))
+                assert chunk.num_logits == self._is_complete(chunk, names) + num_drafted
             assert chunk.num_logits >= self._is_complete(chunk, names)
-            expected = [tuple(life.tokens[: position + 1]) for position in range(end)]
+            text = [*life.tokens, *chunk.tokens[len(chunk.tokens) - num_drafted :]]
+            expected = [tuple(text[: position + 1]) for position in range(end)]
             assert self.follower.written(chunk.row, end) == expected, "this cache holds something else"
 
+    def _check_drafted(self, life, num_drafted):
+        """A step may give one token more than it was given drafted ones."""
+        if num_drafted:
+            assert num_drafted <= self.config.speculative_tokens
+            assert len(self.scheduler.running) <= self.config.speculative_max_batch
+            request = life.request
+            assert len(life.tokens) + num_drafted + 1 <= len(request.prompt) + request.params.max_new_tokens
+
     def _is_complete(self, chunk, names):
-        return chunk.start + len(chunk.tokens) == len(self.lives[names[chunk.row]].tokens)
+        return chunk.start + len(chunk.tokens) >= len(self.lives[names[chunk.row]].tokens)
 
     def _check_scored(self, plan, names):
         """The spans must find the logits of the token before each of their targets."""
@@ -215,17 +246,28 @@ class Simulation:
             expected = [((sequence.request.id, sequence.index), 1 + first + i) for i in range(len(span.targets))]
             assert at[span.row : span.row + len(span.targets)] == expected
             assert span.targets == sequence.request.prompt[1 + first : 1 + first + len(span.targets)]
-        if spans:
-            sampled = [names[chunk.row] for chunk in plan.chunks if self._is_complete(chunk, names)]
-            assert [at[row] for row in self.scheduler.sampled_rows] == [
-                (name, len(self.lives[name].tokens)) for name in sampled
-            ]
+        sampled = [names[chunk.row] for chunk in plan.chunks if self._is_complete(chunk, names)]
+        rows = range(len(at)) if self.scheduler.sampled_rows is None else self.scheduler.sampled_rows
+        assert [at[row] for row in rows] == [(name, len(self.lives[name].tokens)) for name in sampled]
 
     def _commit(self, sampled):
         self.scheduler.commit_scores(
             [[Logprobs(-float(target), ()) for target in span.targets] for span in self.scheduler.scored]
         )
-        ids = [self._sample() for _ in sampled]
+        before = self.scheduler.sampled_rows
+        self._commit_round(sampled)
+        while going_on := self.scheduler.sampled:
+            assert before is not None
+            assert {row - 1 for row in self.scheduler.sampled_rows} <= set(before)
+            before = self.scheduler.sampled_rows
+            for sequence in going_on:
+                self.life(sequence.request.id, sequence.index).computed += 1
+            self.num_accepted += len(going_on)
+            self._commit_round(going_on)
+        assert self.scheduler.speculation.num_accepted == self.num_accepted
+
+    def _commit_round(self, sampled):
+        ids = [self._sample(sequence.draft) for sequence in sampled]
         expected = [
             (life, token)
             for sequence, token in zip(sampled, ids, strict=True)
@@ -264,7 +306,9 @@ class Simulation:
         else:
             assert happened.prompt_logprobs is None
 
-    def _sample(self):
+    def _sample(self, draft):
+        if draft and self._rng.random() < 0.7:
+            return draft[0]
         draw = self._rng.random()
         if draw < self._poison:
             return None
@@ -297,6 +341,8 @@ class Simulation:
         assert not any(scheduler.blocks._busy), "pages were reserved and never given back"
         assert sorted(scheduler._free_rows) == list(range(self.config.max_batch_size))
         assert all(life.has_ended for life in self.lives.values())
+        speculation = scheduler.speculation
+        assert 0 <= speculation.num_accepted <= speculation.num_drafted
 
 
 @st.composite
@@ -311,6 +357,8 @@ def configs(draw):
         max_batched_tokens=max_batch_size + draw(st.integers(0, 12)),
         page_size=page_size,
         prefix_cache=draw(st.booleans()),
+        speculative_tokens=draw(st.sampled_from([0, 1, 4])),
+        speculative_max_batch=draw(st.integers(1, 5)),
         cache_pages=draw(st.integers(per_sequence, max_batch_size * per_sequence)),
     )
 
@@ -356,17 +404,25 @@ def test_every_request_runs_in_order_and_ends_once_and_leaves_nothing_behind(sce
     event("with several outputs" if any(life.index for life in simulation.lives.values()) else "of one output each")
     event("with prefix hits" if simulation.hits else "without prefix hits")
     event("with scores" if simulation.num_scored else "without scores")
+    event("with right drafts" if simulation.num_accepted else "without right drafts")
     for life in simulation.lives.values():
         last = life.events[-1].finish_reason if life.events else None
         if not life.cancelled and last is FinishReason.LENGTH:
             assert len(life.events) == max(1, life.request.params.max_new_tokens)
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_cache):
+@pytest.mark.parametrize(("prefix_cache", "drafts"), [(True, 0), (False, 0), (True, 3)])
+def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_cache, drafts):
     rng = random.Random(1)
     config = EngineConfig(
-        max_seq_len=20, max_batch_size=6, max_batched_tokens=14, page_size=3, cache_pages=11, prefix_cache=prefix_cache
+        max_seq_len=20,
+        max_batch_size=6,
+        max_batched_tokens=14,
+        page_size=3,
+        cache_pages=11,
+        prefix_cache=prefix_cache,
+        speculative_tokens=drafts,
+        speculative_max_batch=4,
     )
     simulation = Simulation(config, rng, stops=0.05, poison=0.02)
     while simulation.num_requests < 2000 or simulation.active:
@@ -384,6 +440,7 @@ def test_thousands_of_requests_come_and_go_where_pages_are_always_short(prefix_c
     assert simulation.restarts > 500, "too many pages"
     assert simulation.hits > 500, "nothing was shared"
     assert simulation.num_scored > 100
+    assert (simulation.num_accepted > 500) is (drafts > 0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -674,3 +731,132 @@ def test_a_request_that_fills_the_context_exactly_runs():
     simulation.add(1, 15)
     simulation.run()
     assert [len(life.tokens) for life in simulation.lives.values()] == [16, 16]
+
+
+def drafting(**config):
+    """One that drafts four tokens, which count up from 1, whenever it may."""
+    return simulation_of(speculative_tokens=4, speculative_max_batch=2, **{"max_seq_len": 32, **config})
+
+
+@pytest.fixture
+def counted_drafts(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MAX_SCORED", 128)
+    monkeypatch.setattr(Guesser, "draft", lambda self, tokens, most: tuple(range(1, 1 + most)))
+
+
+def step(scheduler, *rounds):
+    """Plan a step and commit what is sampled, round by round. Returns its chunks' tokens and the events' tokens."""
+    plan, _ = scheduler.plan()
+    events = [event for ids in rounds for event in scheduler.commit(ids)]
+    assert not scheduler.sampled, "more is expected"
+    return [chunk.tokens for chunk in plan.chunks], [event.token_id for event in events]
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_sampling_goes_on_until_a_token_differs_from_the_draft():
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50, 51), SamplingParams(max_new_tokens=30)))
+    assert step(scheduler, [1], [2], [9]) == ([(50, 51, 1, 2, 3, 4)], [1, 2, 9])
+    (sequence,) = scheduler.running
+    assert (sequence.tokens, sequence.num_computed) == ([50, 51, 1, 2, 9], 4)
+    assert step(scheduler, [8]) == ([(9, 1, 2, 3, 4)], [8]), "what was computed in vain is computed anew"
+    assert step(scheduler, [1], [2], [3], [4], [7]) == ([(8, 1, 2, 3, 4)], [1, 2, 3, 4, 7])
+    assert (scheduler.speculation.num_drafted, scheduler.speculation.num_accepted) == (12, 6)
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_sequences_whose_drafts_are_right_go_on_without_the_others(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MAX_SCORED", 6)
+    scheduler = drafting(max_batched_tokens=20).scheduler
+    for name in "ab":
+        scheduler.add(Request(name, (50,), SamplingParams(max_new_tokens=30)))
+    plan, _ = scheduler.plan()
+    assert [chunk.num_logits for chunk in plan.chunks] == [5, 3], "six more than one each"
+    assert scheduler.sampled_rows == [0, 5]
+    assert [event.request_id for event in scheduler.commit([5, 1])] == ["a", "b"]
+    assert ([one.request.id for one in scheduler.sampled], scheduler.sampled_rows) == (["b"], [6])
+    assert [event.request_id for event in scheduler.commit([5])] == ["b"]
+    assert scheduler.sampled == []
+
+
+@pytest.mark.usefixtures("counted_drafts")
+@pytest.mark.parametrize(("remaining", "num_drafted"), [(1, 0), (2, 1), (4, 3), (6, 4)])
+def test_a_draft_ends_before_max_new_tokens(remaining, num_drafted):
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50,), SamplingParams(max_new_tokens=remaining)))
+    plan, _ = scheduler.plan()
+    assert len(plan.chunks[0].tokens) == 1 + num_drafted
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_a_stop_id_in_the_draft_ends_the_sequence_there():
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50,), SamplingParams(max_new_tokens=30, stop_ids=frozenset({2}))))
+    scheduler.plan()
+    (first,) = scheduler.commit([1])
+    (last,) = scheduler.commit([2])
+    assert (first.token_id, last.token_id, last.finish_reason, last.stop_id) == (1, None, FinishReason.STOP, 2)
+    assert (scheduler.sampled, len(scheduler), scheduler.blocks.num_free) == ([], 0, scheduler.config.num_pages)
+
+
+@pytest.mark.usefixtures("counted_drafts")
+@pytest.mark.parametrize("last", [7, None])
+def test_one_that_ends_after_the_token_that_its_draft_predicts_again_has_ended(last, monkeypatch):
+    monkeypatch.setattr(Guesser, "draft", lambda self, tokens, most: (50,) * most)
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50,), SamplingParams(max_new_tokens=30, stop_ids=frozenset({7}))))
+    assert step(scheduler, [50], [last]) == ([(50,) * 5], [50, None])
+    assert len(scheduler) == 0
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_with_more_running_than_speculative_max_batch_nobody_gets_a_draft():
+    scheduler = drafting(max_batched_tokens=32).scheduler
+    for name in "abc":
+        scheduler.add(Request(name, (50,), SamplingParams(max_new_tokens=30)))
+    assert step(scheduler, [1, 1, 1])[0] == [(50,)] * 3
+    scheduler.cancel("b")
+    assert step(scheduler, [9, 9])[0] == [(1, 1, 2, 3, 4), (1, 1, 2, 3, 4)]
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_drafts_get_what_others_leave_of_the_budget():
+    scheduler = drafting(max_batched_tokens=6).scheduler
+    scheduler.add(Request("decodes", (50,), SamplingParams(max_new_tokens=30)))
+    assert step(scheduler, [9])[0] == [(50, 1, 2, 3, 4)]
+    scheduler.add(Request("prompt", tuple(range(60, 69)), SamplingParams(max_new_tokens=20)))
+    assert step(scheduler, [9])[0] == [(9,), (60, 61, 62, 63, 64)]
+    assert step(scheduler, [9, 9])[0] == [(9, 1), (65, 66, 67, 68)]
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_drafts_preempt_nobody_and_shrink_to_the_pages_that_are_free():
+    scheduler = drafting(pages=5, max_batched_tokens=32).scheduler  # of two tokens
+    scheduler.add(Request("a", (50, 51, 52), SamplingParams(max_new_tokens=7)))
+    scheduler.add(Request("b", (50, 51, 52), SamplingParams(max_new_tokens=7)))
+    chunks, _ = step(scheduler, [9, 9])
+    assert chunks == [(50, 51, 52, 1, 2, 3), (50, 51, 52, 1)]
+    assert (scheduler.num_preemptions, scheduler.blocks.num_free) == (0, 0)
+    assert step(scheduler, [9, 9])[0] == [(9,), (9, 1, 2)]
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_of_a_draft_only_what_was_sampled_reaches_the_prefix_cache():
+    scheduler = drafting(prefix_cache=True).scheduler
+    scheduler.add(Request("r", (50, 51, 52), SamplingParams(max_new_tokens=8)))
+    step(scheduler, [1], [9])
+    step(scheduler, [9])
+    assert len(scheduler.blocks.match([50, 51, 52, 1, 9, 9])) == 2
+    assert len(scheduler.blocks.match([50, 51, 52, 1, 2, 3, 4])) == 2
+    step(scheduler, [9])
+    assert len(scheduler.blocks.match([50, 51, 52, 1, 9, 9, 9])) == 3
+    assert len(scheduler.blocks.match([50, 51, 52, 1, 2, 3, 4])) == 2
+
+
+@pytest.mark.usefixtures("counted_drafts")
+def test_a_prompt_that_is_scored_gets_no_draft():
+    scheduler = drafting().scheduler
+    scheduler.add(Request("r", (50, 51), SamplingParams(max_new_tokens=8, prompt_logprobs=0)))
+    plan, _ = scheduler.plan()
+    assert plan.chunks[0].tokens == (50, 51)

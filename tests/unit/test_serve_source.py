@@ -102,11 +102,13 @@ def test_options_reach_the_configuration(serve, originals, tmp_path):
     found = serve(
         originals,
         *("--tp=2", "--dtype=float32", "--max-batch-size=3", "--max-seq-len=96", "--served-model-name=tiny"),
+        *("--speculative-tokens=3", "--speculative-max-batch=5"),
         *("--chat-template=own.jinja", "--model-name=other", "--run-dir=here", "--port=8200", "--compile=false"),
     )
     handler = found.config.handler
     assert found.config.torchrun.nproc_per_node == 2
     assert (handler.dtype, handler.max_batch_size, found.config.batchSize, handler.max_seq_len) == ("float32", 3, 3, 96)
+    assert (handler.speculative_tokens, handler.speculative_max_batch) == (3, 5)
     assert (handler.served_model_name, handler.compile) == ("tiny", False)
     assert (found.folder / "chat_template.jinja").read_text() == "{{ messages }}"
     assert found.folder == tmp_path / "here" / "archive" / "other"
@@ -240,6 +242,8 @@ def test_options_of_a_source_are_refused_for_a_model_store(run, started):
         (["--model-name=a/b"], "model_name='a/b' is part of URLs"),
         (["--served-model-name=a b"], "served_model_name='a b' must have"),
         (["--max-batch-size=0"], "max_batch_size=0 must be at least 1"),
+        (["--speculative-tokens=-1"], "speculative_tokens=-1 must be at least 0, which predicts none"),
+        (["--speculative-max-batch=0"], "speculative_max_batch=0 must be at least 1"),
         (["--chat-template=nowhere.jinja"], "chat_template='nowhere.jinja' is not a file"),
         (["--tokenizer=nowhere"], "no tokenizer at nowhere"),
         (["--api-key-file=nowhere"], "api_key_file='nowhere' cannot be read: No such file"),

@@ -323,9 +323,11 @@ def test_a_cache_of_no_size_is_named(values, memory):
 def test_what_the_engine_is_told_is_what_the_file_says(values):
     values["handler"] |= {"max_waiting": 7, "deterministic": True, "prefix_cache": False, "page_size": 32}
     values["handler"] |= {"verify_checkpoint": "always", "compile": False}
+    values["handler"] |= {"speculative_tokens": 3, "speculative_max_batch": 5}
     engine = ModelConfig.of(values).engine_config(TINY)
     assert (engine.max_waiting, engine.deterministic, engine.prefix_cache, engine.page_size) == (7, True, False, 32)
     assert (engine.verify_checkpoint, engine.compile) == ("always", False)
+    assert (engine.speculative_tokens, engine.speculative_max_batch) == (3, 5)
 
 
 @pytest.mark.parametrize("value", ["auto", True, False])

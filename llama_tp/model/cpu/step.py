@@ -82,7 +82,9 @@ class CompiledTransformer(nn.Module):
     Holds pointers into the model's weights and the cache, which must not be replaced.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, library: Library, *, max_seq_len: int, in_bfloat16: bool) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, library: Library, *, max_seq_len: int, in_bfloat16: bool
+    ) -> None:
         super().__init__()
         self.args = model.args
         self._model = model
@@ -182,7 +184,7 @@ class CompiledTransformer(nn.Module):
         weight = linear.stored()
         bias = linear.bias if bias is None else bias
         struct = LinearStruct(rows=linear.out_features, columns=linear.in_features)
-        if bias is not None and self._comm.size == 1 :
+        if bias is not None and self._comm.size == 1:
             struct.bias = self._address(bias.float())
         if isinstance(weight, QuantizedWeight):
             struct.form = _FORMS[weight.form]
