@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from llama_tp.model.cpu.build import build_kernels
 from llama_tp.threads import bound_spinning
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ LIGHT = "tests/e2e/test_chat_page.py"
 
 
 def pytest_configure() -> None:
-    """Threads that spin while they wait would take the cores from pytest-xdist's other process."""
+    """Bound spinning: threads that spin while they wait would take the cores from pytest-xdist's other process. And
+    compile the kernels: an engine that switches to them during a test would be another one in each run."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         bound_spinning(os.environ)
+    else:
+        build_kernels().wait()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,7 +12,7 @@ from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
 from llama_tp.model.linear import is_packed
 from llama_tp.model.transformer import Transformer, TransformerBlock
-from llama_tp.model.weights import FUSED
+from llama_tp.model.weights import FUSED, PACKED, Layout
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import agree
 from llama_tp.parallel.apply import hold_shards, localize, parallelize
@@ -28,13 +28,14 @@ def load_model(
     *,
     verify_files: str = "once",
     ranks: Ranks | None = None,
+    layout: Layout = PACKED,
 ) -> Transformer:
     """Load this rank's share of a checkpoint in `dtype` onto its device, ready to compute.
 
     ValueError, on every rank, if the folder does not match its manifest or this model, or the model cannot be split
     over these ranks. No rank ever holds the whole model, nor its own share twice.
 
-    `ranks`: the shares; None: equal ones.
+    `ranks`: the shares; None: equal ones. `layout`: of linear layers on CPUs.
     """
     ranks = group.comm.size if ranks is None else ranks
     check_tp_size(args, ranks)
@@ -47,8 +48,8 @@ def load_model(
         hold_shards(model, ranks, group.comm.rank, files.formats)
         with agree(lambda: LoadVerification(folder, verify_files)) as verification:
             with verification.explaining():
-                loader = agree(lambda: _Loader(model, files, group, dtype, ranks))
-                agree(lambda: localize(model, group.comm, files.formats, ranks, loader))
+                loader = agree(lambda: _Loader(model, files, group, dtype, ranks, layout))
+                agree(lambda: localize(model, group.comm, files.formats, ranks, loader, layout))
             verification.finish()
     return model
 
@@ -57,13 +58,21 @@ class _Loader:
     """Fills the parts of a model on the meta device from a checkpoint, in order: each while the one before it is being
     localized. Sharded parameters become this rank's local tensors."""
 
-    def __init__(self, model: Transformer, files: StoredFiles, group: Group, dtype: torch.dtype, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        files: StoredFiles,
+        group: Group,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        layout: Layout,
+    ) -> None:
         self._args = model.args
         self._files = files
         self._group = group
         self._ranks = ranks
         # Packing copies a matrix. One that is not packed stays where it is read to.
-        self._packs = is_packed(group.device, dtype)
+        self._packs = layout == PACKED and is_packed(group.device, dtype)
         self._spare = deque([self._fresh(0), self._fresh(0)])
         parts = [("tok_embeddings", model.tok_embeddings), *_numbered("layers", model.layers), ("norm", model.norm)]
         self._parts = iter(parts if model.args.tied_embeddings else [*parts, ("output", model.output)])

@@ -26,6 +26,7 @@ from llama_tp.model.batch import Batch
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.rope import rope_table
 from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.compiled import CompiledTransformer
 
 TILE = 16
 """Tokens per tile: as many as a CPU can compute in about the time it takes to read the weights."""
@@ -47,7 +48,7 @@ class ModelRunner:
         device: torch.device,
         make_backend: Callable[[KVCache], AttentionBackend] | None = None,
     ) -> None:
-        self.model = model
+        self.model: Transformer | CompiledTransformer = model
         self.config = config
         self.dtype = dtype
         self.device = device
@@ -68,6 +69,17 @@ class ModelRunner:
         self._nonfinite = NonFinite(config.max_batch_size + 1, device)
         self._rope = rope_table(model.args, config.max_seq_len, device)
         self._guess: _Guess | None = None
+        self._tile_padding = TILE
+        self.before_step: Callable[[], bool] | None = None
+        """Called before each step until it returns True."""
+
+    def use_kernels(self, model: CompiledTransformer, wrap: Callable[[AttentionBackend], AttentionBackend]) -> None:
+        """Compute later steps with compiled kernels. A token's results do not depend on the others of its step, so that
+        in deterministic mode tiles need no padding."""
+        self.model = model
+        self._attention = wrap(self._attention)
+        self._tile_padding = 0
+        self._guess = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
@@ -76,6 +88,8 @@ class ModelRunner:
 
         On a GPU the step has only been launched when this returns, and the next one is already laid out.
         """
+        if self.before_step is not None and self.before_step():
+            self.before_step = None
         for row in plan.freed:
             self.page_table.free(row)
         for row, index, page in plan.page_updates:
@@ -104,9 +118,9 @@ class ModelRunner:
         guess, self._guess = self._guess, None
         if guess is None or plan.freed or not _is_guessed(guess.chunks, plan.chunks):
             return self._lay_out(plan.chunks)
-        size = guess.passes[0].batch.tokens.size(0)
+        sizes = [one.batch.tokens.size(0) for one in guess.passes]
         tokens = [chunk.tokens[0] for chunk in plan.chunks]
-        parts = self._on_device(tokens + [0] * (-len(tokens) % size)).split(size)
+        parts = self._on_device(tokens + [0] * (sum(sizes) - len(tokens))).split(sizes)
         return [
             replace(one, batch=replace(one.batch, tokens=part)) for one, part in zip(guess.passes, parts, strict=True)
         ]
@@ -128,7 +142,7 @@ class ModelRunner:
             return []
         if not self.config.deterministic:
             return [self.prepare(chunks)]
-        return [self.prepare(tile, TILE) for tile in _tiles(chunks)]
+        return [self.prepare(tile, self._tile_padding) for tile in _tiles(chunks)]
 
     def prepare(self, chunks: Items[Chunk], size: int = 0) -> _Pass:
         """The tensors of one forward pass, padded to `size` tokens. The page table must contain the chunks' pages."""

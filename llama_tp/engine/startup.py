@@ -13,10 +13,12 @@ import torch
 from llama_tp.checkpoint.load import load_model, resolve_dtype
 from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.config import EngineConfig
+from llama_tp.engine.compilation import Compilation
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step, total_memory
 from llama_tp.engine.runner import ModelRunner
+from llama_tp.model.weights import PACKED
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import TransientError, agree, gather
 from llama_tp.parallel.launch import Group
@@ -47,7 +49,9 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     ranks = _ranks(args, config, group)
     memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, stored.formats)
     agree(lambda: _in_memory(memory.check, device))
-    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks)
+    compilation = agree(lambda: Compilation.start(config, device, dtype))
+    layout = PACKED if compilation is None else compilation.layout
+    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks, layout=layout)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         kv_heads = local_kv_heads(args, ranks, group.comm.rank)
@@ -61,6 +65,8 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
     pages = min(gather(agree(lambda: _in_memory(lambda free: memory.num_pages(free, step), device))))
     config = replace(config, cache_pages=pages)
     runner = agree(lambda: make_runner(config))
+    if compilation is not None:
+        agree(lambda: compilation.begin(runner))
     if group.comm.is_leader:
         log.info(
             "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; %.0f MiB of weights per rank; KV cache of %d tokens "

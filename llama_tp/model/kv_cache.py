@@ -114,6 +114,10 @@ class KVCache:
     def nbytes(self) -> int:
         return self._data.nbytes
 
+    def memory(self) -> Tensor:
+        """All keys and values, (layers, 2, K, slots, d)."""
+        return self._data
+
     @property
     def bytes_per_slot(self) -> int:
         """Bytes per slot in one layer."""

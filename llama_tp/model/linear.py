@@ -10,12 +10,17 @@ stays as it is, half the size of a float32 one, and every call upcasts it piece 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_tp.model.fp32_fallback import needs_fp32, upcast
+from llama_tp.model.weights import PACKED, Layout
+
+if TYPE_CHECKING:
+    from llama_tp.model.quantization import QuantizedWeight
 
 _FP32_MIN_TOKENS = 4
 """From this many tokens, upcasting is faster than torch's kernel, whose time is proportional to their number."""
@@ -26,10 +31,12 @@ _PIECE = 1 << 20
 class Linear(nn.Module, ABC):
     """y = x W^T + b, where W is (out, in), in a subclass's format. Most layers have no b."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features = out_features
         self.in_features = in_features
+        # Not a Parameter: the layer is for inference only.
+        self.bias = None if bias is None else bias.detach()
 
     @property
     @abstractmethod
@@ -39,6 +46,10 @@ class Linear(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor: ...
 
+    def stored(self) -> Tensor | QuantizedWeight | None:
+        """W as checkpoints and compiled kernels have it; None if this layer holds it in another form."""
+        return None
+
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """W as a plain matrix: for tools and tests, not for a step."""
@@ -47,26 +58,34 @@ class Linear(nn.Module, ABC):
 class DenseLinear(Linear):
     """Takes ownership of the weight: the caller should drop its own reference."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(*weight.shape)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, layout: Layout = PACKED) -> None:
+        super().__init__(weight.size(0), weight.size(1), bias)
         self._in_pieces = needs_fp32(weight.device, weight.dtype)
-        self._packed = is_packed(weight.device, weight.dtype)
-        self._bias = None if bias is None else bias.detach()
+        self._packed = False
         # Not a Parameter: a packed weight has an opaque layout that nn.Module's conversions do not know.
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if self._packed else weight.detach()
-        )
+        self._weight = weight.detach()
+        if layout == PACKED:
+            self.pack()
+
+    def pack(self) -> None:
+        """Lay out the weight for PyTorch's kernels, if they want another layout than the stored one."""
+        if not self._packed and is_packed(self._weight.device, self._weight.dtype):
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+            self._packed = True
 
     @property
     def num_bytes(self) -> int:
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def stored(self) -> Tensor | None:
+        return None if self._packed else self._weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         if self._in_pieces:
-            return _multiply_in_pieces(x, self._weight, self._bias)
-        return F.linear(x, self._weight, self._bias)
+            return _multiply_in_pieces(x, self._weight, self.bias)
+        return F.linear(x, self._weight, self.bias)
 
     def dense_weight(self) -> Tensor:
         if not self._packed:

@@ -17,13 +17,14 @@ class Norm(nn.Module):
         self.dtype = weight.dtype
         self.eps = eps
         wide = weight.detach().float()
-        self._weight = wide
+        self.weight = wide
+        """Float32 (D,)."""
         self._scaled = wide * math.sqrt(weight.numel())
         self._floor = wide.new_tensor(math.sqrt(weight.numel() * eps))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return F.rms_norm(x, self._weight.shape, self._weight, self.eps).to(self.dtype)
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(self.dtype)
         # Fewer passes and operators than F.rms_norm: sqrt(D (mean + eps)) is the hypotenuse of |x| and a constant.
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(size, self._floor)).mul_(self._scaled).to(self.dtype)
@@ -36,7 +37,8 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.dtype = weight.dtype
         self.eps = eps
-        self._weight = weight.detach().float()
+        self.weight = weight.detach().float()
+        """Float32 (H, d)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self._weight.shape[-1:], eps=self.eps).mul_(self._weight).to(self.dtype)
+        return F.rms_norm(x.float(), self.weight.shape[-1:], eps=self.eps).mul_(self.weight).to(self.dtype)

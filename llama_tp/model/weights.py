@@ -79,6 +79,13 @@ Form = Literal["int8", "int8_groups", "int4"]
 """How a matrix is quantized."""
 
 
+Layout = Literal["packed", "stored", "both"]
+"""How a layer on a CPU holds its weight: packed for PyTorch's kernels, as stored for compiled kernels, or both until
+these are compiled. A dense layer's stored weight serves both."""
+PACKED: Layout = "packed"
+STORED: Layout = "stored"
+
+
 class WeightFormat(Protocol):
     """How linear layers hold their weights."""
 
@@ -93,7 +100,7 @@ class WeightFormat(Protocol):
         """What stands for it in the memory of a device (cpu or cuda) that computes in `dtype`."""
         ...
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, layout: Layout = PACKED) -> Linear:
         """The layer whose output is the concatenation of the shards' outputs, in `dtype`. Each shard maps the names of
         a layer's parameters, of which `bias` may be missing, to this rank's part of them."""
         ...
@@ -115,10 +122,10 @@ class Dense:
     def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
         return self.parameters(out_features, in_features)
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, layout: Layout = PACKED) -> Linear:
         from llama_tp.model.linear import DenseLinear
 
-        return DenseLinear(**{name: _join([shard[name] for shard in shards]) for name in shards[0]})
+        return DenseLinear(**{name: _join([shard[name] for shard in shards]) for name in shards[0]}, layout=layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +156,14 @@ class Quantized:
             return {"weight": ((rows, in_features // 2), "uint8"), "scales_and_zeros": (scales, None)}
         return DENSE.parameters(out_features, in_features)  # no kernel: widened once
 
-    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Linear:
+    def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, layout: Layout = PACKED) -> Linear:
         from llama_tp.model.quantization import QuantizedWeight
         from llama_tp.model.quantized_linear import quantized_linear
 
         joined = {name: _join([shard[name] for shard in shards]) for name in shards[0]}
         scales = joined["row_scales" if self.name == "int8" else "scales"]
         quantized = QuantizedWeight(joined["weight"], scales, joined.get("offsets"))
-        return quantized_linear(quantized, joined.get("bias"), dtype)
+        return quantized_linear(quantized, joined.get("bias"), dtype, layout)
 
 
 DENSE = Dense()

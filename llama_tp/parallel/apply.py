@@ -19,7 +19,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from llama_tp.model.norm import HeadNorm, Norm
 from llama_tp.model.transformer import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
-from llama_tp.model.weights import DENSE, DENSE_FORMATS, WeightFormat, WeightFormats, weight_shapes
+from llama_tp.model.weights import (
+    DENSE,
+    DENSE_FORMATS,
+    PACKED,
+    Layout,
+    WeightFormat,
+    WeightFormats,
+    weight_shapes,
+)
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import Comm
 from llama_tp.parallel.local_modules import (
@@ -128,15 +136,17 @@ def localize(
     formats: WeightFormats = DENSE_FORMATS,
     ranks: Ranks | None = None,
     prepare: Callable[[nn.Module], object] = lambda part: None,
+    layout: Layout = PACKED,
 ) -> Transformer:
     """Replace, in place, every sharded module with one on plain local tensors. The logits then reach the leader only.
 
     wq|wk|wv and w1|w3 are fused along their local output dim; `formats` make the linear layers. `ranks`: the shares;
     None: equal ones. The originals are freed layer by layer. `prepare` is called with each part of the model
     (embedding, layers, norm, output) before its weights are used, in this order, so that a load need not hold more than
-    one part twice.
+    one part twice. `layout`: of the linear layers on CPUs.
     """
-    local = _Localizer(model.args, comm, formats, comm.size if ranks is None else ranks, model.norm.weight.dtype)
+    ranks = comm.size if ranks is None else ranks
+    local = _Localizer(model.args, comm, formats, ranks, model.norm.weight.dtype, layout)
     rows = vocab_shard(model.args, comm.size)
     prepare(model.tok_embeddings)
     embedding = _padded(_local(model.tok_embeddings.weight), rows)
@@ -155,7 +165,7 @@ def localize(
     else:
         prepare(model.output)
         output = {name: _padded(_local(one), rows) for name, one in model.output.named_parameters()}
-    linear = formats.get("output", DENSE).linear([output], local.dtype)
+    linear = formats.get("output", DENSE).linear([output], local.dtype, layout)
     model.output = VocabLinear(linear, comm, model.args.vocab_size)  # type: ignore[assignment]
     return model
 
@@ -179,10 +189,13 @@ class _Localizer:
     ranks: Ranks
     dtype: torch.dtype
     """To compute in."""
+    layout: Layout
 
     def attention(self, attention: Attention, name: str) -> FusedAttention:
         wqkv = self._format(f"{name}.wq").linear(
-            [self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")], self.dtype
+            [self._pop_parameters(attention, name, layer) for layer in ("wq", "wk", "wv")],
+            self.dtype,
+            self.layout,
         )
         num_kv_heads = local_kv_heads(self.args, self.ranks, self.comm.rank)
         num_heads = wqkv.out_features // self.args.head_dim - 2 * num_kv_heads
@@ -197,7 +210,9 @@ class _Localizer:
     def feed_forward(self, feed_forward: FeedForward, name: str) -> FusedFeedForward:
         return FusedFeedForward(
             w13=self._format(f"{name}.w1").linear(
-                [self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")], self.dtype
+                [self._pop_parameters(feed_forward, name, layer) for layer in ("w1", "w3")],
+                self.dtype,
+                self.layout,
             ),
             w2=self._row_linear(feed_forward, name, "w2"),
         )
@@ -206,7 +221,8 @@ class _Localizer:
         """Its bias, which every rank has in full, is added after the sum over the ranks."""
         local = self._pop_parameters(owner, name, layer)
         bias = local.pop("bias", None)
-        return RowLinear(self._format(f"{name}.{layer}").linear([local], self.dtype), self.comm, bias)
+        linear = self._format(f"{name}.{layer}").linear([local], self.dtype, self.layout)
+        return RowLinear(linear, self.comm, bias)
 
     def _format(self, module: str) -> WeightFormat:
         return self.formats.get(module, DENSE)

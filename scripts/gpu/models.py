@@ -121,7 +121,7 @@ def copy_of(reference: Transformer, args: ModelArgs, dtype: torch.dtype) -> Tran
         elif isinstance(theirs, VocabEmbedding):
             model.get_submodule(name).weight = theirs.weight.to(DEVICE, dtype)
         elif isinstance(theirs, Norm):
-            _replace(model, name, Norm(theirs._weight.to(DEVICE, dtype), theirs.eps))
+            _replace(model, name, Norm(theirs.weight.to(DEVICE, dtype), theirs.eps))
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,8 @@ def errors_against(engine: Engine, prompts: list[list[int]]) -> dict[str, dict[s
             [chunk.start for chunk in plan.chunks],
         )
     )
-    prototype = Prototype(runner.model, runner.cache, runner._rope, table, tokens, pos, int(pos.max()) + 1)
+    model = cast(Transformer, runner.model)
+    prototype = Prototype(model, runner.cache, runner._rope, table, tokens, pos, int(pos.max()) + 1)
     logits = {}
     for name, prototype.variant in VARIANTS.items():
         logits[name] = prototype.forward()

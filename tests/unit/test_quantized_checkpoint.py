@@ -28,6 +28,7 @@ from llama_tp.model.quantization import dequantize, quantize
 from llama_tp.model.weights import weight_shapes
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
+from llama_tp.parallel.local_modules import RowLinear
 from llama_tp.parallel.sharding import num_ranks, shard, tp_dim
 from tests.tiny_huggingface import save as save_hugging_face
 from tests.tiny_huggingface import tiny_model
@@ -121,8 +122,8 @@ def test_what_a_rank_holds_is_what_the_memory_model_says(pair):
             model = load(quantized, args, size, rank, torch.bfloat16)
             held = sum(linear.num_bytes for linear in linears(model).values()) + model.tok_embeddings.weight.nbytes
             norms = sum(isinstance(module, Norm) for module in model.modules())
-            biases = [module.bias for module in model.modules() if getattr(module, "bias", None) is not None]
-            held += 2 * norms * args.dim + sum(bias.nbytes for bias in biases)
+            rows = [module for module in model.modules() if isinstance(module, RowLinear)]
+            held += 2 * norms * args.dim + sum(row.bias.nbytes for row in rows if row.bias is not None)
             said = MemoryModel.of(args, EngineConfig(), size, rank, "bfloat16", "cpu", formats)
             assert said.weights == held, (size, rank)
 
@@ -132,7 +133,7 @@ def test_weights_that_were_widened_are_not_kept_alive(pair):
     quantized, _, args = pair
     model = load(quantized, args)
     for norm in (module for module in model.modules() if isinstance(module, Norm)):
-        assert norm._weight.untyped_storage().nbytes() <= norm._weight.nbytes + 64
+        assert norm.weight.untyped_storage().nbytes() <= norm.weight.nbytes + 64
 
 
 def test_each_rank_reads_whole_chunks_of_its_own_only(pair):

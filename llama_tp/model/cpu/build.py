@@ -25,6 +25,15 @@ TIMEOUT_S = 120.0
 _PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
 
 
+_KERNELS = ("step.cpp", "attention.h", "linear.h", "simd.h", "team.h")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
+
+
+def build_kernels() -> Build:
+    """Start to compile the kernels of this folder for this machine, unless the cache has them."""
+    return start_build([Path(__file__).with_name(name) for name in _KERNELS], _FLAGS)
+
+
 class Build:
     """A library that is being compiled, unless the cache has it. Its process ends with this object."""
 

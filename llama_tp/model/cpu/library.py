@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 class Form(IntEnum):
@@ -47,8 +48,9 @@ class LayerStruct(Structure):
 class ModelStruct(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("dim", "hidden", "heads", "kv_heads", "head_dim", "layers")),
-        *((name, c_int32) for name in ("threads", "max_tokens", "max_parts", "is_bfloat16_cache", "in_bfloat16")),
+        *((name, c_int32) for name in ("max_tokens", "max_parts", "is_bfloat16_cache", "in_bfloat16")),
         ("eps", c_float),
+        ("team", c_void_p),
         ("layer", POINTER(LayerStruct)),
         ("norm", c_void_p),
         ("output", LinearStruct),
@@ -68,22 +70,28 @@ class StepStruct(Structure):
 
 
 PHASES_PER_LAYER = 5
+PHASES_OF_ATTENTION = 3
 PHASES_OF_OUTPUT = 2
 
 
 class Library:
-    """The functions of a compiled library. OSError if it is not one."""
+    """The functions of a compiled library. OSError or AttributeError if it is not one.
+
+    They release Python's lock while they run.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._functions = functions = ctypes.CDLL(str(path))
-        self.run: Any = functions.llama_tp_run
-        self.run.argtypes = [c_void_p, POINTER(StepStruct), c_int32, c_int32]
-        self.run.restype = None
-        self.create: Any = functions.llama_tp_create
-        self.create.argtypes = [POINTER(ModelStruct)]
-        self.create.restype = c_void_p
-        self.destroy: Any = functions.llama_tp_destroy
-        self.destroy.argtypes = [c_void_p]
-        self.destroy.restype = None
-        functions.llama_tp_part.restype = c_int32
-        self.keys_per_part: int = functions.llama_tp_part()
+        functions = ctypes.CDLL(str(path))
+
+        def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+            declared: Any = getattr(functions, f"llama_tp_{name}")
+            declared.restype, declared.argtypes = result, arguments
+            return cast("Callable[..., Any]", declared)
+
+        self.create_team = function("create_team", c_void_p, c_int32)
+        self.destroy_team = function("destroy_team", None, c_void_p)
+        self.create_model = function("create_model", c_void_p, POINTER(ModelStruct))
+        self.destroy_model = function("destroy_model", None, c_void_p)
+        self.run = function("run", None, c_void_p, POINTER(StepStruct), c_int32, c_int32)
+        self.widen = function("widen", None, c_void_p, POINTER(LinearStruct), c_int64, c_int64, c_void_p)
+        self.keys_per_part: int = function("keys_per_part", c_int32)()

@@ -306,7 +306,7 @@ inline void fill_halves(Input& in, const Linear& linear, int token, const float*
     for (int k = 0; k < whole; k += 2 * W) {
         vf a = load<vf>(x + k), b = load<vf>(x + k + W);
         if (linear.form == kInt4) split(a, b, a, b);
-        store(to + k, _mm512_cvtne2ps_pbh(b, a));
+        store_bf16(to + k, a, b);
     }
     if (whole == columns) return;
     std::memset(to + whole, 0, (in.stride - whole) * sizeof(uint16_t));
@@ -339,7 +339,7 @@ inline const uint16_t* bfloat16_row(const Linear& linear, int64_t row, int strid
                 form.block(row, k, kGroup, a, b);
                 a = fma(a, splat(scales[group]), splat(offsets[group]));
                 b = fma(b, splat(scales[group]), splat(offsets[group]));
-                store(scratch + k, _mm512_cvtne2ps_pbh(b, a));
+                store_bf16(scratch + k, a, b);
             }
         }
     };
@@ -405,6 +405,37 @@ inline void fill_halves(Input&, const Linear&, int, const float*) {}
 
 inline void multiply_in_bfloat16(const Linear&, int64_t, int64_t, const Input&, uint16_t*, const Output&) {}
 #endif
+
+// A row of a quantized matrix in bfloat16, in its own order.
+inline void widen_row(const Linear& linear, int64_t row, uint16_t* to) {
+    const int groups = int(linear.columns) / kGroup;
+    const auto widen = [&](auto form) __attribute__((always_inline)) {
+        for (int first = 0; first < groups; first += W) {
+            float scales[W], offsets[W] = {};
+            if (linear.form == kInt8) {
+                for (float& scale : scales) scale = ((const float*)linear.scales)[row];
+            } else {
+                store(scales, halves_at(linear.scales, row, groups, first));
+            }
+            if (linear.form == kInt4) store(offsets, offsets_at(linear, row, groups, first));
+            for (int group = 0; group < std::min(W, groups - first); ++group) {
+                for (int k = (first + group) * kGroup; k < (first + group + 1) * kGroup; k += 2 * W) {
+                    vf a, b;
+                    form.block(row, k, 2 * W, a, b);
+                    a = fma(a, splat(scales[group]), splat(offsets[group]));
+                    b = fma(b, splat(scales[group]), splat(offsets[group]));
+                    if (linear.form == kInt4) interleave(a, b, a, b);
+                    store_bf16(to + k, a, b);
+                }
+            }
+        }
+    };
+    if (linear.form == kInt4) {
+        widen(forms::Int4(linear));
+    } else {
+        widen(forms::Int8<true>(linear));
+    }
+}
 
 // Rows row .. end - 1 of the product. `scratch`: kHalfRows * in.stride numbers.
 inline void multiply(const Linear& linear, int64_t row, int64_t end, const Input& in, bool in_bfloat16, uint16_t* scratch,

@@ -150,6 +150,15 @@ inline uint16_t to_bf16(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline void store_bf16(uint16_t* to, vf a, vf b) {
+#if defined(__AVX512BF16__)
+    store(to, _mm512_cvtne2ps_pbh(b, a));
+#else
+    for (int i = 0; i < W; ++i) to[i] = to_bf16(a[i]);
+    for (int i = 0; i < W; ++i) to[W + i] = to_bf16(b[i]);
+#endif
+}
+
 // e^x to 2e-7 for x <= 0, 0 from -87 on; for positive x up to 88.
 inline vf exponential(vf x) {
     x = x < -87.0f ? splat(-87.0f) : x;

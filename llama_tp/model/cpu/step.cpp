@@ -17,8 +17,9 @@ struct Layer {
 
 struct Model {
     int32_t dim, hidden, heads, kv_heads, head_dim, layers;
-    int32_t threads, max_tokens, max_parts, is_bfloat16_cache, in_bfloat16;
+    int32_t max_tokens, max_parts, is_bfloat16_cache, in_bfloat16;
     float eps;
+    Team* team;
     const Layer* layer;
     const float* norm;
     Linear output;
@@ -45,7 +46,7 @@ struct Step {
 
 enum Phase { kQKV, kAttention, kWO, kW13, kW2, kPhases };
 
-class Context : Job {
+class Context : public Job {
   public:
     explicit Context(const Model& model)
         : model_(model),
@@ -56,8 +57,8 @@ class Context : Job {
           gated_(int64_t(model.max_tokens) * 2 * model.hidden),
           partial_values_(int64_t(model.max_tokens) * model.heads * model.max_parts * head_stride_),
           partial_sums_(int64_t(model.max_tokens) * model.heads * model.max_parts * 2),
-          scratch_(model.threads),
-          team_(model.threads, kPhases * model.layers + 2) {
+          scratch_(model.team->num_threads()),
+          threads_(model.team->num_threads()) {
         const int widest = std::max({model.dim, model.hidden, model.heads * model.head_dim});
         const int stride = round_up(widest, 2 * kGroup);
         for (Scratch& one : scratch_) {
@@ -73,7 +74,7 @@ class Context : Job {
 
     void run(const Step& step, int first, int end) {
         step_ = step;
-        team_.run(*this, first, end);
+        model_.team->run(*this, first, end);
     }
 
     int num_chunks(int phase) const override {
@@ -118,7 +119,8 @@ class Context : Job {
     static constexpr int kChunksPerThread = 12, kMinRows = 8;
 
     int rows_per_chunk(int64_t rows) const {
-        return std::max(kMinRows, round_up((rows + model_.threads * kChunksPerThread - 1) / (model_.threads * kChunksPerThread), 8));
+        const int chunks = threads_ * kChunksPerThread;
+        return std::max(kMinRows, round_up((rows + chunks - 1) / chunks, kMinRows));
     }
     int chunks(int64_t rows) const { return int((rows + rows_per_chunk(rows) - 1) / rows_per_chunk(rows)); }
     void rows_of(int64_t rows, int chunk, int64_t& begin, int64_t& end) const {
@@ -386,19 +388,51 @@ class Context : Job {
     const int head_stride_, group_;
     std::vector<float> qkv_, gated_, partial_values_, partial_sums_;
     std::vector<Scratch> scratch_;
+    const int threads_;
     Step step_{};
-    Team team_;  // last: its threads end before what they use is gone
+};
+
+// Rows of a quantized matrix in bfloat16.
+class Widening : public Job {
+  public:
+    Widening(const Linear& linear, int64_t begin, int64_t end, uint16_t* to)
+        : linear_(linear), begin_(begin), end_(end), to_(to) {}
+
+    int num_chunks(int) const override { return int((end_ - begin_ + kRows - 1) / kRows); }
+
+    void compute(int, int chunk, int, bool) override {
+        const int64_t first = begin_ + int64_t(chunk) * kRows;
+        for (int64_t row = first; row < std::min(end_, first + kRows); ++row) {
+            widen_row(linear_, row, to_ + (row - begin_) * linear_.columns);
+        }
+    }
+
+  private:
+    static constexpr int kRows = 32;
+    const Linear linear_;
+    const int64_t begin_, end_;
+    uint16_t* const to_;
 };
 
 }  // namespace llama_tp
 
 extern "C" {
 
-int32_t llama_tp_part() { return llama_tp::kPart; }
+int32_t llama_tp_keys_per_part() { return llama_tp::kPart; }
 
-void* llama_tp_create(const llama_tp::Model* model) { return new llama_tp::Context(*model); }
+void* llama_tp_create_team(int32_t threads) { return new llama_tp::Team(threads); }
 
-void llama_tp_destroy(void* context) { delete static_cast<llama_tp::Context*>(context); }
+void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
+
+// The team must outlive the model.
+void* llama_tp_create_model(const llama_tp::Model* model) { return new llama_tp::Context(*model); }
+
+void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
+
+void llama_tp_widen(void* team, const llama_tp::Linear* linear, int64_t begin, int64_t end, uint16_t* to) {
+    llama_tp::Widening widening(*linear, begin, end, to);
+    static_cast<llama_tp::Team*>(team)->run(widening, 0, 1);
+}
 
 // Phases first .. end - 1 of 5 * layers + 2.
 void llama_tp_run(void* context, const llama_tp::Step* step, int32_t first, int32_t end) {

@@ -24,7 +24,7 @@ class Job {
 
 class Team {
   public:
-    Team(int num_threads, int max_phases) : unclaimed_(max_phases), unfinished_(max_phases) {
+    explicit Team(int num_threads) : num_threads_(num_threads), unclaimed_(kMaxPhases), unfinished_(kMaxPhases) {
         for (int thread = 1; thread < num_threads; ++thread) {
             workers_.emplace_back([this, thread] { work(thread); });
         }
@@ -36,6 +36,8 @@ class Team {
         epoch_.notify_all();
         for (auto& worker : workers_) worker.join();
     }
+
+    int num_threads() const { return num_threads_; }
 
     // Compute phases first .. end - 1 in the calling thread and the team. Returns when they are done.
     void run(Job& job, int first, int end) {
@@ -57,6 +59,7 @@ class Team {
         std::atomic<uint64_t> value{0};  // the run's number, then that of chunks: a late thread cannot claim a later run's
     };
 
+    static constexpr int kMaxPhases = 8192;
     static constexpr int kSpins = 200;           // some microseconds
     static constexpr int kYields = 100;          // before a thread without work sleeps
 
@@ -121,6 +124,7 @@ class Team {
         }
     }
 
+    const int num_threads_;
     std::atomic<uint32_t> epoch_{0};
     std::atomic<uint64_t> range_{0};
     std::atomic<Job*> job_{nullptr};

@@ -1,0 +1,109 @@
+"""Compiled kernels for an engine: whether it wants them, and when they take over.
+
+Eager PyTorch computes until they are compiled, and for good if they cannot be. Ranks need not switch at the same step:
+what they exchange has the same form either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+
+import torch
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine.runner import ModelRunner
+from llama_tp.model.cpu.attention import KernelBackend
+from llama_tp.model.cpu.build import Build, build_kernels
+from llama_tp.model.cpu.kernels import Kernels
+from llama_tp.model.transformer import Transformer
+from llama_tp.model.weights import Layout
+from llama_tp.parallel.compiled import CompiledTransformer, use_pytorch
+
+log = logging.getLogger(__name__)
+
+
+class Compilation:
+    """One rank's build of the kernels."""
+
+    def __init__(self, build: Build, config: EngineConfig) -> None:
+        self._build = build
+        self._config = config
+
+    @staticmethod
+    def start(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Compilation | None:
+        """Start to compile, if the configuration wants kernels and there are any for the device and dtype. ValueError
+        if compile is True and there are none."""
+        if config.compile is False:
+            return None
+        reason = _why_no_kernels(device, dtype)
+        if reason is None:
+            build = build_kernels()
+            if build.error is None:
+                return Compilation(build, config)
+            reason = build.error
+            if config.compile != True:  # noqa: E712
+                log.info("decode steps are not compiled: %s", reason)
+        if config.compile is True:
+            raise ValueError(f"compile=True: {reason}, or set compile to auto")
+        return None
+
+    @property
+    def layout(self) -> Layout:
+        """For the layers of the model to load."""
+        return "both" if self._build.library() is None else "stored"
+
+    def begin(self, runner: ModelRunner) -> None:
+        """Let the runner use the kernels, now or as soon as they are compiled. ValueError if compile is True and they
+        cannot be.
+
+        In deterministic mode, too, they are waited for: results would differ before and after.
+        """
+        if self._config.compile is True or self._config.deterministic:
+            self._build.wait()
+        if not self._settle(runner):
+            runner.before_step = lambda: self._settle(runner)
+
+    def _settle(self, runner: ModelRunner) -> bool:
+        """Whether it is settled which kernels compute."""
+        path = self._build.library()
+        if path is None and self._build.error is None:
+            return False
+        model = runner.model
+        assert isinstance(model, Transformer)
+        if path is not None:
+            try:
+                kernels = Kernels(path, torch.get_num_threads())
+            except (OSError, AttributeError) as error:
+                self._build.discard(str(error))
+                if self._config.compile is True or self._config.deterministic:
+                    self._build.wait()
+                return self._settle(runner)
+            runner.use_kernels(
+                CompiledTransformer(
+                    model,
+                    runner.cache,
+                    kernels,
+                    max_seq_len=self._config.max_seq_len,
+                    deterministic=self._config.deterministic,
+                ),
+                lambda backend: KernelBackend(backend, runner.cache, kernels.library.keys_per_part),
+            )
+            log.info("decode steps run as compiled kernels (%s)", path)
+        elif self._config.compile is True:
+            raise ValueError(f"compile=True: {self._build.error}, or set compile to auto")
+        else:
+            log.warning("decode steps are not compiled: %s", self._build.error)
+            use_pytorch(model)
+        return True
+
+
+def _why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"there are no compiled kernels for {device.type}; set device to cpu"
+    if dtype not in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        return f"there are no compiled kernels for {name}; set dtype to bfloat16 or float32"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"there are no compiled kernels for {platform.machine()}, only for x86-64"
+    return None

@@ -1,0 +1,49 @@
+"""The compiled kernels of this process: their library, and the threads that run them."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_tp.model.cpu.library import Form, Library, LinearStruct
+from llama_tp.model.quantization import QuantizedWeight
+
+_FORMS = {"int8": Form.INT8, "int8_groups": Form.INT8_GROUPS, "int4": Form.INT4}
+
+
+class Kernels:
+    """Functions of the library. OSError if the file at `path` is not one."""
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        self.library = Library(path)
+        self.team: int = self.library.create_team(num_threads)
+        weakref.finalize(self, self.library.destroy_team, self.team)
+
+    def widen(self, weight: LinearStruct, rows: slice, out: Tensor) -> None:
+        """Write these rows of a quantized matrix to out, bfloat16 (rows, columns)."""
+        self.library.widen(self.team, weight, rows.start, rows.stop, out.data_ptr())
+
+
+def linear_struct(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> tuple[LinearStruct, list[Tensor]]:
+    """A linear layer as the library sees it, and the tensors that it points to. bias: float32."""
+    tensors: dict[str, Tensor | None] = {"bias": bias}
+    if isinstance(weight, QuantizedWeight):
+        form = _FORMS[weight.form]
+        tensors |= {"weight": weight.weight, "scales": weight.scales, "offsets": weight.offsets}
+    else:
+        form = Form.BFLOAT16 if weight.dtype == torch.bfloat16 else Form.FLOAT32
+        tensors["weight"] = weight
+    rows, columns = weight.shape
+    struct = LinearStruct(form=form, rows=rows, columns=columns)
+    kept = []
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            assert tensor.is_contiguous()
+            setattr(struct, name, tensor.data_ptr())
+            kept.append(tensor)
+    offsets = tensors.get("offsets")
+    struct.has_float32_offsets = offsets is not None and offsets.dtype == torch.float32
+    return struct, kept

@@ -1,0 +1,46 @@
+"""Linear layers of a model whose steps of few tokens the compiled kernels compute."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_tp.model.cpu.kernels import Kernels, linear_struct
+from llama_tp.model.linear import Linear
+from llama_tp.model.quantization import QuantizedWeight, dequantize
+
+_PIECE = 1 << 21
+"""Elements widened at a time: few enough for the last-level cache."""
+
+
+class WidenedLinear(Linear):
+    """A quantized layer, for inputs in bfloat16 of many tokens: kernels widen its weight piece by piece, and PyTorch
+    multiplies."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, kernels: Kernels) -> None:
+        super().__init__(*weight.shape, bias)
+        self._weight = weight
+        self._kernels = kernels
+        self._struct, self._kept = linear_struct(weight, None)
+        self._rows = max(1, _PIECE // self.in_features)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        wide = x.new_empty(min(self._rows, self.out_features), self.in_features)
+        for start in range(0, self.out_features, self._rows):
+            rows = slice(start, min(start + self._rows, self.out_features))
+            piece = wide[: rows.stop - rows.start]
+            self._kernels.widen(self._struct, rows, piece)
+            out[..., rows] = F.linear(x, piece, None if self.bias is None else self.bias[rows])
+        return out
+
+    def stored(self) -> QuantizedWeight:
+        return self._weight
+
+    def dense_weight(self) -> Tensor:
+        return dequantize(self._weight, torch.float32)
