@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 from llama_tp.bench.peers import transformers_model
 from llama_tp.config import EngineConfig
+from llama_tp.engine.compilation import use_kernels
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import ModelRunner
 from llama_tp.model.attention import AttentionBackend
+from llama_tp.model.cpu.build import build_kernels
+from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
+from llama_tp.model.weights import STORED
 from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
@@ -126,3 +131,27 @@ def engine_of(
 def transformers_twin(model: Transformer) -> Any:
     """The same model as transformers computes it."""
     return transformers_model(model.args, model.state_dict(), torch.float32)
+
+
+def compiled_runner_of(
+    model: Transformer, config: EngineConfig, *, dtype: torch.dtype = torch.float32, num_threads: int = 2
+) -> ModelRunner:
+    """As `runner_of`, with steps of few tokens computed by the compiled kernels."""
+    twin = Transformer(model.args).requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    runner = ModelRunner(
+        local := localize(twin.to(dtype), SingleComm(), layout=STORED),
+        config,
+        num_kv_heads=model.args.n_kv_heads,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    use_kernels(runner, local, kernels(num_threads), config)
+    return runner
+
+
+@cache
+def kernels(num_threads: int = 2) -> Kernels:
+    path = build_kernels().wait()
+    assert path is not None, build_kernels().error
+    return Kernels(path, num_threads)

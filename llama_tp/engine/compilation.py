@@ -79,16 +79,7 @@ class Compilation:
                 if self._config.compile is True or self._config.deterministic:
                     self._build.wait()
                 return self._settle(runner)
-            runner.use_kernels(
-                CompiledTransformer(
-                    model,
-                    runner.cache,
-                    kernels,
-                    max_seq_len=self._config.max_seq_len,
-                    deterministic=self._config.deterministic,
-                ),
-                lambda backend: KernelBackend(backend, runner.cache, kernels.library.keys_per_part),
-            )
+            use_kernels(runner, model, kernels, self._config)
             log.info("decode steps run as compiled kernels (%s)", path)
         elif self._config.compile is True:
             raise ValueError(f"compile=True: {self._build.error}, or set compile to auto")
@@ -96,6 +87,15 @@ class Compilation:
             log.warning("decode steps are not compiled: %s", self._build.error)
             use_pytorch(model)
         return True
+
+
+def use_kernels(runner: ModelRunner, model: Transformer, kernels: Kernels, config: EngineConfig) -> None:
+    """Let a runner compute its model's steps of few tokens with the kernels. Its layers must hold stored weights."""
+    cache = runner.cache
+    compiled = CompiledTransformer(
+        model, cache, kernels, max_seq_len=config.max_seq_len, deterministic=config.deterministic
+    )
+    runner.use_kernels(compiled, lambda backend: KernelBackend(backend, cache, kernels.library.keys_per_part))
 
 
 def _why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:

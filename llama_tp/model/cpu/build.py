@@ -25,7 +25,7 @@ TIMEOUT_S = 120.0
 _PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
 
 
-_KERNELS = ("step.cpp", "attention.h", "linear.h", "simd.h", "team.h")
+_KERNELS = ("step.cpp", "attention.h", "layer.h", "linear.h", "simd.h", "team.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
 
 

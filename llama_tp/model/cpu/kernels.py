@@ -22,6 +22,16 @@ class Kernels:
         self.team: int = self.library.create_team(num_threads)
         weakref.finalize(self, self.library.destroy_team, self.team)
 
+    def multiply(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, x: Tensor, *, in_bfloat16: bool
+    ) -> Tensor:
+        """x W^T + b for x (T, in), all but W in float32. in_bfloat16: x may be rounded to that where it is faster."""
+        struct, _ = linear_struct(weight, bias)
+        y = torch.empty(x.size(0), weight.shape[0])
+        x = x.contiguous()
+        self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), in_bfloat16, y.data_ptr())
+        return y
+
     def widen(self, weight: LinearStruct, rows: slice, out: Tensor) -> None:
         """Write these rows of a quantized matrix to out, bfloat16 (rows, columns)."""
         self.library.widen(self.team, weight, rows.start, rows.stop, out.data_ptr())

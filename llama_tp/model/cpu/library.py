@@ -93,5 +93,8 @@ class Library:
         self.create_model = function("create_model", c_void_p, POINTER(ModelStruct))
         self.destroy_model = function("destroy_model", None, c_void_p)
         self.run = function("run", None, c_void_p, POINTER(StepStruct), c_int32, c_int32)
+        self.multiply = function(
+            "multiply", None, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
+        )
         self.widen = function("widen", None, c_void_p, POINTER(LinearStruct), c_int64, c_int64, c_void_p)
         self.keys_per_part: int = function("keys_per_part", c_int32)()

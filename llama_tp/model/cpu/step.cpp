@@ -4,7 +4,7 @@
 // Legend: T tokens, D model dim, H heads, K kv heads, G = H / K, d head dim, F hidden dim, S sampled tokens.
 
 #include "attention.h"
-#include "linear.h"
+#include "layer.h"
 #include "team.h"
 
 namespace llama_tp {
@@ -63,10 +63,7 @@ class Context : public Job {
         const int stride = round_up(widest, 2 * kGroup);
         for (Scratch& one : scratch_) {
             one.row.resize(stride);
-            one.values.resize(int64_t(model.max_tokens) * stride);
-            one.sums.resize(int64_t(model.max_tokens) * round_up(stride / kGroup, W));
-            one.halves.resize(int64_t(model.max_tokens) * stride);
-            one.widened.resize(int64_t(kHalfRows) * stride);
+            one.layer.resize(model.max_tokens, stride);
             one.queries.resize(int64_t(kQueries) * head_stride_);
             one.scores.resize(int64_t(kQueries) * kScoreStride);
         }
@@ -110,53 +107,23 @@ class Context : public Job {
 
   private:
     struct Scratch {
-        std::vector<float> row, values, sums, queries, scores;
-        std::vector<uint16_t> halves, widened;
-        Input input;
+        std::vector<float> row, queries, scores;
+        LayerScratch layer;
     };
 
-    // Chunks of rows, several for each thread, so that none waits long for another.
-    static constexpr int kChunksPerThread = 12, kMinRows = 8;
-
-    int rows_per_chunk(int64_t rows) const {
-        const int chunks = threads_ * kChunksPerThread;
-        return std::max(kMinRows, round_up((rows + chunks - 1) / chunks, kMinRows));
-    }
-    int chunks(int64_t rows) const { return int((rows + rows_per_chunk(rows) - 1) / rows_per_chunk(rows)); }
+    int chunks(int64_t rows) const { return num_chunks_of(rows, threads_); }
     void rows_of(int64_t rows, int chunk, int64_t& begin, int64_t& end) const {
-        begin = int64_t(chunk) * rows_per_chunk(rows);
-        end = std::min(rows, begin + rows_per_chunk(rows));
-    }
-
-    bool in_bfloat16(const Linear& linear, int tokens) const {
-        if (!kHasBFloat16 || !model_.in_bfloat16) return false;
-        // From this many tokens, the instructions for bfloat16 save more than the conversions to it cost (measured).
-        switch (linear.form) {
-            case kFloat32: return false;
-            case kBFloat16: return tokens >= 2;
-            case kInt4: return tokens >= 4;
-            default: return tokens >= 6;
-        }
+        rows_of_chunk(rows, threads_, chunk, begin, end);
     }
 
     // Lay out the inputs of a linear layer for this thread: read(token) returns a row of its columns.
     template <class Read>
     void prepare(const Linear& linear, int tokens, Scratch& scratch, Read read) {
-        Input& in = scratch.input;
-        in.tokens = tokens;
-        in.stride = round_up(linear.columns, 2 * W);
-        in.sum_stride = round_up(linear.columns / kGroup, W);
-        in.values = scratch.values.data();
-        in.sums = scratch.sums.data();
-        in.halves = scratch.halves.data();
-        const bool as_halves = in_bfloat16(linear, tokens);
-        for (int token = 0; token < tokens; ++token) {
-            (as_halves ? fill_halves : fill_values)(in, linear, token, read(token));
-        }
+        scratch.layer.prepare(linear, tokens, model_.in_bfloat16, read);
     }
 
     void multiply_rows(const Linear& linear, int64_t begin, int64_t end, Scratch& scratch, const Output& out) {
-        multiply(linear, begin, end, scratch.input, in_bfloat16(linear, scratch.input.tokens), scratch.widened.data(), out);
+        scratch.layer.multiply(linear, begin, end, out);
     }
 
     // x / sqrt(mean(x^2) + eps) * weight. `to` may be x.
@@ -348,12 +315,12 @@ class Context : public Job {
         for (int token = 0; token < step_.num_tokens; ++token) {
             float* gate = gated_.data() + int64_t(token) * 2 * hidden;
             const float* up = gate + hidden;
-            int64_t k = begin;
-            for (; k + W <= end; k += W) {
-                const vf g = load<vf>(gate + k);
-                store(gate + k, g / (1.0f + exponential(-g)) * load<vf>(up + k));
+            for (int64_t k = begin; k < end; k += W) {
+                const int count = int(std::min<int64_t>(W, end - k));
+                const vf g = first_floats(gate + k, count);
+                const vf gated = g / (1.0f + exponential(-g)) * first_floats(up + k, count);
+                std::memcpy(gate + k, &gated, count * sizeof(float));
             }
-            for (; k < end; ++k) gate[k] = gate[k] / (1.0f + std::exp(-gate[k])) * up[k];
         }
     }
 
@@ -392,28 +359,6 @@ class Context : public Job {
     Step step_{};
 };
 
-// Rows of a quantized matrix in bfloat16.
-class Widening : public Job {
-  public:
-    Widening(const Linear& linear, int64_t begin, int64_t end, uint16_t* to)
-        : linear_(linear), begin_(begin), end_(end), to_(to) {}
-
-    int num_chunks(int) const override { return int((end_ - begin_ + kRows - 1) / kRows); }
-
-    void compute(int, int chunk, int, bool) override {
-        const int64_t first = begin_ + int64_t(chunk) * kRows;
-        for (int64_t row = first; row < std::min(end_, first + kRows); ++row) {
-            widen_row(linear_, row, to_ + (row - begin_) * linear_.columns);
-        }
-    }
-
-  private:
-    static constexpr int kRows = 32;
-    const Linear linear_;
-    const int64_t begin_, end_;
-    uint16_t* const to_;
-};
-
 }  // namespace llama_tp
 
 extern "C" {
@@ -428,6 +373,13 @@ void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(tea
 void* llama_tp_create_model(const llama_tp::Model* model) { return new llama_tp::Context(*model); }
 
 void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
+
+// y (tokens, rows) = x (tokens, columns) W^T + b.
+void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t in_bfloat16, float* y) {
+    auto& threads = *static_cast<llama_tp::Team*>(team);
+    llama_tp::Product product(*linear, x, tokens, in_bfloat16, y, threads.num_threads());
+    threads.run(product, 0, 1);
+}
 
 void llama_tp_widen(void* team, const llama_tp::Linear* linear, int64_t begin, int64_t end, uint16_t* to) {
     llama_tp::Widening widening(*linear, begin, end, to);

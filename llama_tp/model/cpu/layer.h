@@ -1,0 +1,126 @@
+// One linear layer, its rows divided among the threads of a team.
+#pragma once
+
+#include <vector>
+
+#include "linear.h"
+#include "team.h"
+
+namespace llama_tp {
+
+// Chunks of rows, several for each thread, so that none waits long for another.
+constexpr int kChunksPerThread = 12, kMinRows = 8;
+
+inline int rows_per_chunk(int64_t rows, int threads) {
+    const int chunks = threads * kChunksPerThread;
+    return std::max(kMinRows, round_up((rows + chunks - 1) / chunks, kMinRows));
+}
+
+inline int num_chunks_of(int64_t rows, int threads) {
+    const int size = rows_per_chunk(rows, threads);
+    return int((rows + size - 1) / size);
+}
+
+inline void rows_of_chunk(int64_t rows, int threads, int chunk, int64_t& begin, int64_t& end) {
+    begin = int64_t(chunk) * rows_per_chunk(rows, threads);
+    end = std::min(rows, begin + rows_per_chunk(rows, threads));
+}
+
+// Whether to multiply with the CPU's instructions for bfloat16, which round the inputs to it. From this many tokens they
+// save more than the conversions cost (measured).
+inline bool pays_in_bfloat16(const Linear& linear, int tokens) {
+    if (!kHasBFloat16) return false;
+    switch (linear.form) {
+        case kFloat32: return false;
+        case kBFloat16: return tokens >= 2;
+        case kInt4: return tokens >= 4;
+        default: return tokens >= 6;
+    }
+}
+
+// One thread's memory for a layer's inputs, and for the weights that it widens.
+class LayerScratch {
+  public:
+    // For layers of up to this many columns.
+    void resize(int tokens, int64_t columns) {
+        const int64_t stride = round_up(columns, 2 * kGroup);
+        values_.resize(tokens * stride);
+        sums_.resize(tokens * int64_t(round_up(stride / kGroup, W)));
+        halves_.resize(tokens * stride);
+        widened_.resize(kHalfRows * stride);
+    }
+
+    // Lay out the inputs: read(token) returns a row of them.
+    template <class Read>
+    void prepare(const Linear& linear, int tokens, bool may_round, Read read) {
+        in_bfloat16_ = may_round && pays_in_bfloat16(linear, tokens);
+        in_.tokens = tokens;
+        in_.stride = round_up(linear.columns, 2 * W);
+        in_.sum_stride = round_up(linear.columns / kGroup, W);
+        in_.values = values_.data();
+        in_.sums = sums_.data();
+        in_.halves = halves_.data();
+        for (int token = 0; token < tokens; ++token) (in_bfloat16_ ? fill_halves : fill_values)(in_, linear, token, read(token));
+    }
+
+    void multiply(const Linear& linear, int64_t begin, int64_t end, const Output& out) {
+        llama_tp::multiply(linear, begin, end, in_, in_bfloat16_, widened_.data(), out);
+    }
+
+  private:
+    std::vector<float> values_, sums_;
+    std::vector<uint16_t> halves_, widened_;
+    Input in_;
+    bool in_bfloat16_ = false;
+};
+
+class Product : public Job {
+  public:
+    Product(const Linear& linear, const float* x, int tokens, bool may_round, float* y, int threads)
+        : linear_(linear), x_(x), tokens_(tokens), may_round_(may_round), y_(y), scratch_(threads) {
+        for (LayerScratch& one : scratch_) one.resize(tokens, linear.columns);
+    }
+
+    int num_chunks(int) const override { return num_chunks_of(linear_.rows, int(scratch_.size())); }
+
+    void compute(int, int chunk, int thread, bool is_first) override {
+        if (is_first) {
+            scratch_[thread].prepare(linear_, tokens_, may_round_, [&](int token) { return x_ + token * linear_.columns; });
+        }
+        int64_t begin, end;
+        rows_of_chunk(linear_.rows, int(scratch_.size()), chunk, begin, end);
+        scratch_[thread].multiply(linear_, begin, end, {y_, linear_.rows, false});
+    }
+
+  private:
+    const Linear linear_;
+    const float* const x_;
+    const int tokens_;
+    const bool may_round_;
+    float* const y_;
+    std::vector<LayerScratch> scratch_;
+};
+
+// Rows of a quantized matrix in bfloat16.
+class Widening : public Job {
+  public:
+    Widening(const Linear& linear, int64_t begin, int64_t end, uint16_t* to)
+        : linear_(linear), begin_(begin), end_(end), to_(to) {}
+
+    int num_chunks(int) const override { return int((end_ - begin_ + kRows - 1) / kRows); }
+
+    void compute(int, int chunk, int, bool) override {
+        const int64_t first = begin_ + int64_t(chunk) * kRows;
+        for (int64_t row = first; row < std::min(end_, first + kRows); ++row) {
+            widen_row(linear_, row, to_ + (row - begin_) * linear_.columns);
+        }
+    }
+
+  private:
+    static constexpr int kRows = 32;
+    const Linear linear_;
+    const int64_t begin_, end_;
+    uint16_t* const to_;
+};
+
+}  // namespace llama_tp

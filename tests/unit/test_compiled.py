@@ -1,0 +1,237 @@
+"""The compiled kernels compute what eager PyTorch does, for every architecture, weight format and layout of a step."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from llama_tp.config import EngineConfig
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.sampling_params import SamplingParams
+from llama_tp.engine.step import Chunk, StepPlan
+from llama_tp.model.cpu.attention import MAX_TOKENS
+from llama_tp.model.cpu.linear import WidenedLinear
+from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
+from llama_tp.parallel.comm import SingleComm
+from tests.tiny_model import MODELS, UNEVEN, VARIANTS, compiled_runner_of, kernels, random_model, runner_of
+
+ALL = {**MODELS, **VARIANTS, **UNEVEN}
+CONFIG = EngineConfig(max_seq_len=128, max_batch_size=8, page_size=4)
+
+
+class Sequences:
+    """Plans for some sequences, in pages that lie anywhere."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.lengths = [0] * config.max_batch_size
+        self.free = list(range(config.num_pages))
+        self.random.shuffle(self.free)
+        self.num_pages = [0] * config.max_batch_size
+
+    def step(self, *counts: int, num_logits: int | None = None) -> StepPlan:
+        """So many tokens for each row."""
+        chunks, updates = [], []
+        for row, count in enumerate(counts):
+            if count == 0:
+                continue
+            start = self.lengths[row]
+            self.lengths[row] += count
+            while self.num_pages[row] * self.config.page_size < self.lengths[row]:
+                updates.append((row, self.num_pages[row], self.free.pop()))
+                self.num_pages[row] += 1
+            tokens = tuple(self.random.choices(range(self.vocab_size), k=count))
+            chunks.append(Chunk(row, start, tokens, count if num_logits is None else num_logits))
+        return StepPlan(1, tuple(chunks), tuple(updates))
+
+
+def logits_of(runner, plans):
+    return [logits.clone() for plan in plans if (logits := runner.execute(plan)) is not None]
+
+
+def plans_for(args, config=CONFIG):
+    sequences = Sequences(config, args.vocab_size)
+    return [
+        sequences.step(5, 0, 3),  # prompts
+        sequences.step(1, 7, 1),  # a prompt beside decodes
+        sequences.step(1),
+        sequences.step(30, 1, 1),  # more than the kernels compute
+        sequences.step(*[2] * 8),
+        sequences.step(1, 1, 1, 1, 1, 1, 1, 1),
+        sequences.step(0, 16),
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_those_of_eager_pytorch(name):
+    model = random_model(ALL[name])
+    plans = plans_for(model.args)
+    expected = logits_of(runner_of(model, CONFIG), plans)
+    actual = logits_of(compiled_runner_of(model, CONFIG), plans)
+    assert max(plan_tokens(plan) for plan in plans) > MAX_TOKENS
+    for one, two in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def plan_tokens(plan):
+    return sum(len(chunk.tokens) for chunk in plan.chunks)
+
+
+@pytest.mark.parametrize("name", ["gqa", "biases everywhere", "head norms, wide heads"])
+def test_in_bfloat16_logits_are_as_close_to_float32_as_eager_pytorchs(name):
+    model = random_model(ALL[name])
+    plans = plans_for(model.args)
+    exact = logits_of(runner_of(model, CONFIG), plans)
+    error = {}
+    for make in (runner_of, compiled_runner_of):
+        logits = logits_of(make(model, CONFIG, dtype=torch.bfloat16), plans)
+        error[make] = torch.cat([(one - two).abs().flatten() for one, two in zip(logits, exact, strict=True)]).mean()
+    assert error[compiled_runner_of] < 1.1 * error[runner_of]
+
+
+def test_the_steps_of_few_tokens_run_in_the_kernels(monkeypatch):
+    model = random_model(MODELS["gqa"])
+    runner = compiled_runner_of(model, CONFIG)
+    eager, forward = [], runner.model._model.forward
+    monkeypatch.setattr(
+        runner.model._model, "forward", lambda batch, cache: eager.append(batch) or forward(batch, cache)
+    )
+    sequences = Sequences(CONFIG, model.args.vocab_size)
+    runner.execute(sequences.step(*[2] * 8))
+    assert not eager
+    runner.execute(sequences.step(MAX_TOKENS + 1))
+    assert len(eager) == 1
+
+
+def test_contexts_of_several_parts_are_merged():
+    """Attention is computed in parts of 512 keys."""
+    config = EngineConfig(max_seq_len=2048, max_batch_size=2, max_batched_tokens=1024, page_size=16)
+    model = random_model(MODELS["gqa"])
+    sequences = Sequences(config, model.args.vocab_size)
+    plans = [
+        sequences.step(505, 1020, num_logits=1),
+        sequences.step(1, 1),
+        sequences.step(8, 8),  # crosses the 512th and the 1024th key
+        sequences.step(900, num_logits=1),
+        sequences.step(1, 1),
+    ]
+    expected = logits_of(runner_of(model, config), plans)
+    for one, two in zip(logits_of(compiled_runner_of(model, config), plans), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gqa", "tied", "linear rope scaling, narrow heads"])
+def test_in_deterministic_mode_logits_do_not_depend_on_the_rest_of_the_step(name, dtype):
+    config = EngineConfig(max_seq_len=128, max_batch_size=8, page_size=4, deterministic=True)
+    model = random_model(ALL[name])
+    tokens = tuple(random.Random(1).choices(range(model.args.vocab_size), k=40))
+    pages = tuple((0, index, index) for index in range(10))
+    alone = compiled_runner_of(model, config, dtype=dtype)
+    plan = StepPlan(1, (Chunk(0, 0, tokens, len(tokens)),), pages)
+    together = compiled_runner_of(model, config, dtype=dtype, num_threads=3)
+    (expected,) = logits_of(alone, [plan])
+    found = []
+    for start in range(40):  # one by one, beside another sequence's prompt
+        others = Chunk(1, 2 * start, tokens[:2], 0)
+        updates = tuple(page for page in pages if page[1] * 4 == start)
+        updates += tuple((1, index, 20 + index) for index in range(20) if index * 2 == start)
+        found += logits_of(together, [StepPlan(1, (Chunk(0, start, tokens[start : start + 1], 1), others), updates)])
+    assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_number_of_threads_changes_nothing(num_threads):
+    model = random_model(MODELS["gqa"])
+    plans = plans_for(model.args)
+    expected = logits_of(compiled_runner_of(model, CONFIG), plans)
+    actual = logits_of(compiled_runner_of(model, CONFIG, num_threads=num_threads), plans)
+    for plan, one, two in zip(plans, actual, expected, strict=True):
+        assert plan_tokens(plan) > MAX_TOKENS or torch.equal(one, two)
+
+
+def test_a_sequence_with_non_finite_states_spoils_no_other():
+    model = random_model(MODELS["mha"])
+    with torch.no_grad():
+        model.tok_embeddings.weight[7] = float("inf")
+    runner = compiled_runner_of(model, CONFIG)
+    bad = Chunk(0, 0, (7,), 1)
+    good = Chunk(1, 0, (1, 2, 3), 1)
+    (alone,) = logits_of(compiled_runner_of(model, CONFIG), [StepPlan(1, (good,), ((1, 0, 1),))])
+    (both,) = logits_of(runner, [StepPlan(1, (bad, good), ((0, 0, 0), (1, 0, 1)))])
+    assert both[0].isnan().any()
+    assert torch.equal(both[1], alone[0])
+    assert runner.cache.memory().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mha", "tied"])
+def test_greedy_tokens_are_those_of_eager_pytorch(name):
+    model = random_model(MODELS[name])
+    prompts = [[1, 2, 3], list(range(4, 60)), [9]]
+    params = SamplingParams(max_new_tokens=40, temperature=0)
+    eager, compiled = (
+        Engine(make(model, CONFIG), SingleComm(), CONFIG).generate(prompts, params)
+        for make in (runner_of, compiled_runner_of)
+    )
+    assert [one.token_ids for one in compiled] == [one.token_ids for one in eager]
+
+
+SHAPES = [(8, 32), (1, 64), (37, 96), (300, 576), (16, 1088)]
+FORMS = ["float32", "bfloat16", "int8", "int8_groups", "int4", "int4, float32 offsets"]
+
+
+def weight_of(form, rows, columns):
+    torch.manual_seed(rows + columns)
+    weight = torch.randn(rows, columns)
+    if form in ("float32", "bfloat16"):
+        return weight.to(getattr(torch, form))
+    quantized = quantize(weight, form.partition(",")[0])
+    if "," in form:
+        quantized = QuantizedWeight(quantized.weight, quantized.scales, quantized.offsets.float() * 1.001)
+    return quantized
+
+
+def dense(weight):
+    return dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_that_of_the_dense_matrix(form, num_tokens, shape):
+    weight = weight_of(form, *shape)
+    x, bias = torch.randn(num_tokens, shape[1]), torch.randn(shape[0])
+    expected = x @ dense(weight).t() + bias
+    exact = kernels().multiply(weight, bias, x, in_bfloat16=False)
+    torch.testing.assert_close(exact, expected, rtol=1e-4, atol=2e-4)
+    rounded = kernels().multiply(weight, bias, x, in_bfloat16=True)
+    error = (rounded - expected).abs().max() / expected.abs().mean()
+    assert error < 0.05  # two roundings to 8 bits in each product
+
+
+@pytest.mark.parametrize("columns", [6, 31, 33, 65, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 9])
+def test_a_dense_product_may_have_any_number_of_columns(columns, dtype, num_tokens):
+    torch.manual_seed(columns)
+    weight, x = torch.randn(13, columns).to(dtype), torch.randn(num_tokens, columns)
+    for in_bfloat16 in (False, True):
+        y = kernels().multiply(weight, None, x.bfloat16().float(), in_bfloat16=in_bfloat16)
+        torch.testing.assert_close(y, x.bfloat16().float() @ weight.float().t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+def test_many_tokens_are_multiplied_with_widened_weights(form):
+    weight = weight_of(form, 300, 576)
+    x = torch.randn(40, 576).bfloat16()
+    bias = torch.randn(300).bfloat16()
+    layer = WidenedLinear(weight, bias, kernels())
+    expected = torch.nn.functional.linear(x, dense(weight).bfloat16(), bias)
+    torch.testing.assert_close(layer(x), expected, rtol=0.01, atol=0.1)
+    wide = torch.empty(300, 576, dtype=torch.bfloat16)
+    kernels().widen(layer._struct, slice(0, 300), wide)
+    assert torch.equal(wide, dequantize(weight, torch.bfloat16))
