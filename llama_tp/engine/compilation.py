@@ -42,8 +42,7 @@ class Compilation:
             if build.error is None:
                 return Compilation(build, config)
             reason = build.error
-            if config.compile != True:  # noqa: E712
-                log.info("decode steps are not compiled: %s", reason)
+            log.info("decode steps are not compiled: %s", reason)
         if config.compile is True:
             raise ValueError(f"compile=True: {reason}, or set compile to auto")
         return None
@@ -59,14 +58,13 @@ class Compilation:
 
         In deterministic mode, too, they are waited for: results would differ before and after.
         """
-        if self._config.compile is True or self._config.deterministic:
-            self._build.wait()
         if not self._settle(runner):
             runner.before_step = lambda: self._settle(runner)
 
     def _settle(self, runner: ModelRunner) -> bool:
         """Whether it is settled which kernels compute."""
-        path = self._build.library()
+        may_wait = self._config.compile is True or self._config.deterministic
+        path = self._build.wait() if may_wait else self._build.library()
         if path is None and self._build.error is None:
             return False
         model = runner.model
@@ -76,8 +74,6 @@ class Compilation:
                 kernels = Kernels(path, torch.get_num_threads())
             except (OSError, AttributeError) as error:
                 self._build.discard(str(error))
-                if self._config.compile is True or self._config.deterministic:
-                    self._build.wait()
                 return self._settle(runner)
             use_kernels(runner, model, kernels, self._config)
             log.info("decode steps run as compiled kernels (%s)", path)
