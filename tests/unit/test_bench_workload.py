@@ -289,10 +289,12 @@ def test_apis_are_chosen_by_name():
 
 
 def test_both_sides_are_configured_alike():
-    setup = Setup(checkpoint="c", tokenizer="x/tokenizer.model", max_batch_size=5, max_batched_tokens=64, threads=2)
+    sizes = {"max_batch_size": 5, "max_batched_tokens": 64, "threads": 2}
+    setup = Setup(checkpoint="c", tokenizer="x/tokenizer.model", **sizes, compile=False)
     config = ModelConfig.of(model_config(setup, Load(requests=300), 384))
     assert (config.batchSize, config.handler.max_batch_size, config.handler.max_batched_tokens) == (5, 5, 64)
     assert (config.handler.max_seq_len, config.torchrun.OMP_NUMBER_THREADS) == (384, 2)
+    assert config.handler.compile is False
     assert config.jobQueueSize >= 300
 
 

@@ -240,7 +240,10 @@ def test_an_option_that_is_true_false_or_a_word_may_be_written_as_people_do(run,
     assert type(seen[0]) is type(value)
 
 
-@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("bench", "engine"), ("bench", "load")])
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "Hello"), ("chat",), ("bench", "engine"), ("bench", "load"), ("bench", "quality")],
+)
 def test_compile_is_checked_by_every_command_that_runs_an_engine(run, checkpoint, command):
     words = list(command)
     words.insert(1 + (command[0] == "bench"), str(checkpoint))

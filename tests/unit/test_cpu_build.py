@@ -124,10 +124,10 @@ def test_units_and_headers_become_one_library_with_openmp(real, cache, files):
     assert left_in(cache) == [library.parent.name]
 
 
-def test_it_is_compiled_at_low_priority(real, cache, files, fake):
-    compiler = fake(f'nice > "$0.nice"; exec {real} "$@"')
+def test_it_is_compiled_at_low_priority_and_is_the_first_to_go_if_memory_runs_out(real, cache, files, fake):
+    compiler = fake(f'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; exec {real} "$@"')
     finished(start(files))
-    assert compiler.with_name("fake.nice").read_text() == "19\n"
+    assert compiler.with_name("fake.seen").read_text() == "19\n1000\n"
 
 
 def test_what_the_cache_has_is_there_at_once_and_starts_no_process(real, cache, files, monkeypatch):
@@ -352,11 +352,25 @@ def test_the_compiler_dies_with_the_process_that_started_the_build(cache, files,
     assert wait_until(lambda: left_in(cache) == [])
 
 
-@pytest.mark.parametrize("end", [lambda build: build.close(), lambda build: build._process.terminate()])
-def test_a_build_that_is_ended_leaves_neither_process_nor_file(cache, files, fake, end):
-    compiler = fake("sleep 1000 & touch $out; wait")
+def test_a_process_that_does_not_react_keeps_nobody_waiting(cache, files, fake, monkeypatch):
+    monkeypatch.setattr(build_module, "_CLOSE_S", 0.1)
+    compiler = fake("exec sleep 1000")
     build = start(files)
     assert wait_until(lambda: starts_of(compiler))
+    process = build._process
+    process.send_signal(signal.SIGSTOP)
+    build.close()
+    assert process.wait(PATIENCE_S) == -signal.SIGKILL
+    assert wait_until(lambda: not is_running(starts_of(compiler)[0]))
+
+
+@pytest.mark.parametrize("end", [lambda build: build.close(), lambda build: build._process.terminate()])
+def test_a_build_that_is_ended_leaves_neither_process_nor_file(cache, files, fake, end):
+    compiler = fake('touch $out "$TMPDIR/a.s"; echo $TMPDIR > "$0.tmp"; sleep 1000 & wait')
+    build = start(files)
+    assert wait_until(lambda: compiler.with_name("fake.tmp").exists())
+    assert wait_until(lambda: compiler.with_name("fake.tmp").read_text())
+    assert Path(compiler.with_name("fake.tmp").read_text().strip()).is_relative_to(cache)
     end(build)
     assert wait_until(lambda: not is_running(starts_of(compiler)[0]))
     assert wait_until(lambda: left_in(cache) == [])

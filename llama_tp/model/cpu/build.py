@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
 """How long a compiler may do nothing before it is ended."""
+_CLOSE_S = 5.0
 _PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
 
 
@@ -87,7 +88,10 @@ class Build:
                 with suppress(OSError):
                     assert pipe is not None
                     pipe.close()  # at the end of its stdin the process ends, and the compiler with it
-            process.wait()
+            try:
+                process.wait(_CLOSE_S)
+            except subprocess.TimeoutExpired:  # it was stopped, or its disk does not answer
+                process.kill()
         temporary, self._temporary = self._temporary, None
         if temporary is not None:
             with suppress(OSError):

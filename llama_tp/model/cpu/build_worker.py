@@ -70,6 +70,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes stdin
     signal.signal(signal.SIGTERM, _exit)
     os.nice(19)
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, end this and not a server
     job = Job.of_line(sys.stdin.buffer.readline())
     try:
         result = {"library": str(compiled(job))}
