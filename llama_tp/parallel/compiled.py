@@ -100,10 +100,9 @@ class CompiledTransformer(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> Output:
         """As Transformer.forward."""
         layout = batch.attention
-        if not isinstance(layout, KernelStep):
-            output: Output = self._model(batch, cache)
-            return output
         x = self._model.tok_embeddings(batch.tokens).float()  # (T, D), the residual stream
+        if not isinstance(layout, KernelStep):
+            return self._by_layers(x, batch, cache)
         is_finite = torch.empty(x.size(0), dtype=torch.bool)
         num_sampled = batch.sampled.numel()
         logits = torch.empty(num_sampled, self._num_logits)
@@ -128,6 +127,29 @@ class CompiledTransformer(nn.Module):
         if not num_sampled:
             return Output(None, is_finite)
         return Output(self._gather(logits), is_finite)
+
+    def _by_layers(self, x: Tensor, batch: Batch, cache: KVCache) -> Output:
+        """A step of many tokens: PyTorch's matrix products and attention, and the kernels between them."""
+        kernels = self._kernels
+        y: Tensor | None = None  # to be added to x
+        for block, layer_cache in zip(self._model.layers, cache.layers, strict=True):
+            attention, feed_forward = _fused(cast(TransformerBlock, block))
+            norm, ffn_norm = cast(Norm, block.attention_norm), cast(Norm, block.ffn_norm)
+            num_heads, num_kv_heads = attention.split  # with queries or keys; with values
+            h = kernels.add_and_normalize(x, y, norm, zero_nonfinite=True)
+            qkv = attention.wqkv(h)
+            kernels.rotate(qkv, num_heads, attention.head_dim, batch.rope, attention.qk_norm)
+            qk, v = qkv.unflatten(-1, (-1, attention.head_dim)).split((num_heads, num_kv_heads), dim=1)
+            q, k = qk.split((num_heads - num_kv_heads, num_kv_heads), dim=1)
+            y = attention.wo(batch.attention(q, k, v, layer_cache).flatten(1))
+            h = kernels.add_and_normalize(x, y, ffn_norm)
+            y = feed_forward.w2(kernels.gate(feed_forward.w13(h)))
+        if y is not None:
+            x += y
+        is_finite = x.isfinite().all(dim=-1)
+        if batch.sampled.numel() == 0:
+            return Output(None, is_finite)
+        return Output(self._model.output(self._model.norm(x[batch.sampled])).float(), is_finite)
 
     def _run_sharded(self, x: Tensor, step: StepStruct) -> None:
         """The same in pieces, each followed by a sum over the ranks."""

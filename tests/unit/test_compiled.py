@@ -93,18 +93,16 @@ def test_in_bfloat16_logits_are_as_close_to_float32_as_eager_pytorchs(name):
     assert error[compiled_runner_of] < 1.1 * error[runner_of]
 
 
-def test_the_steps_of_few_tokens_run_in_the_kernels(monkeypatch):
+def test_only_steps_of_many_tokens_run_layer_by_layer(monkeypatch):
     model = random_model(MODELS["gqa"])
     runner = compiled_runner_of(model, CONFIG)
-    eager, forward = [], runner.model._model.forward
-    monkeypatch.setattr(
-        runner.model._model, "forward", lambda batch, cache: eager.append(batch) or forward(batch, cache)
-    )
+    layered, by_layers = [], runner.model._by_layers
+    monkeypatch.setattr(runner.model, "_by_layers", lambda x, *rest: layered.append(len(x)) or by_layers(x, *rest))
     sequences = Sequences(CONFIG, model.args.vocab_size)
     runner.execute(sequences.step(*[2] * 8))
-    assert not eager
+    assert not layered
     runner.execute(sequences.step(MAX_TOKENS + 1))
-    assert len(eager) == 1
+    assert layered == [MAX_TOKENS + 1]
 
 
 def test_contexts_of_several_parts_are_merged():

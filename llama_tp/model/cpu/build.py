@@ -26,7 +26,7 @@ _CLOSE_S = 5.0
 _PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
 
 
-_KERNELS = ("step.cpp", "attention.h", "layer.h", "linear.h", "simd.h", "team.h")
+_KERNELS = ("step.cpp", "attention.h", "elementwise.h", "layer.h", "linear.h", "simd.h", "team.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
 
 

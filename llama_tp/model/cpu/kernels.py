@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.model.cpu.library import Form, Library, LinearStruct
+from llama_tp.model.norm import HeadNorm, Norm
 from llama_tp.model.quantization import QuantizedWeight
 
 _FORMS = {"int8": Form.INT8, "int8_groups": Form.INT8_GROUPS, "int4": Form.INT4}
@@ -31,6 +32,46 @@ class Kernels:
         x = x.contiguous()
         self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), in_bfloat16, y.data_ptr())
         return y
+
+    def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:
+        """x (T, D) in float32 += y, if given; then its norm, in the norm's dtype, which is y's.
+
+        zero_nonfinite: replace NaN and infinities by zero.
+        """
+        out = torch.empty(x.shape, dtype=norm.dtype)
+        self.library.add_and_normalize(
+            self.team,
+            norm.dtype == torch.bfloat16,
+            *x.shape,
+            x.data_ptr(),
+            None if y is None else y.data_ptr(),
+            norm.weight.data_ptr(),
+            norm.eps,
+            zero_nonfinite,
+            out.data_ptr(),
+        )
+        return out
+
+    def rotate(self, qkv: Tensor, num_heads: int, head_dim: int, rope: Tensor, norm: HeadNorm | None) -> None:
+        """Rotate the first heads of each row of qkv (T, ...), in place, after their norms if there are any."""
+        self.library.rotate(
+            self.team,
+            qkv.dtype == torch.bfloat16,
+            qkv.size(0),
+            num_heads,
+            head_dim,
+            qkv.size(1),
+            qkv.data_ptr(),
+            None if norm is None else norm.weight.data_ptr(),
+            0.0 if norm is None else norm.eps,
+            rope.data_ptr(),
+        )
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """SwiGLU: silu of the first half of each row of gate_up (T, 2 F) times the second, (T, F)."""
+        out = gate_up.new_empty(gate_up.size(0), gate_up.size(1) // 2)
+        self.library.gate(self.team, out.dtype == torch.bfloat16, *out.shape, gate_up.data_ptr(), out.data_ptr())
+        return out
 
     def widen(self, weight: LinearStruct, rows: slice, out: Tensor) -> None:
         """Write these rows of a quantized matrix to out, bfloat16 (rows, columns)."""

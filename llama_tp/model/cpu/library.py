@@ -96,5 +96,10 @@ class Library:
         self.multiply = function(
             "multiply", None, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
         )
+        self.add_and_normalize = function(
+            "add_and_normalize", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 3, c_float, c_int32, c_void_p
+        )
+        self.rotate = function("rotate", None, c_void_p, *[c_int32] * 5, *[c_void_p] * 2, c_float, c_void_p)
+        self.gate = function("gate", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 2)
         self.widen = function("widen", None, c_void_p, POINTER(LinearStruct), c_int64, c_int64, c_void_p)
         self.keys_per_part: int = function("keys_per_part", c_int32)()

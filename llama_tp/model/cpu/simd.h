@@ -139,6 +139,9 @@ inline float largest(vf v) {
 }
 #endif
 
+// NaN and infinities become 0.
+inline vf finite_or_zero(vf x) { return (vf)((vi)x & ((vf)((vi)x & 0x7fffffff) < HUGE_VALF)); }
+
 // bfloat16: the upper half of a float.
 inline vf even_bf16(vu pairs) { return (vf)(pairs << 16); }
 inline vf odd_bf16(vu pairs) { return (vf)(pairs & 0xffff0000u); }

@@ -3,7 +3,7 @@
 //
 // Legend: T tokens, D model dim, H heads, K kv heads, G = H / K, d head dim, F hidden dim, S sampled tokens.
 
-#include "attention.h"
+#include "elementwise.h"
 #include "layer.h"
 #include "team.h"
 
@@ -148,9 +148,7 @@ class Context : public Job {
             prepare(layer.wqkv, step_.num_tokens, scratch, [&](int token) {
                 const float* row = normalized(token, layer.attention_norm, scratch);
                 // A NaN in the cache would reach every reader of its slot, even with a weight of zero.
-                for (int k = 0; k < model_.dim; ++k) {
-                    if (!std::isfinite(row[k])) scratch.row[k] = 0.0f;
-                }
+                for (int k = 0; k < model_.dim; ++k) scratch.row[k] = std::isfinite(row[k]) ? row[k] : 0.0f;
                 return row;
             });
         }
@@ -361,6 +359,20 @@ class Context : public Job {
 
 }  // namespace llama_tp
 
+namespace {
+
+// Calls work with the format of activations.
+template <class Work>
+void with_format(bool is_bfloat16, Work work) {
+    if (is_bfloat16) {
+        work(llama_tp::BFloat16Cache());
+    } else {
+        work(llama_tp::Float32Cache());
+    }
+}
+
+}  // namespace
+
 extern "C" {
 
 int32_t llama_tp_keys_per_part() { return llama_tp::kPart; }
@@ -379,6 +391,47 @@ void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* 
     auto& threads = *static_cast<llama_tp::Team*>(team);
     llama_tp::Product product(*linear, x, tokens, in_bfloat16, y, threads.num_threads());
     threads.run(product, 0, 1);
+}
+
+// The following work on T tokens whose activations are bfloat16 or float32.
+
+// x (T, dim) += y, if there is one; then to = RMSNorm(x), in y's format.
+void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t tokens, int32_t dim, float* x, const void* y,
+                                const float* weight, float eps, int32_t zero_nonfinite, void* to) {
+    with_format(is_bfloat16, [=](auto format) {
+        using Number = typename decltype(format)::Number;
+        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            const Number* added = y == nullptr ? nullptr : (const Number*)y + token * dim;
+            llama_tp::add_and_normalize<decltype(format)>(x + token * dim, added, weight, dim, eps, zero_nonfinite,
+                                                          (Number*)to + token * dim);
+        });
+    });
+}
+
+// The first `heads` heads of each row of qkv (T, stride), normalized if norms (heads, dim) are given, and rotated.
+void llama_tp_rotate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t heads, int32_t dim, int32_t stride, void* qkv,
+                     const float* norms, float eps, const float* rope) {
+    with_format(is_bfloat16, [=](auto format) {
+        using Number = typename decltype(format)::Number;
+        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            for (int64_t head = 0; head < heads; ++head) {
+                llama_tp::rotate_head<decltype(format)>((Number*)qkv + token * stride + head * dim,
+                                                        norms == nullptr ? nullptr : norms + head * dim,
+                                                        rope + token * dim, dim, eps);
+            }
+        });
+    });
+}
+
+// to (T, hidden) = silu(gate) * up, for gate_up (T, 2 * hidden).
+void llama_tp_gate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t hidden, const void* gate_up, void* to) {
+    with_format(is_bfloat16, [=](auto format) {
+        using Number = typename decltype(format)::Number;
+        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            const Number* gate = (const Number*)gate_up + token * 2 * hidden;
+            llama_tp::gate<decltype(format)>(gate, gate + hidden, hidden, (Number*)to + token * hidden);
+        });
+    });
 }
 
 void llama_tp_widen(void* team, const llama_tp::Linear* linear, int64_t begin, int64_t end, uint16_t* to) {
