@@ -134,7 +134,12 @@ def transformers_twin(model: Transformer) -> Any:
 
 
 def compiled_runner_of(
-    model: Transformer, config: EngineConfig, *, dtype: torch.dtype = torch.float32, num_threads: int = 2
+    model: Transformer,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_threads: int = 2,
+    chosen: Kernels | None = None,
 ) -> ModelRunner:
     """As `runner_of`, with steps of few tokens computed by the compiled kernels."""
     twin = Transformer(model.args).requires_grad_(False)
@@ -146,7 +151,7 @@ def compiled_runner_of(
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    use_kernels(runner, local, kernels(num_threads), config)
+    use_kernels(runner, local, chosen or kernels(num_threads), config)
     return runner
 
 

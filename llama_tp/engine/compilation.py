@@ -91,7 +91,7 @@ def use_kernels(runner: ModelRunner, model: Transformer, kernels: Kernels, confi
     compiled = CompiledTransformer(
         model, cache, kernels, max_seq_len=config.max_seq_len, deterministic=config.deterministic
     )
-    runner.use_kernels(compiled, lambda backend: KernelBackend(backend, cache, kernels.library.keys_per_part))
+    runner.use_kernels(compiled, KernelBackend(cache, kernels.library))
 
 
 def _why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:

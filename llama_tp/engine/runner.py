@@ -73,11 +73,11 @@ class ModelRunner:
         self.before_step: Callable[[], bool] | None = None
         """Called before each step until it returns True."""
 
-    def use_kernels(self, model: CompiledTransformer, wrap: Callable[[AttentionBackend], AttentionBackend]) -> None:
+    def use_kernels(self, model: CompiledTransformer, attention: AttentionBackend) -> None:
         """Compute later steps with compiled kernels. A token's results do not depend on the others of its step, so that
         in deterministic mode tiles need no padding."""
         self.model = model
-        self._attention = wrap(self._attention)
+        self._attention = attention
         self._tile_padding = 0
         self._guess = None
 

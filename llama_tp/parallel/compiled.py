@@ -1,4 +1,5 @@
-"""A localized model whose steps of few tokens are computed by compiled kernels, all others as before.
+"""A localized model that computes with compiled kernels: steps of few tokens as a whole, of others what is not a matrix
+product.
 
 Legend: T tokens, D model dim, S sampled tokens, V vocabulary.
 """
@@ -71,11 +72,12 @@ class CompiledTransformer(nn.Module):
         self._dtype = cache.dtype
         layers = (LayerStruct * len(blocks))(*map(self._layer, blocks))
         num_qk_heads, num_kv_heads = attention.split
+        self._num_heads = num_qk_heads - num_kv_heads
         memory = cache.memory()
         struct = ModelStruct(
             dim=model.args.dim,
             hidden=feed_forward.w13.out_features // 2,
-            heads=num_qk_heads - num_kv_heads,
+            heads=self._num_heads,
             kv_heads=num_kv_heads,
             head_dim=model.args.head_dim,
             layers=len(blocks),
@@ -100,26 +102,17 @@ class CompiledTransformer(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> Output:
         """As Transformer.forward."""
         layout = batch.attention
+        assert isinstance(layout, KernelStep)
         x = self._model.tok_embeddings(batch.tokens).float()  # (T, D), the residual stream
-        if not isinstance(layout, KernelStep):
-            return self._by_layers(x, batch, cache)
+        step = StepStruct(num_tokens=x.size(0), x=x.data_ptr(), rope=batch.rope.data_ptr())
+        layout.fill(step)
+        if not layout.is_whole:
+            return self._by_layers(x, batch, step)
         is_finite = torch.empty(x.size(0), dtype=torch.bool)
         num_sampled = batch.sampled.numel()
         logits = torch.empty(num_sampled, self._num_logits)
-        step = StepStruct(
-            num_tokens=x.size(0),
-            num_sequences=layout.num_sequences,
-            num_sampled=num_sampled,
-            num_units=layout.num_units,
-            x=x.data_ptr(),
-            rope=batch.rope.data_ptr(),
-            sequences=layout.sequences.buffer_info()[0],
-            ranges=layout.ranges.buffer_info()[0],
-            units=layout.units.buffer_info()[0],
-            sampled=batch.sampled.data_ptr(),
-            logits=logits.data_ptr(),
-            is_finite=is_finite.data_ptr(),
-        )
+        step.num_sampled, step.sampled = num_sampled, batch.sampled.data_ptr()
+        step.logits, step.is_finite = logits.data_ptr(), is_finite.data_ptr()
         if self._comm.size == 1:
             self._kernels.library.run(self._context, step, 0, self._num_phases + PHASES_OF_OUTPUT)
         else:
@@ -128,21 +121,17 @@ class CompiledTransformer(nn.Module):
             return Output(None, is_finite)
         return Output(self._gather(logits), is_finite)
 
-    def _by_layers(self, x: Tensor, batch: Batch, cache: KVCache) -> Output:
-        """A step of many tokens: PyTorch's matrix products and attention, and the kernels between them."""
+    def _by_layers(self, x: Tensor, batch: Batch, step: StepStruct) -> Output:
+        """A step of many tokens: PyTorch's matrix products, and the kernels between them."""
         kernels = self._kernels
         y: Tensor | None = None  # to be added to x
-        for block, layer_cache in zip(self._model.layers, cache.layers, strict=True):
+        for index, block in enumerate(self._model.layers):
             attention, feed_forward = _fused(cast(TransformerBlock, block))
             norm, ffn_norm = cast(Norm, block.attention_norm), cast(Norm, block.ffn_norm)
-            num_heads, num_kv_heads = attention.split  # with queries or keys; with values
-            h = kernels.add_and_normalize(x, y, norm, zero_nonfinite=True)
-            qkv = attention.wqkv(h)
-            kernels.rotate(qkv, num_heads, attention.head_dim, batch.rope, attention.qk_norm)
-            qk, v = qkv.unflatten(-1, (-1, attention.head_dim)).split((num_heads, num_kv_heads), dim=1)
-            q, k = qk.split((num_heads - num_kv_heads, num_kv_heads), dim=1)
-            y = attention.wo(batch.attention(q, k, v, layer_cache).flatten(1))
-            h = kernels.add_and_normalize(x, y, ffn_norm)
+            qkv = attention.wqkv(kernels.add_and_normalize(x, y, norm, zero_nonfinite=True))
+            out = qkv.new_empty(x.size(0), self._num_heads * attention.head_dim)
+            kernels.library.attend(self._context, index, step, qkv.data_ptr(), out.data_ptr())
+            h = kernels.add_and_normalize(x, attention.wo(out), ffn_norm)
             y = feed_forward.w2(kernels.gate(feed_forward.w13(h)))
         if y is not None:
             x += y

@@ -12,6 +12,8 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.cpu.attention import MAX_TOKENS
+from llama_tp.model.cpu.build import build_kernels
+from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.cpu.linear import WidenedLinear
 from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
 from llama_tp.parallel.comm import SingleComm
@@ -67,11 +69,11 @@ def plans_for(args, config=CONFIG):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_logits_are_those_of_eager_pytorch(name):
+def test_logits_are_those_of_eager_pytorch(any_kernels, name):
     model = random_model(ALL[name])
     plans = plans_for(model.args)
     expected = logits_of(runner_of(model, CONFIG), plans)
-    actual = logits_of(compiled_runner_of(model, CONFIG), plans)
+    actual = logits_of(compiled_runner_of(model, CONFIG, chosen=any_kernels), plans)
     assert max(plan_tokens(plan) for plan in plans) > MAX_TOKENS
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
@@ -179,6 +181,19 @@ def test_greedy_tokens_are_those_of_eager_pytorch(name):
 
 
 SHAPES = [(8, 32), (1, 64), (37, 96), (300, 576), (16, 1088)]
+
+
+@pytest.fixture(scope="module", params=["native", "avx2"])
+def any_kernels(request):
+    """Of this machine, and as they are compiled on one that only has AVX2."""
+    if request.param == "native":
+        return kernels()
+    build = build_kernels("-mno-avx512f")
+    path = build.wait()
+    assert path is not None, build.error
+    return Kernels(path, 2)
+
+
 FORMS = ["float32", "bfloat16", "int8", "int8_groups", "int4", "int4, float32 offsets"]
 
 
@@ -200,13 +215,13 @@ def dense(weight):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 8, 16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_that_of_the_dense_matrix(form, num_tokens, shape):
+def test_a_product_is_that_of_the_dense_matrix(any_kernels, form, num_tokens, shape):
     weight = weight_of(form, *shape)
     x, bias = torch.randn(num_tokens, shape[1]), torch.randn(shape[0])
     expected = x @ dense(weight).t() + bias
-    exact = kernels().multiply(weight, bias, x, in_bfloat16=False)
+    exact = any_kernels.multiply(weight, bias, x, in_bfloat16=False)
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=2e-4)
-    rounded = kernels().multiply(weight, bias, x, in_bfloat16=True)
+    rounded = any_kernels.multiply(weight, bias, x, in_bfloat16=True)
     error = (rounded - expected).abs().max() / expected.abs().mean()
     assert error < 0.05  # two roundings to 8 bits in each product
 
@@ -214,22 +229,22 @@ def test_a_product_is_that_of_the_dense_matrix(form, num_tokens, shape):
 @pytest.mark.parametrize("columns", [6, 31, 33, 65, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 3, 9])
-def test_a_dense_product_may_have_any_number_of_columns(columns, dtype, num_tokens):
+def test_a_dense_product_may_have_any_number_of_columns(any_kernels, columns, dtype, num_tokens):
     torch.manual_seed(columns)
     weight, x = torch.randn(13, columns).to(dtype), torch.randn(num_tokens, columns)
     for in_bfloat16 in (False, True):
-        y = kernels().multiply(weight, None, x.bfloat16().float(), in_bfloat16=in_bfloat16)
+        y = any_kernels.multiply(weight, None, x.bfloat16().float(), in_bfloat16=in_bfloat16)
         torch.testing.assert_close(y, x.bfloat16().float() @ weight.float().t(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS[2:])
-def test_many_tokens_are_multiplied_with_widened_weights(form):
+def test_many_tokens_are_multiplied_with_widened_weights(any_kernels, form):
     weight = weight_of(form, 300, 576)
     x = torch.randn(40, 576).bfloat16()
     bias = torch.randn(300).bfloat16()
-    layer = WidenedLinear(weight, bias, kernels())
+    layer = WidenedLinear(weight, bias, any_kernels)
     expected = torch.nn.functional.linear(x, dense(weight).bfloat16(), bias)
     torch.testing.assert_close(layer(x), expected, rtol=0.01, atol=0.1)
     wide = torch.empty(300, 576, dtype=torch.bfloat16)
-    kernels().widen(layer._struct, slice(0, 300), wide)
+    any_kernels.widen(layer._struct, slice(0, 300), wide)
     assert torch.equal(wide, dequantize(weight, torch.bfloat16))

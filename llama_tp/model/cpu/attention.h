@@ -4,6 +4,7 @@
 // of a position are always the same, so its result does not depend on how the sequence is batched.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "simd.h"
@@ -129,13 +130,16 @@ inline void add_values(const float* weights, int weight_stride, const typename C
 }
 
 constexpr int kScoreStride = kPart + 2 * W;
+constexpr int kQueries = 4;  // that share reading a key
 
-// G queries over keys begin .. end - 1 (one part). q: (G, q_stride), in the cache's order. keys, values: of this kv
-// head. scores: G * kScoreStride numbers.
+// G queries over one part of the keys: query g over keys begin .. min(ends[g], begin + kPart) - 1. q: (G, q_stride), in
+// the cache's order. keys, values: of this kv head. scores: G * kScoreStride numbers.
 template <class C, int G>
 void attend(const float* q, int q_stride, const typename C::Number* keys, const typename C::Number* values,
-            const SlotRange* ranges, int begin, int end, int dim, float scale, float* scores, const Partial* out) {
-    const int count = end - begin, whole = round_up(count, W);
+            const SlotRange* ranges, int begin, const int (&ends)[G], int dim, float scale, float* scores,
+            const Partial (&out)[G]) {
+    const int end = std::min(*std::max_element(ends, ends + G), begin + kPart);
+    const int whole = round_up(end - begin, W);
     visit_slots(ranges, begin, end, [&](int position, int64_t slot, int length) {
         for (int64_t at = 0; at < int64_t(length) * dim; at += 64 / sizeof(typename C::Number)) {
             __builtin_prefetch(values + slot * dim + at);
@@ -145,12 +149,14 @@ void attend(const float* q, int q_stride, const typename C::Number* keys, const 
     float* sums[G];
     for (int g = 0; g < G; ++g) {
         float* row = scores + g * kScoreStride;
+        const int count = std::clamp(ends[g] - begin, 0, end - begin);
         for (int key = count; key < whole; ++key) row[key] = -std::numeric_limits<float>::infinity();
         vf most = splat(-std::numeric_limits<float>::infinity());
-        for (int key = 0; key < whole; key += W) most = maximum(most, load<vf>(row + key));
+        for (int key = 0; key < count; key += W) most = maximum(most, load<vf>(row + key));
         const float top = largest(most);
         vf total{};
-        for (int key = 0; key < whole; key += W) {
+        for (int key = round_up(count, W); key < whole; key += W) store(row + key, vf{});
+        for (int key = 0; key < count; key += W) {
             vf weights = exponential(load<vf>(row + key) - top);
             if (key + W > count) weights = weights * load<vf>(kOnesThenZeros + W - (count - key));
             store(row + key, weights);

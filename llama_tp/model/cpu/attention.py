@@ -1,4 +1,4 @@
-"""Lays out steps of few tokens for the compiled kernels: see `llama_tp.model.attention.base`."""
+"""Lays out steps for the compiled kernels: see `llama_tp.model.attention.base`."""
 
 from __future__ import annotations
 
@@ -7,52 +7,60 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llama_tp.model.attention.base import AttentionBackend, SequenceTokens, StepAttention
+from llama_tp.model.attention.base import SequenceTokens
+from llama_tp.model.cpu.library import Library, StepStruct
 from llama_tp.model.kv_cache import KVCache, LayerCache
 
 MAX_TOKENS = 16
-"""Tokens of a step that the kernels compute."""
+"""Tokens of a step that the kernels compute as a whole; of a longer one they compute what is not a matrix product."""
 
 
 class KernelStep:
     """One step's layout: integers that the kernels read."""
 
-    __slots__ = ("num_sequences", "num_units", "ranges", "sequences", "units")
+    __slots__ = ("_blocks", "_ranges", "_table", "_units", "is_whole")
 
-    def __init__(self, sequences: Sequence[SequenceTokens], num_kv_heads: int, keys_per_part: int) -> None:
-        table, ranges, units = array("i"), array("i"), array("i")
+    def __init__(self, sequences: Sequence[SequenceTokens], num_kv_heads: int, library: Library) -> None:
+        self.is_whole = sum(one.num_tokens for one in sequences) <= MAX_TOKENS
+        """Whether the kernels compute all of the step."""
+        # Per sequence: its first token in the step, how many it has, their first position, its first range.
+        self._table = array("i")
+        # Per range of contiguous slots: the first, and how many.
+        self._ranges = array("i")
+        # Units of work. Of whole steps: sequence, kv head, part of the keys. Of others: sequence, first token.
+        self._units, self._blocks = array("i"), array("i")
         first = 0
         for index, one in enumerate(sequences):
             length = one.start + one.num_tokens
-            table.extend((first, one.num_tokens, one.start, len(ranges) // 2))
+            self._table.extend((first, one.num_tokens, one.start, len(self._ranges) // 2))
             for contiguous in one.pages.ranges(length, length):
-                ranges.extend((contiguous.first, contiguous.length))
-            for part in range((length - 1) // keys_per_part + 1):
-                for head in range(num_kv_heads):
-                    units.extend((index, head, part))
+                self._ranges.extend((contiguous.first, contiguous.length))
+            if self.is_whole:
+                for part in range((length - 1) // library.keys_per_part + 1):
+                    for head in range(num_kv_heads):
+                        self._units.extend((index, head, part))
+            else:
+                for token in range(0, one.num_tokens, library.tokens_per_block):
+                    self._blocks.extend((index, token))
             first += one.num_tokens
-        self.num_sequences = len(sequences)
-        self.num_units = len(units) // 3
-        self.sequences = table
-        """For each sequence: its first token in the step, how many it has, their first position, its first range."""
-        self.ranges = ranges
-        """For each range of contiguous slots: the first, and how many."""
-        self.units = units
-        """For each unit of work: sequence, kv head, part of the keys."""
+
+    def fill(self, step: StepStruct) -> None:
+        """Let the struct point to this layout, which must outlive it."""
+        step.num_units, step.num_blocks = len(self._units) // 3, len(self._blocks) // 2
+        step.sequences, step.ranges = self._table.buffer_info()[0], self._ranges.buffer_info()[0]
+        step.units, step.blocks = self._units.buffer_info()[0], self._blocks.buffer_info()[0]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
-        raise AssertionError("the kernels compute this step as a whole")
+        raise AssertionError("only the kernels can compute this step's attention")
 
 
 class KernelBackend:
-    """Lays out steps of up to MAX_TOKENS for the kernels, others for another backend."""
+    """Lays out steps of one cache for the kernels."""
 
-    def __init__(self, other: AttentionBackend, cache: KVCache, keys_per_part: int) -> None:
-        self._other = other
+    def __init__(self, cache: KVCache, library: Library) -> None:
         self._num_kv_heads = cache.num_kv_heads
-        self._keys_per_part = keys_per_part
+        self._library = library
 
-    def prepare(self, sequences: Sequence[SequenceTokens], *, num_padding: int = 0) -> StepAttention:
-        if num_padding or sum(one.num_tokens for one in sequences) > MAX_TOKENS:
-            return self._other.prepare(sequences, num_padding=num_padding)
-        return KernelStep(sequences, self._num_kv_heads, self._keys_per_part)
+    def prepare(self, sequences: Sequence[SequenceTokens], *, num_padding: int = 0) -> KernelStep:
+        assert num_padding == 0
+        return KernelStep(sequences, self._num_kv_heads, self._library)

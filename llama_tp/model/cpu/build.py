@@ -30,9 +30,9 @@ _KERNELS = ("step.cpp", "attention.h", "elementwise.h", "layer.h", "linear.h", "
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
 
 
-def build_kernels() -> Build:
-    """Start to compile the kernels of this folder for this machine, unless the cache has them."""
-    return start_build([Path(__file__).with_name(name) for name in _KERNELS], _FLAGS)
+def build_kernels(*flags: str) -> Build:
+    """Start to compile the kernels of this folder for this machine, unless the cache has them. flags: more of them."""
+    return start_build([Path(__file__).with_name(name) for name in _KERNELS], (*_FLAGS, *flags))
 
 
 class Build:

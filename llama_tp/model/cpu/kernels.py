@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.model.cpu.library import Form, Library, LinearStruct
-from llama_tp.model.norm import HeadNorm, Norm
+from llama_tp.model.norm import Norm
 from llama_tp.model.quantization import QuantizedWeight
 
 _FORMS = {"int8": Form.INT8, "int8_groups": Form.INT8_GROUPS, "int4": Form.INT4}
@@ -51,21 +51,6 @@ class Kernels:
             out.data_ptr(),
         )
         return out
-
-    def rotate(self, qkv: Tensor, num_heads: int, head_dim: int, rope: Tensor, norm: HeadNorm | None) -> None:
-        """Rotate the first heads of each row of qkv (T, ...), in place, after their norms if there are any."""
-        self.library.rotate(
-            self.team,
-            qkv.dtype == torch.bfloat16,
-            qkv.size(0),
-            num_heads,
-            head_dim,
-            qkv.size(1),
-            qkv.data_ptr(),
-            None if norm is None else norm.weight.data_ptr(),
-            0.0 if norm is None else norm.eps,
-            rope.data_ptr(),
-        )
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """SwiGLU: silu of the first half of each row of gate_up (T, 2 F) times the second, (T, F)."""

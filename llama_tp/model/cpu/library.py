@@ -61,10 +61,21 @@ class ModelStruct(Structure):
 
 class StepStruct(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("num_tokens", "num_sequences", "num_sampled", "num_units")),
+        *((name, c_int32) for name in ("num_tokens", "num_sampled", "num_units", "num_blocks")),
         *(
             (name, c_void_p)
-            for name in ("x", "rope", "sequences", "ranges", "units", "sampled", "partial_sums", "logits", "is_finite")
+            for name in (
+                "x",
+                "rope",
+                "sequences",
+                "ranges",
+                "units",
+                "blocks",
+                "sampled",
+                "partial_sums",
+                "logits",
+                "is_finite",
+            )
         ),
     ]
 
@@ -99,7 +110,8 @@ class Library:
         self.add_and_normalize = function(
             "add_and_normalize", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 3, c_float, c_int32, c_void_p
         )
-        self.rotate = function("rotate", None, c_void_p, *[c_int32] * 5, *[c_void_p] * 2, c_float, c_void_p)
+        self.attend = function("attend", None, c_void_p, c_int32, POINTER(StepStruct), c_void_p, c_void_p)
         self.gate = function("gate", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 2)
         self.widen = function("widen", None, c_void_p, POINTER(LinearStruct), c_int64, c_int64, c_void_p)
         self.keys_per_part: int = function("keys_per_part", c_int32)()
+        self.tokens_per_block: int = function("tokens_per_block", c_int32)()

@@ -32,17 +32,20 @@ struct Sequence {
 };
 
 struct Step {
-    int32_t num_tokens, num_sequences, num_sampled, num_units;
+    int32_t num_tokens, num_sampled, num_units, num_blocks;
     float* x;             // (T, D): the residual stream
     const float* rope;    // (T, d / 2, 2): cosine and sine
     const Sequence* sequences;
     const SlotRange* ranges;
-    const int32_t* units; // (units, 3): sequence, kv head, part
+    const int32_t* units; // (units, 3): sequence, kv head, part; of a step of few tokens
+    const int32_t* blocks;// (blocks, 2): sequence, and its token that a block of kBlock begins with; of other steps
     const int64_t* sampled;
     float* partial_sums;  // (T, D): what wo and w2 add to x, if other ranks must add theirs; else null
     float* logits;        // (S, output.rows)
     uint8_t* is_finite;   // (T)
 };
+
+constexpr int kBlock = 16;
 
 enum Phase { kQKV, kAttention, kWO, kW13, kW2, kPhases };
 
@@ -66,12 +69,27 @@ class Context : public Job {
             one.layer.resize(model.max_tokens, stride);
             one.queries.resize(int64_t(kQueries) * head_stride_);
             one.scores.resize(int64_t(kQueries) * kScoreStride);
+            one.sums.resize(int64_t(2 * kQueries) * head_stride_);
         }
     }
 
     void run(const Step& step, int first, int end) {
         step_ = step;
         model_.team->run(*this, first, end);
+    }
+
+    // qkv: the layer's projections; out (T, H, d).
+    void attend_prompts(int layer, const Step& step, void* qkv, void* out) {
+        const auto attend_in = [&](auto format) {
+            using Number = typename decltype(format)::Number;
+            PromptAttention<decltype(format)> job(*this, layers_[layer], layer, step, (Number*)qkv, (Number*)out);
+            model_.team->run(job, 0, 2);
+        };
+        if (model_.is_bfloat16_cache) {
+            attend_in(BFloat16Cache());
+        } else {
+            attend_in(Float32Cache());
+        }
     }
 
     int num_chunks(int phase) const override {
@@ -107,7 +125,7 @@ class Context : public Job {
 
   private:
     struct Scratch {
-        std::vector<float> row, queries, scores;
+        std::vector<float> row, queries, scores, sums;
         LayerScratch layer;
     };
 
@@ -212,29 +230,36 @@ class Context : public Job {
                 const auto attend_with = [&](auto count) {
                     constexpr int G = count();
                     Partial out[G];
+                    int ends[G];
+                    std::fill_n(ends, G, visible);
                     for (int query = 0; query < G; ++query) {
-                        ordered_query<C>(layer, token, first + query, q + query * head_stride_);
+                        rotated(layer, token, first + query, q + query * head_stride_);
+                        reorder<C>(q + query * head_stride_);
                         out[query] = partial(token, first + query, part);
                     }
-                    attend<C, G>(q, head_stride_, keys, values, ranges, begin, visible, d, 1.0f / std::sqrt(float(d)),
+                    attend<C, G>(q, head_stride_, keys, values, ranges, begin, ends, d, 1.0f / std::sqrt(float(d)),
                                  scratch.scores.data(), out);
                 };
-                switch (group_ - g) {
-                    case 1: attend_with(std::integral_constant<int, 1>()); break;
-                    case 2: attend_with(std::integral_constant<int, 2>()); break;
-                    case 3: attend_with(std::integral_constant<int, 3>()); break;
-                    default: attend_with(std::integral_constant<int, kQueries>());
-                }
+                up_to_queries(group_ - g, attend_with);
             }
         }
     }
 
-    static constexpr int kQueries = 4;  // that share reading a key
+    // Calls work with min(count, kQueries) as a constant.
+    template <class Work>
+    static void up_to_queries(int count, Work work) {
+        static_assert(kQueries == 4);
+        switch (count) {
+            case 1: return work(std::integral_constant<int, 1>());
+            case 2: return work(std::integral_constant<int, 2>());
+            case 3: return work(std::integral_constant<int, 3>());
+            default: return work(std::integral_constant<int, kQueries>());
+        }
+    }
 
-    // A rotated query in the order of the cache's blocks.
+    // A query, in the order of the cache's blocks.
     template <class C>
-    void ordered_query(const Layer& layer, int token, int index, float* to) const {
-        rotated(layer, token, index, to);
+    void reorder(float* to) const {
         std::memset(to + model_.head_dim, 0, (head_stride_ - model_.head_dim) * sizeof(float));
         for (int k = 0; k < head_stride_; k += 2 * W) {
             vf first, second;
@@ -271,6 +296,131 @@ class Context : public Job {
             }
         }
     }
+
+    // The attention of a step of many tokens, after its projections and before wo: phase 0 rotates queries and keys in
+    // place, and stores keys and values; phase 1 attends. A chunk is a block of one sequence's tokens, in phase 1 for
+    // one kv head.
+    template <class C>
+    class PromptAttention : public Job {
+      public:
+        using Number = typename C::Number;
+
+        PromptAttention(Context& context, const Layer& layer, int layer_index, const Step& step, Number* qkv, Number* out)
+            : context_(context), model_(context.model_), layer_(layer), step_(step), qkv_(qkv), out_(out),
+              size_(model_.num_slots * model_.head_dim),
+              keys_((Number*)model_.cache + int64_t(layer_index) * 2 * model_.kv_heads * size_) {}
+
+        int num_chunks(int phase) const override {
+            return phase == 0 ? step_.num_blocks : step_.num_blocks * model_.kv_heads;
+        }
+
+        void compute(int phase, int chunk, int thread, bool) override {
+            if (phase == 0) return store_block_of(step_.blocks + 2 * chunk);
+            attend_block(step_.blocks + 2 * (chunk / model_.kv_heads), chunk % model_.kv_heads, context_.scratch_[thread]);
+        }
+
+      private:
+        Number* head(int token, int index) const {
+            return qkv_ + (int64_t(token) * (model_.heads + 2 * model_.kv_heads) + index) * model_.head_dim;
+        }
+
+        void store_block_of(const int32_t* block) {
+            const Sequence& sequence = step_.sequences[block[0]];
+            const int d = model_.head_dim, begin = sequence.start + block[1];
+            const int end = std::min(begin + kBlock, sequence.start + sequence.num_tokens);
+            visit_slots(step_.ranges + sequence.first_range, begin, end, [&](int position, int64_t slot, int count) {
+                for (int i = 0; i < count; ++i) {
+                    const int token = sequence.first_token + position + i - sequence.start;
+                    for (int index = 0; index < model_.heads + model_.kv_heads; ++index) {
+                        const float* norm = layer_.qk_norm == nullptr ? nullptr : layer_.qk_norm + int64_t(index) * d;
+                        rotate_head<C>(head(token, index), norm, step_.rope + int64_t(token) * d, d, model_.eps);
+                    }
+                    for (int index = 0; index < model_.kv_heads; ++index) {
+                        Number* key = keys_ + index * size_ + (slot + i) * d;
+                        std::memcpy(key, head(token, model_.heads + index), d * sizeof(Number));
+                        std::memcpy(key + model_.kv_heads * size_, head(token, model_.heads + model_.kv_heads + index),
+                                    d * sizeof(Number));
+                    }
+                }
+            });
+        }
+
+        void attend_block(const int32_t* block, int kv_head, Scratch& scratch) {
+            const Sequence& sequence = step_.sequences[block[0]];
+            const int count = std::min(kBlock, sequence.num_tokens - block[1]);
+            for (int i = 0; i < count * context_.group_; i += kQueries) {
+                up_to_queries(count * context_.group_ - i, [&](auto size) {
+                    constexpr int G = size();
+                    int tokens[G], heads[G], ends[G];
+                    for (int g = 0; g < G; ++g) {
+                        const int at = block[1] + (i + g) % count;
+                        tokens[g] = sequence.first_token + at;
+                        heads[g] = kv_head * context_.group_ + (i + g) / count;
+                        ends[g] = sequence.start + at + 1;
+                    }
+                    attend_queries<G>(sequence, kv_head, tokens, heads, ends, scratch);
+                });
+            }
+        }
+
+        template <int G>
+        void attend_queries(const Sequence& sequence, int kv_head, const int (&tokens)[G], const int (&heads)[G],
+                            const int (&ends)[G], Scratch& scratch) {
+            const int d = model_.head_dim, stride = context_.head_stride_;
+            float* q = scratch.queries.data();
+            float totals[2][G], most[2][G];
+            Partial sum[G], part[G];
+            for (int g = 0; g < G; ++g) {
+                float* to = q + g * stride;
+                for (int k = 0; k < d; k += 2 * W) {
+                    vf a, b;
+                    C::block(head(tokens[g], heads[g]) + k, std::min(2 * W, d - k), a, b);
+                    store(to + k, a);
+                    store(to + k + W, b);
+                }
+                sum[g] = {scratch.sums.data() + g * stride, &totals[0][g], &most[0][g]};
+                part[g] = {scratch.sums.data() + (kQueries + g) * stride, &totals[1][g], &most[1][g]};
+            }
+            const Number *keys = keys_ + kv_head * size_, *values = keys + model_.kv_heads * size_;
+            const int end = *std::max_element(ends, ends + G);
+            for (int begin = 0; begin < end; begin += kPart) {
+                attend<C, G>(q, stride, keys, values, step_.ranges + sequence.first_range, begin, ends, d,
+                             1.0f / std::sqrt(float(d)), scratch.scores.data(), begin == 0 ? sum : part);
+                if (begin == 0) continue;
+                for (int g = 0; g < G; ++g) {
+                    if (ends[g] > begin) absorb(sum[g], part[g], stride);
+                }
+            }
+            for (int g = 0; g < G; ++g) {
+                Number* to = out_ + (int64_t(tokens[g]) * model_.heads + heads[g]) * d;
+                const float scale = 1.0f / *sum[g].total;
+                for (int k = 0; k < d; k += 2 * W) {
+                    vf a, b;
+                    C::as_stored(load<vf>(sum[g].values + k) * scale, load<vf>(sum[g].values + k + W) * scale, a, b);
+                    store_block(to + k, std::min(2 * W, d - k), a, b);
+                }
+            }
+        }
+
+        // Add a part's result to that of the parts before it.
+        static void absorb(const Partial& sum, const Partial& part, int stride) {
+            const float most = std::fmax(*sum.most, *part.most);
+            const float old_scale = std::exp(*sum.most - most), scale = std::exp(*part.most - most);
+            for (int k = 0; k < stride; k += W) {
+                store(sum.values + k, load<vf>(sum.values + k) * old_scale + load<vf>(part.values + k) * scale);
+            }
+            *sum.total = *sum.total * old_scale + *part.total * scale;
+            *sum.most = most;
+        }
+
+        Context& context_;
+        const Model& model_;
+        const Layer& layer_;
+        const Step& step_;
+        Number *const qkv_, *const out_;
+        const int64_t size_;  // of one head's keys or values
+        Number* const keys_;  // of the layer
+    };
 
     int position(int token) const {
         const Sequence* sequence = step_.sequences;
@@ -377,6 +527,8 @@ extern "C" {
 
 int32_t llama_tp_keys_per_part() { return llama_tp::kPart; }
 
+int32_t llama_tp_tokens_per_block() { return llama_tp::kBlock; }
+
 void* llama_tp_create_team(int32_t threads) { return new llama_tp::Team(threads); }
 
 void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
@@ -408,19 +560,9 @@ void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t tokens,
     });
 }
 
-// The first `heads` heads of each row of qkv (T, stride), normalized if norms (heads, dim) are given, and rotated.
-void llama_tp_rotate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t heads, int32_t dim, int32_t stride, void* qkv,
-                     const float* norms, float eps, const float* rope) {
-    with_format(is_bfloat16, [=](auto format) {
-        using Number = typename decltype(format)::Number;
-        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
-            for (int64_t head = 0; head < heads; ++head) {
-                llama_tp::rotate_head<decltype(format)>((Number*)qkv + token * stride + head * dim,
-                                                        norms == nullptr ? nullptr : norms + head * dim,
-                                                        rope + token * dim, dim, eps);
-            }
-        });
-    });
+// From the projections qkv (T, H + 2 K, d), which it overwrites, to the attention's output (T, H, d).
+void llama_tp_attend(void* context, int32_t layer, const llama_tp::Step* step, void* qkv, void* out) {
+    static_cast<llama_tp::Context*>(context)->attend_prompts(layer, *step, qkv, out);
 }
 
 // to (T, hidden) = silu(gate) * up, for gate_up (T, 2 * hidden).
