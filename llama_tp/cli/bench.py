@@ -2,8 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llama_tp.cli.command import allow_slow_shutdown
 from llama_tp.threads import available_cores
+
+
+def micro(
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    model: str | None = None,
+    forms: str | tuple[str, ...] = ("dense", "int8", "int4"),
+    rows: int | tuple[int, ...] = (1, 4, 16),
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    tp: int | str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Measure what this machine can do at best: read bandwidth, matrix products, a model's layers in each format.
+
+    Needs no weights. On several ranks, also all-reduces. Ends with a line of JSON.
+
+    Args:
+        checkpoint: a converted checkpoint, for its shapes
+        random_weights: accepted as in `bench engine`: weights are random in any case
+        model: instead of a checkpoint: a published name such as llama2-7b, or the path of a model_args.json,
+            params.json or config.json
+        forms: weight formats: dense, int8, int4, int8_groups; those without a kernel on this device are left out
+        rows: rows of the input, tokens of a step
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        threads: CPU threads per rank; by default its share of the available cores
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        plot: a .png, .svg or .pdf to draw
+    """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
+    from llama_tp.cli.ranks import run_on_ranks
+
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights or model is not None, model=model)
+    run_on_ranks(tp, subject.args, device)
+    from llama_tp.bench.micro import bench_micro
+
+    bench_micro(
+        model or subject.name,
+        subject.args,
+        EngineOptions(dtype=dtype, device=device, threads=threads),
+        forms=forms.split(",") if isinstance(forms, str) else forms,
+        rows=_list(rows),
+        plot=plot,
+    )
+
+
+def _list(values: object) -> list[Any]:
+    """Values separated by commas, which python-fire has parsed to a tuple, or a single one."""
+    return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def engine(

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Any] = {
         "comm": bench.comm,
         "engine": bench.engine,
         "load": bench.load,
+        "micro": bench.micro,
         "quality": bench.quality,
         "serve": bench.serve,
     },
