@@ -48,6 +48,11 @@ class Ceilings:
     """Of dense products in `dtype`, as the engine computes them."""
     dtype: str
 
+    def better(self, other: Ceilings) -> Ceilings:
+        """The higher rates of two measurements."""
+        read = max(self.read_bytes_per_s, other.read_bytes_per_s)
+        return Ceilings(read, max(self.flops, other.flops), self.dtype)
+
     def __str__(self) -> str:
         rates = (
             f"read bandwidth {self.read_bytes_per_s / 1e9:.1f} GB/s, matrix products {self.flops / 1e12:.3g} TFLOP/s"

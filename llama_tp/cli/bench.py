@@ -62,11 +62,11 @@ def _list(values: object) -> list[Any]:
 
 
 def engine(
-    checkpoint: str,
-    batch: int | tuple[int, ...] = (1, 4, 8, 16),
-    prompt: int = 128,
+    checkpoint: str | None = None,
+    batch: int | tuple[int, ...] = (1, 8, 16, 32),
+    prompt: int = 512,
     prefix: int = 0,
-    new: int = 64,
+    new: int = 128,
     runs: int = 3,
     against: str | None = None,
     dtype: str = "auto",
@@ -74,8 +74,15 @@ def engine(
     threads: int | None = None,
     max_batched_tokens: int = 512,
     tp: int | str | None = None,
+    depth: int | tuple[int, ...] = (),
+    neighbour: bool = False,
+    random_weights: bool = False,
+    model: str | None = None,
+    quantization: str | None = None,
+    plot: str | None = None,
 ) -> None:
-    """Measure the engine's prefill and decode rates. Runs on all ranks under torchrun. Ends with a line of JSON.
+    """Measure the engine's prefill and decode rates, and their shares of what the machine can do. Runs on all ranks
+    under torchrun. Ends with a line of JSON.
 
     Args:
         checkpoint: a converted checkpoint
@@ -83,7 +90,7 @@ def engine(
         prompt: tokens per prompt
         prefix: length of the common prefix of all prompts, such as a system prompt
         new: tokens generated per prompt
-        runs: measured runs, after one warm-up; batch sizes and contenders alternate
+        runs: measured runs, after one warm-up; batch sizes, contexts and contenders alternate
         against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
             "deterministic" and "no_prefix_cache" compare with our engine in deterministic mode or without prefix cache
         dtype: auto, bfloat16, float16 or float32
@@ -91,24 +98,38 @@ def engine(
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        depth: more contexts to decode in, comma-separated, such as 0,2048; 0 decodes after a prompt of one token
+        neighbour: measure again beside a busy process
+        random_weights: instead of a checkpoint; needs --model
+        model: the architecture of random weights: a published name such as llama2-7b, or the path of a
+            model_args.json, params.json or config.json
+        quantization: int8 or int4, of random weights; a checkpoint must have been converted to it
+        plot: a .png, .svg or .pdf to draw
     """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
     from llama_tp.cli.ranks import run_on_ranks
 
-    run_on_ranks(tp, checkpoint, device)
-    from llama_tp.bench.engine import bench_engine
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights, model=model, quantization=quantization)
+    run_on_ranks(tp, subject.args, device)
+    from llama_tp.bench.engine import Plan, bench_engine
 
     bench_engine(
-        checkpoint,
-        batches=list(batch) if isinstance(batch, (tuple, list)) else [batch],
-        prompt=prompt,
-        prefix=prefix,
-        new=new,
-        runs=runs,
+        subject,
+        EngineOptions(dtype=dtype, device=device, threads=threads),
+        Plan(
+            batches=_list(batch),
+            prompt=prompt,
+            depths=_list(depth),
+            prefix=prefix,
+            new=new,
+            runs=runs,
+            neighbour=neighbour,
+        ),
         against=against,
-        dtype=dtype,
-        device=device,
-        threads=threads,
         max_batched_tokens=max_batched_tokens,
+        plot=plot,
     )
 
 

@@ -35,7 +35,8 @@ def run_on_ranks(tp: int | str | None, model: str | ModelArgs, device: str) -> N
     """Continue this command on `tp` ranks: replaces this process with torchrun, which runs the same command line.
 
     Returns if this process is to run the command itself: it is one of the ranks, or one rank is enough. `tp`: a number,
-    or auto; None: as started. `model`: as of `resolve_size`. ValueError if torchrun has started another number of ranks.
+    or auto; None: as started. `model`: as of `resolve_size`. ValueError if torchrun has started another number of
+    ranks.
     """
     if tp is None:
         return
