@@ -134,7 +134,7 @@ def engine(
 
 
 def load(
-    checkpoint: str,
+    checkpoint: str | None = None,
     rate: float | str = 0,
     requests: int = 200,
     concurrency: int = 0,
@@ -147,6 +147,11 @@ def load(
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
     tp: int | str | None = None,
+    neighbour: bool = False,
+    random_weights: bool = False,
+    model: str | None = None,
+    quantization: str | None = None,
+    plot: str | None = None,
 ) -> None:
     """Measure the engine under requests of mixed lengths with random arrivals. Ends with a line of JSON.
 
@@ -167,22 +172,32 @@ def load(
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        neighbour: measure again beside a busy process
+        random_weights: instead of a checkpoint; needs --model
+        model: the architecture of random weights: a published name such as llama2-7b, or the path of a
+            model_args.json, params.json or config.json
+        quantization: int8 or int4, of random weights; a checkpoint must have been converted to it
+        plot: a .png, .svg or .pdf to draw
     """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
     from llama_tp.cli.ranks import run_on_ranks
 
-    run_on_ranks(tp, checkpoint, device)
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights, model=model, quantization=quantization)
+    run_on_ranks(tp, subject.args, device)
     from llama_tp.bench.engine_load import bench_load
     from llama_tp.bench.workload import Load, Slo, parse_rate
 
     bench_load(
-        checkpoint,
+        subject,
+        EngineOptions(dtype=dtype, device=device, threads=threads),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
         Slo(slo_ttft_ms, slo_tpot_ms),
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batched_tokens,
-        dtype=dtype,
-        device=device,
-        threads=threads,
+        neighbour=neighbour,
+        plot=plot,
     )
 
 
