@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llama_tp.bench.machine import cpu_seconds
+
 IDLE, BESIDE = "idle", "beside"
 """Conditions of a measurement: the cores to itself, or one busy process beside it."""
 _SPIN = (
@@ -30,8 +32,9 @@ class Neighbour:
         self._process.wait()
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def cpu_s(self) -> float:
+        """CPU seconds used so far."""
+        return cpu_seconds(f"/proc/{self._process.pid}/stat")
 
     @contextmanager
     def busy(self) -> Iterator[None]:

@@ -51,12 +51,12 @@ def micro(
         subject.args,
         EngineOptions(dtype=dtype, device=device, threads=threads),
         forms=forms.split(",") if isinstance(forms, str) else forms,
-        rows=_list(rows),
+        rows=as_list(rows),
         plot=plot,
     )
 
 
-def _list(values: object) -> list[Any]:
+def as_list(values: object) -> list[Any]:
     """Values separated by commas, which python-fire has parsed to a tuple, or a single one."""
     return list(values) if isinstance(values, (tuple, list)) else [values]
 
@@ -119,9 +119,9 @@ def engine(
         subject,
         EngineOptions(dtype=dtype, device=device, threads=threads),
         Plan(
-            batches=_list(batch),
+            batches=as_list(batch),
             prompt=prompt,
-            depths=_list(depth),
+            depths=as_list(depth),
             prefix=prefix,
             new=new,
             runs=runs,
