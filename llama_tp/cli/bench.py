@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_tp.cli.command import allow_slow_shutdown
-from llama_tp.threads import available_cores
-
 
 def micro(
     checkpoint: str | None = None,
@@ -269,84 +266,3 @@ def quality(
     from llama_tp.bench.quality import bench_quality
 
     bench_quality(checkpoint, against=against, new=new, dtype=dtype, device=device, threads=threads)
-
-
-def serve(
-    checkpoint: str,
-    tokenizer: str | None = None,
-    rate: float | str = 0,
-    requests: int = 200,
-    concurrency: int = 0,
-    max_batch_size: int = 16,
-    max_batched_tokens: int = 512,
-    tp: int | str = 1,
-    threads: int | None = None,
-    runs: int = 2,
-    seed: int = 0,
-    dtype: str = "auto",
-    api: str = "native",
-    slo_ttft_ms: float = 1000.0,
-    slo_tpot_ms: float = 100.0,
-    handler: str | None = None,
-    properties: str | None = None,
-    log_config: str | None = None,
-    timeout_s: float = 1200.0,
-) -> None:
-    """Measure the overhead of TorchServe on a CPU: the same load through both, alternating. Ends with a line of JSON.
-
-    The load is that of `bench load`. At a rate that the engine can sustain, both have the same throughput: compare
-    latencies there, and throughput at a rate of 0. Needs memory for the model twice.
-
-    Args:
-        checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
-        rate: requests per second; 0 or inf sends all at once
-        requests: number of requests
-        concurrency: maximum concurrent requests; others are held back; 0 is no limit
-        max_batch_size: maximum requests computed together
-        max_batched_tokens: maximum tokens per step
-        tp: number of ranks, or auto: one on CPUs
-        threads: CPU threads per rank; by default its share of the available cores
-        runs: runs of each; run n uses seed + n
-        seed: seed for prompts, lengths and arrivals
-        dtype: auto, bfloat16, float16 or float32
-        api: native, openai (v1/completions), or native,openai to compare them
-        slo_ttft_ms: maximum time to first token for goodput
-        slo_tpot_ms: maximum time per output token after the first for goodput
-        handler: the handler file; by default llama-tp's own
-        properties: TorchServe's config.properties; by default as for `serve`
-        log_config: TorchServe's log4j2.xml; by default as for `serve`
-        timeout_s: seconds to wait for the server to start
-    """
-    from llama_tp.bench.api import parse_apis
-    from llama_tp.bench.serve import Setup, bench_serve
-    from llama_tp.bench.workload import Load, Slo, parse_rate
-    from llama_tp.cli.ranks import AUTO, resolve_size
-    from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
-    from llama_tp.text.tokenizer_files import find_tokenizer
-
-    if not isinstance(runs, int) or runs < 1:
-        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    size = resolve_size(tp, checkpoint, "cpu") if tp == AUTO else tp
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"tp={size!r} must be an integer of at least 1, or {AUTO}")
-    allow_slow_shutdown()
-    bench_serve(
-        Setup(
-            checkpoint=checkpoint,
-            tokenizer=tokenizer or str(find_tokenizer(checkpoint)),
-            max_batch_size=max_batch_size,
-            max_batched_tokens=max_batched_tokens,
-            tp=size,
-            threads=max(1, available_cores() // size) if threads is None else threads,
-            dtype=dtype,
-        ),
-        Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
-        Slo(slo_ttft_ms, slo_tpot_ms),
-        apis=parse_apis(api),
-        runs=runs,
-        handler=handler or resource(HANDLER),
-        properties=properties or resource(PROPERTIES),
-        log_config=log_config or resource(LOG_CONFIG),
-        timeout_s=timeout_s,
-    )

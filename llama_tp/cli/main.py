@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.cli import bench, bench_compare, cache, checkpoints, inspection, planning, serve, terminal
+from llama_tp.cli import bench, bench_compare, bench_serve, cache, checkpoints, inspection, planning, serve, terminal
 from llama_tp.cli.command import run_command
 from llama_tp.threads import bound_spinning
 
@@ -37,7 +37,7 @@ COMMANDS: dict[str, Any] = {
         "load": bench.load,
         "micro": bench.micro,
         "quality": bench.quality,
-        "serve": bench.serve,
+        "serve": bench_serve.serve,
     },
 }
 
