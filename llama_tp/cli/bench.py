@@ -198,7 +198,9 @@ def load(
     )
 
 
-def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None, quantize: str | None = None) -> None:
+def checkpoint(
+    size_gb: float = 2.0, runs: int = 3, folder: str | None = None, quantize: str | None = None, plot: str | None = None
+) -> None:
     """Measure converting, exporting, loading and verifying random weights, next to cp and a raw read of the same bytes,
     and the peaks of memory. Ends with a line of JSON.
 
@@ -207,25 +209,31 @@ def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None, q
         runs: measured runs; contenders take turns, and medians are reported
         folder: where to write, by default TMPDIR
         quantize: int8 or int4, to measure such a conversion as well; int4 takes minutes per GB
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.checkpoint import bench_checkpoint
+    from llama_tp.bench.report import check_plot
 
-    bench_checkpoint(folder, size_gb=size_gb, runs=runs, quantize=quantize)
+    check_plot(plot)
+    bench_checkpoint(folder, size_gb=size_gb, runs=runs, quantize=quantize, plot=plot)
 
 
-def comm(batch: int = 16, rounds: int = 2000) -> None:
+def comm(batch: int = 16, rounds: int = 2000, plot: str | None = None) -> None:
     """Measure communication between ranks, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
 
     Args:
         batch: sequences in the plan
         rounds: rounds per measurement
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.comm import bench_comm
+    from llama_tp.bench.report import check_plot
 
-    bench_comm(batch=batch, rounds=rounds)
+    check_plot(plot)
+    bench_comm(batch=batch, rounds=rounds, plot=plot)
 
 
-def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5) -> None:
+def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5, plot: str | None = None) -> None:
     """Measure the API layer without an engine: parsing, tokenizing, detokenizing, formatting. Ends with a line of JSON.
 
     CPU time of a thread, so other processes hardly matter. Answers are streamed, a token per event.
@@ -235,10 +243,13 @@ def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5) -> No
         requests: requests per run
         new: tokens per answer
         runs: runs of each route, alternating; the medians are printed
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.api_layer import bench_api
+    from llama_tp.bench.report import check_plot
 
-    bench_api(tokenizer, requests=requests, new=new, runs=runs)
+    check_plot(plot)
+    bench_api(tokenizer, requests=requests, new=new, runs=runs, plot=plot)
 
 
 def quality(
@@ -248,6 +259,7 @@ def quality(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    plot: str | None = None,
 ) -> None:
     """Measure perplexity on a fixed text, and agreement with a second checkpoint. Ends with a line of JSON.
 
@@ -262,7 +274,12 @@ def quality(
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda
         threads: CPU threads; by default all available cores
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.quality import bench_quality
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions
 
-    bench_quality(checkpoint, against=against, new=new, dtype=dtype, device=device, threads=threads)
+    check_plot(plot)
+    options = EngineOptions(dtype=dtype, device=device, threads=threads)
+    bench_quality(checkpoint, options, against=against, new=new, plot=plot)
