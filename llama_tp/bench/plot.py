@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Document = Mapping[str, Any]
-_PANEL = (5.6, 4.2)
+_PANEL = (4.8, 4.0)
 """Inches."""
 
 
