@@ -82,7 +82,7 @@ def _engine(document: Document) -> Figure:
     lines: dict[str, list[Document]] = {}
     for row in document["rows"]:
         beside = f" ({BESIDE})" if row["condition"] == BESIDE else ""
-        lines.setdefault(f"{row['contender']}{beside}, context {row['context']}", []).append(row)
+        lines.setdefault(f"{row['contender']}{beside}, {row['context']} tokens before", []).append(row)
     for label, rows in lines.items():
         batches = [row["batch"] for row in rows]
         decode.plot(batches, [row["decode_tokens_per_s"] for row in rows], marker="o", label=label)
@@ -100,7 +100,7 @@ def _engine(document: Document) -> Figure:
         axes.set_xscale("log", base=2)
         batches = sorted({row["batch"] for row in document["rows"]})
         axes.set_xticks(batches, [str(size) for size in batches])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
         axes.legend(fontsize=7)
     return figure
 
