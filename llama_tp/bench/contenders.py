@@ -94,7 +94,7 @@ class Transformers:
         self.model = model
 
     def run(self, prompts: Prompts, new: int) -> Timing:
-        ids = torch.tensor([list(prompt) for prompt in prompts])
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=self.model.device)
         times = _Times([perf_counter()])
         with torch.inference_mode():
             out = self.model.generate(

@@ -174,7 +174,8 @@ def _contenders(
         contenders.append(OurEngine(other, name=against))
     elif against:
         weights = dense_weights(subject.args, subject.checkpoint)
-        contenders.append(Transformers(transformers_model(subject.args, weights, engine.runner.dtype)))
+        model = transformers_model(subject.args, weights, engine.runner.dtype)
+        contenders.append(Transformers(model.to(group.device)))
     return contenders
 
 

@@ -38,7 +38,7 @@ def compare(
     which other processes used more of the machine than in the calmest one is repeated.
 
     Args:
-        gguf: the weights, a GGUF file that is not quantized more coarsely than Q4_1; by default the demo's
+        gguf: the weights, a GGUF file; by default the demo's
         contenders: names separated by commas: llama_tp bf16|int8|int4|float32, transformers bf16|float32,
             llama.cpp Q4_1|Q8_0|bf16, openvino Q4_1|Q8_0|bf16; by default the installed ones, in most of these forms
         random_weights: instead of a file; needs --model, and only llama_tp and transformers can have them

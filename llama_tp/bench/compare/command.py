@@ -138,7 +138,7 @@ def environment_of(threads: int) -> dict[str, str]:
 
 
 def _start(one: Contestant, source: Source, settings: Settings, folder: Path) -> None:
-    """Start a contender and let it load and warm up."""
+    """Start a contender and let it load its weights."""
     module, extra = PACKAGES.get(one.spec.engine, ("torch", ""))
     if find_spec(module) is None:
         one.fail(f"is not installed: pip install '{extra}'")
