@@ -37,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, json.dumps({"data": [{"id": "tiny", "max_model_len": 40}]}).encode())
 
     def do_POST(self):
+        assert self.headers["X-Api-Key"] == KEY
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.prompts.append(request["prompt"])
