@@ -30,10 +30,10 @@ def figure_of(document: Document) -> Figure:
     return figure
 
 
-def _panels(title: str, count: int, *, height: float = _PANEL[1]) -> tuple[Figure, list[Axes]]:
+def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_PANEL[0] * count, height), layout="constrained")
+    figure = Figure(figsize=(_PANEL[0] * count, _PANEL[1]), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
@@ -53,7 +53,8 @@ def _bars(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float
 def _lying_bars(axes: Axes, labels: Sequence[str], values: Sequence[float], unit: str) -> None:
     """One bar for each label, from top to bottom, with its value."""
     bars = axes.barh(range(len(labels)), values)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    shown = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+    axes.bar_label(bars, shown, padding=3, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
@@ -147,12 +148,12 @@ def _checkpoint(document: Document) -> Figure:
 
 
 def _comm(document: Document) -> Figure:
-    figure, panels = _panels(f"Communication between {document['ranks']} ranks", 1, height=5)
-    labels = [f"{row['comm']}\n{row['what'].replace(': ', ':' + chr(10))}" for row in document["rows"]]
-    series = {name: [row[f"{name}_us"] for row in document["rows"]] for name in ("median", "p99")}
-    _bars(panels[0], labels, series, "microseconds")
-    panels[0].set_yscale("log")
-    panels[0].tick_params(axis="x", labelsize=5)
+    kinds = ("median", "p99")
+    figure, panels = _panels(f"Communication between {document['ranks']} ranks", len(kinds))
+    labels = [f"{row['comm']}\n{row['what']}" for row in document["rows"]]
+    for axes, kind in zip(panels, kinds, strict=True):
+        _lying_bars(axes, labels, [row[f"{kind}_us"] for row in document["rows"]], "microseconds")
+        axes.set_title(kind, fontsize=10)
     return figure
 
 
