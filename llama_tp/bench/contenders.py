@@ -54,11 +54,13 @@ def longest_sequence(
 ) -> int:
     """The context that `OurEngine` needs for a run, in which the first sequences decode while others are prefilled.
 
-    With speculative decoding, a sequence may have as many more tokens when the slowest one has `new`.
+    With speculative decoding, also the step that ends the prefill may give several tokens, and a sequence may be ahead
+    of the slowest one.
     """
     steps = (batch - 1) * prompt // max(1, max_batched_tokens - batch) + (batch > 1)
     most = 1 + speculative_tokens
-    return prompt + new * (most if 1 < batch <= speculative_max_batch else 1) + steps * most
+    decoded = new * (most if 1 < batch <= speculative_max_batch else 1)
+    return prompt + decoded + steps * most + speculative_tokens
 
 
 class OurEngine:

@@ -24,7 +24,7 @@ from llama_tp.bench.machine import device_name, last_level_cache, load_average, 
 from llama_tp.bench.neighbour import Conditions, conditions
 from llama_tp.bench.peers import dense_weights, transformers_model
 from llama_tp.bench.report import finish
-from llama_tp.bench.subject import EngineOptions, Subject
+from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
 from llama_tp.bench.work import Work
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
@@ -151,7 +151,7 @@ def bench_engine(
     where = _where(subject, engine, group)
     print(
         f"{subject.name}: {where['ranks']} rank(s) of {where['threads']} thread(s), {group.device.type}, "
-        f"{where['dtype']}; {plan}; load average {where['load_average']:.1f}",
+        f"{where['dtype']}, {where['kernels']}; {plan}; load average {where['load_average']:.1f}",
         flush=True,
     )
     with conditions(with_neighbour=plan.neighbour) as found:
@@ -198,6 +198,7 @@ def _where(subject: Subject, engine: Engine, group: Group) -> dict[str, Any]:
         "ranks": group.comm.size,
         "threads": torch.get_num_threads(),
         "dtype": str(engine.runner.dtype).removeprefix("torch."),
+        "kernels": kernels_of(engine),
         "load_average": load_average(),
     }
 

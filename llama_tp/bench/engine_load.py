@@ -13,7 +13,7 @@ import torch
 
 from llama_tp.bench.neighbour import BESIDE, IDLE, conditions
 from llama_tp.bench.report import finish
-from llama_tp.bench.subject import EngineOptions, Subject
+from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
 from llama_tp.bench.workload import (
     Job,
     Load,
@@ -78,6 +78,7 @@ def bench_load(
         "threads": torch.get_num_threads(),
         "device": engine.runner.device.type,
         "dtype": str(engine.runner.dtype).removeprefix("torch."),
+        "kernels": kernels_of(engine),
     }
     print(f"{subject.name}: {', '.join(f'{key} {value}' for key, value in where.items())}; {describe(load, slo)}")
     print(table(figures))

@@ -22,10 +22,9 @@ from rich.progress import track
 from torch import Tensor
 
 from llama_tp.bench.report import finish
-from llama_tp.bench.subject import EngineOptions
+from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
@@ -84,7 +83,7 @@ def bench_quality(
     group = join(config.device, timeout_s=config.collective_timeout_s)
     if group.comm.size > 1:
         raise ValueError(f"bench quality runs on a single rank, not on {group.comm.size}; start it without torchrun")
-    engines = [load_engine(path, one, config, group) for path, one in zip(paths, args, strict=True)]
+    engines = [Subject(path, one, path).load(config, group) for path, one in zip(paths, args, strict=True)]
     quality, agreement = measure(engines, windows, new)
     _show(paths, engines[0], quality, agreement)
     group.comm.close()
@@ -210,7 +209,8 @@ def _check_vocabulary(paths: list[str], args: list[ModelArgs]) -> None:
 
 def _show(paths: list[str], engine: Engine, quality: Quality, agreement: Agreement | None) -> None:
     runner = engine.runner
-    print(f"{paths[0]}: {runner.device.type}, {runner.dtype}; {quality.tokens} tokens in windows of {WINDOW}")
+    where = f"{runner.device.type}, {runner.dtype}, {kernels_of(engine)}"
+    print(f"{paths[0]}: {where}; {quality.tokens} tokens in windows of {WINDOW}")
     print(f"perplexity {quality.perplexity:.4f}")
     if agreement is not None:
         print(

@@ -38,6 +38,7 @@ from llama_tp.bench.workload import (
     with_other_prompts,
     workload,
 )
+from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model_args import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
@@ -129,6 +130,8 @@ def bench_serve(
     print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
     print(describe(load, slo), flush=True)
     found: list[dict[str, Figures]] = []
+    if setup.compile is not False:
+        build_kernels().wait()  # the server must not switch to them while it is measured
     with _running(setup, load, shape["max_seq_len"], handler, properties, log_config, timeout_s) as server:
         for api in apis:
             client.drive(warm_up(setup.max_batch_size, **shape), _target(server), api, concurrency=0)

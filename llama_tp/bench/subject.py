@@ -44,12 +44,20 @@ class Subject:
     """Of random weights."""
 
     def load(self, config: EngineConfig, group: Group) -> Engine:
-        """This rank's engine. ValueError, on every rank, as from `load_engine`."""
+        """This rank's engine, when its kernels are compiled, unless they cannot be. ValueError, on every rank, as from
+        `load_engine`."""
         from llama_tp.engine.startup import RandomSource, load_engine, make_engine
 
         if self.checkpoint is not None:
-            return load_engine(self.checkpoint, self.args, config, group)
-        return make_engine(lambda: RandomSource(self.formats), self.args, config, group)
+            return load_engine(self.checkpoint, self.args, config, group, wait_for_kernels=True)
+        return make_engine(lambda: RandomSource(self.formats), self.args, config, group, wait_for_kernels=True)
+
+
+def kernels_of(engine: Engine) -> str:
+    """What computes an engine's decode steps."""
+    from llama_tp.parallel.compiled import CompiledTransformer
+
+    return "compiled kernels" if isinstance(engine.runner.model, CompiledTransformer) else "eager"
 
 
 def choose_subject(

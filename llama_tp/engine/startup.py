@@ -72,14 +72,28 @@ class RandomSource:
         return random_model(args, group, dtype, self.formats, ranks, layout)
 
 
-def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group) -> Engine:
+def load_engine(
+    folder: str, args: ModelArgs, config: EngineConfig, group: Group, *, wait_for_kernels: bool = False
+) -> Engine:
     """This rank's engine for a checkpoint. ValueError, on every rank, for any failure on any rank: a damaged checkpoint
-    or one of another model, a context too long for it, too little memory, and so on."""
-    return make_engine(lambda: _CheckpointSource(folder, config.verify_checkpoint), args, config, group)
+    or one of another model, a context too long for it, too little memory, and so on.
+
+    wait_for_kernels: return when it is settled whether steps run as compiled kernels, for measurements.
+    """
+
+    def open_weights() -> WeightSource:
+        return _CheckpointSource(folder, config.verify_checkpoint)
+
+    return make_engine(open_weights, args, config, group, wait_for_kernels=wait_for_kernels)
 
 
 def make_engine(
-    open_weights: Callable[[], WeightSource], args: ModelArgs, config: EngineConfig, group: Group
+    open_weights: Callable[[], WeightSource],
+    args: ModelArgs,
+    config: EngineConfig,
+    group: Group,
+    *,
+    wait_for_kernels: bool = False,
 ) -> Engine:
     """This rank's engine for any weights; as `load_engine`."""
     if reason := args.why_too_long(config.max_seq_len):
@@ -98,7 +112,7 @@ def make_engine(
     ranks = _ranks(args, config, group)
     memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, weights.formats)
     agree(lambda: _in_memory(memory.check, device))
-    compilation = agree(lambda: Compilation.start(config, device, dtype))
+    compilation = agree(lambda: Compilation.start(config, device, dtype, wait=wait_for_kernels))
     layout = PACKED if compilation is None else compilation.layout
     model = weights.load(args, group, dtype, ranks, layout)
 

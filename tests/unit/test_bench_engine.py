@@ -11,11 +11,14 @@ from llama_tp.bench import contenders
 from llama_tp.bench import engine as bench
 from llama_tp.bench.ceilings import Ceilings
 from llama_tp.bench.peers import transformers_model
+from llama_tp.bench.subject import EngineOptions, choose_subject, kernels_of
 from llama_tp.bench.work import Work
 from llama_tp.cli.bench import engine as bench_engine
 from llama_tp.cli.bench import load
 from llama_tp.engine.prompt_lookup import PromptLookup
 from llama_tp.model_args import ModelArgs
+from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.launch import Group
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
 
@@ -91,6 +94,43 @@ def test_what_a_step_reads_and_computes_is_counted_from_the_shapes_alone():
     assert work.prefill_flops(2, 3, shared=2) == (
         4 * work.layer_flops + 2 * work.output_flops + (3 + 2 * 3) * 4 * 2 * 96
     )
+
+
+def test_compiled_kernels_read_and_compute_the_same(checkpoint):
+    subject = choose_subject(checkpoint)
+    group = Group(SingleComm(), torch.device("cpu"), None)
+    compiled, eager = (
+        subject.load(EngineOptions(compile=compile, dtype="float32").config(max_seq_len=64), group)
+        for compile in ("auto", False)
+    )
+    assert (kernels_of(compiled), kernels_of(eager)) == ("compiled kernels", "eager")
+    assert Work.of(compiled) == Work.of(eager)
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_what_computes_is_printed_and_in_the_document(checkpoint, capsys, compile):
+    kernels = "eager" if compile is False else "compiled kernels"
+    bench_engine(checkpoint, batch=1, prompt=8, new=3, runs=1, compile=compile, dtype="float32")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert f"float32, {kernels}; prompts of 8 tokens" in first
+    assert json.loads(last)["kernels"] == kernels
+    load(checkpoint, requests=3, max_batch_size=1, dtype="float32", compile=compile)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kernels"] == kernels
+
+
+@pytest.mark.parametrize(("batch", "decoded", "drafted"), [(1, 5, 5), (2, 5 * 3 + 5, 12)])
+def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, decoded, drafted):
+    """With drafts, one sequence decodes three tokens per step, the other one. In a batch of one, only two steps do."""
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: truth[tokens[0]][len(tokens) :][:most])
+    model, prompts = random_model(MODELS["gqa"]), [[1] * 5, [2] * 5]
+    context = contenders.longest_sequence(batch, 5, 6, 512, speculative_tokens=2, speculative_max_batch=2)
+    limits = {"max_seq_len": context, "max_batched_tokens": 512}
+    plain = contenders.OurEngine(engine_of(model, **limits)).run(prompts[:1], context - 5)
+    truth = {1: (*prompts[0], *plain.first_tokens), 2: ()}
+    timing = contenders.OurEngine(engine_of(model, **limits, speculative_tokens=2)).run(prompts[:batch], 6)
+    assert timing.first_tokens == plain.first_tokens[:6]
+    assert timing.decoded == decoded
+    assert (timing.drafted, timing.accepted) == (drafted, drafted), "2 of them in the prefill"
 
 
 @pytest.mark.parametrize("drafted", [0, 3])

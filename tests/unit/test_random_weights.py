@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_tp.bench.peers import transformers_model
-from llama_tp.bench.subject import EngineOptions, Subject, architecture, choose_subject
+from llama_tp.bench.subject import EngineOptions, Subject, architecture, choose_subject, kernels_of
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.model.linear import Linear
 from llama_tp.model.published import PUBLISHED
@@ -41,9 +41,11 @@ def test_an_engine_with_random_weights_continues_prompts_as_transformers_does_wi
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_quantized_engine_needs_no_quantization_of_its_random_weights(form, dtype):
+@pytest.mark.parametrize(("compile", "kernels"), [("auto", "compiled kernels"), (False, "eager")])
+def test_a_quantized_engine_needs_no_quantization_of_its_random_weights(form, dtype, compile, kernels):
     subject = Subject("random", quantized_args(ARGS), None, quantized_formats(ARGS, form))
-    engine = engine_of(subject, dtype=dtype)
+    engine = engine_of(subject, dtype=dtype, compile=compile)
+    assert kernels_of(engine) == kernels
     assert form in engine.quantization
     completion = engine.generate([PROMPT], SamplingParams(max_new_tokens=4, temperature=0))[0]
     assert len(completion.token_ids) == 4

@@ -35,7 +35,7 @@ def load(engine: str, work: Work) -> tuple[Contender, str]:
 def _ours(work: Work) -> tuple[Contender, str]:
     from llama_tp import __version__
     from llama_tp.bench.contenders import OurEngine
-    from llama_tp.bench.subject import EngineOptions, choose_subject
+    from llama_tp.bench.subject import EngineOptions, choose_subject, kernels_of
     from llama_tp.parallel.launch import join
 
     form = work.form if work.form in ("int8", "int4") else None
@@ -49,7 +49,8 @@ def _ours(work: Work) -> tuple[Contender, str]:
         max_batch_size=work.batch,
         max_batched_tokens=max(MAX_BATCHED_TOKENS, work.batch),
     )
-    return OurEngine(subject.load(config, join("cpu"))), __version__
+    engine = subject.load(config, join("cpu"))
+    return OurEngine(engine), f"{__version__}, {kernels_of(engine)}"
 
 
 def _transformers(work: Work) -> tuple[Contender, str]:
