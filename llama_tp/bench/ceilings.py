@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from llama_tp.bench.machine import last_level_cache
+from llama_tp.model.cpu.attention import MAX_TOKENS
+from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.linear import DenseLinear, Linear
 from llama_tp.model.random_weights import RandomWeights, random_linear
-from llama_tp.model.weights import DENSE, Quantized, WeightFormat, layer_shapes
+from llama_tp.model.weights import DENSE, PACKED, STORED, Layout, Quantized, WeightFormat, layer_shapes
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import local_shape
 
@@ -68,6 +71,8 @@ class LinearRate:
     out_features: int
     in_features: int
     form: str
+    kernels: str
+    """PyTorch's, or compiled ones."""
     rows: int
     us: float
     """Microseconds per call."""
@@ -98,28 +103,55 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class _Multiplier:
+    """What computes linear layers."""
+
+    name: str
+    layout: Layout
+    input_dtype: torch.dtype
+    max_rows: float
+    multiply: Callable[[Linear, Tensor], Tensor]
+
+
+def _multipliers(dtype: torch.dtype, kernels: Kernels | None) -> list[_Multiplier]:
+    pytorch = _Multiplier("PyTorch", PACKED, dtype, math.inf, lambda layer, x: layer(x))
+    if kernels is None:
+        return [pytorch]
+
+    def multiply(layer: Linear, x: Tensor) -> Tensor:
+        weight = layer.stored()
+        assert weight is not None
+        return kernels.multiply(weight, None, x, in_bfloat16=dtype == torch.bfloat16)
+
+    return [pytorch, _Multiplier("compiled", STORED, torch.float32, MAX_TOKENS, multiply)]
+
+
 def linear_rates(
     shapes: Mapping[str, tuple[int, int]],
     forms: Sequence[str],
     rows: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
+    kernels: Kernels | None = None,
 ) -> list[LinearRate]:
     """Linear layers of these shapes, (out, in) by name, in each weight format; without those that have no kernel here.
 
     Each layer is copied until all copies exceed the cache several times, and the copies take turns, as layers do.
+    `kernels`, too, compute them, for as many rows as in a step of the engine.
     """
     weights, found = RandomWeights(device), []
     for layer, (num_out, num_in) in shapes.items():
-        for form in forms:
-            copies = _copies(layer, num_out, num_in, FORMATS[form], dtype, weights, device)
+        for form, by in product(forms, _multipliers(dtype, kernels)):
+            copies = _copies(layer, num_out, num_in, FORMATS[form], dtype, weights, device, by.layout)
             if form != "dense" and isinstance(copies[0], DenseLinear):
                 continue  # widened at load
-            for count in rows:
-                x = _inputs(count, num_in, dtype, device)
-                seconds = seconds_of(lambda: [one(x) for one in copies], device) / len(copies)  # noqa: B023
-                rate = copies[0].num_bytes / seconds / 1e9
-                found.append(LinearRate(layer, num_out, num_in, form, count, round(1e6 * seconds, 2), round(rate, 2)))
+            for count in (count for count in rows if count <= by.max_rows):
+                x = _inputs(count, num_in, by.input_dtype, device)
+                seconds = seconds_of(lambda: [by.multiply(one, x) for one in copies], device)  # noqa: B023
+                us = 1e6 * seconds / len(copies)
+                rate = copies[0].num_bytes / us / 1e3
+                found.append(LinearRate(layer, num_out, num_in, form, by.name, count, round(us, 2), round(rate, 2)))
     return found
 
 
@@ -178,12 +210,14 @@ def _copies(
     dtype: torch.dtype,
     weights: RandomWeights,
     device: torch.device,
+    layout: Layout,
 ) -> list[Linear]:
-    first = random_linear(f"{layer}.0", num_out, num_in, weight_format, dtype, weights)
+    first = random_linear(f"{layer}.0", num_out, num_in, weight_format, dtype, weights, layout)
     wanted = min(_COPIES_BYTES, CACHE_MULTIPLE * last_level_cache(device))
     count = max(1, math.ceil(wanted / first.num_bytes))
     others = (
-        random_linear(f"{layer}.{index}", num_out, num_in, weight_format, dtype, weights) for index in range(1, count)
+        random_linear(f"{layer}.{index}", num_out, num_in, weight_format, dtype, weights, layout)
+        for index in range(1, count)
     )
     return [first, *others]
 

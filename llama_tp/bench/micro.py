@@ -16,6 +16,9 @@ from llama_tp.bench.machine import device_name, last_level_cache, load_average
 from llama_tp.bench.report import finish
 from llama_tp.bench.subject import EngineOptions
 from llama_tp.checkpoint.load import resolve_dtype
+from llama_tp.engine.compilation import why_no_kernels
+from llama_tp.model.cpu.build import build_kernels
+from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.weights import why_not_quantized
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import Comm
@@ -39,7 +42,8 @@ def bench_micro(
     communication = _communication(group.comm, device)
     ceilings = measure_ceilings(device, dtype)
     shapes = linear_shapes(args, group.comm.size, group.comm.rank)
-    rates = linear_rates(shapes, _possible(forms, args), rows, device, dtype)
+    kernels, reason = _kernels(device, dtype)
+    rates = linear_rates(shapes, _possible(forms, args), rows, device, dtype, kernels)
     ceilings = ceilings.better(measure_ceilings(device, dtype))
     if group.comm.is_leader:
         where = {
@@ -50,6 +54,8 @@ def bench_micro(
             "load_average": load_average(),
         }
         _show(name, where, ceilings, communication, rates)
+        if reason is not None:
+            print(f"Note: no compiled kernels are measured: {reason}")
         figures = {**asdict(ceilings), **communication, "linear": [asdict(rate) for rate in rates]}
         finish("micro", {"model": name, **where, **figures}, plot)
     if dist.is_initialized():
@@ -66,6 +72,20 @@ def _check(forms: Sequence[str], rows: Sequence[int]) -> None:
 
 def _possible(forms: Sequence[str], args: ModelArgs) -> list[str]:
     return [form for form in forms if form == "dense" or not why_not_quantized(args)]
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str | None]:
+    """The compiled kernels, when they are compiled, or why there are none."""
+    if reason := why_no_kernels(device, dtype):
+        return None, reason
+    build = build_kernels()
+    path = build.wait()
+    if path is None:
+        return None, build.error
+    try:
+        return Kernels(path, torch.get_num_threads()), None
+    except (OSError, AttributeError) as error:
+        return None, str(error)
 
 
 def _communication(comm: Comm, device: torch.device) -> dict[str, float]:
@@ -103,13 +123,19 @@ def _show(
         print(f"{key.removesuffix('_us').replace('_', ' ')} {us:.1f} us")
     print(f"\n{name}, {ceilings.dtype}: microseconds per call, and the rate at which it reads the weights")
     counts = sorted({rate.rows for rate in rates})
-    print(f"{'':<38}" + "".join(f"{f'M = {count}':>24}" for count in counts))
-    print(f"{'layer':<8}{'out x in':>16}  {'form':<12}" + f"{'us':>10}{'GB/s':>8}{'share':>6}" * len(counts))
+    print(f"{'':<48}" + "".join(f"{f'M = {count}':>24}" for count in counts))
+    print(
+        f"{'layer':<8}{'out x in':>16}  {'form':<12}{'kernels':<10}"
+        + f"{'us':>10}{'GB/s':>8}{'share':>6}" * len(counts)
+    )
     for one in rates:
         if one.rows == counts[0]:
-            same = [rate for rate in rates if (rate.layer, rate.form) == (one.layer, one.form)]
+            same = [
+                rate for rate in rates if (rate.layer, rate.form, rate.kernels) == (one.layer, one.form, one.kernels)
+            ]
             cells = "".join(_cell(rate, ceilings) for rate in sorted(same, key=lambda rate: rate.rows))
-            print(f"{one.layer:<8}{f'{one.out_features} x {one.in_features}':>16}  {one.form:<12}{cells}")
+            shape = f"{one.out_features} x {one.in_features}"
+            print(f"{one.layer:<8}{shape:>16}  {one.form:<12}{one.kernels:<10}{cells}")
 
 
 def _cell(rate: LinearRate, ceilings: Ceilings) -> str:

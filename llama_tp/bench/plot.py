@@ -66,8 +66,8 @@ def _micro(document: Document) -> Figure:
     title = f"{document['model']}: rate at which linear layers read their weights ({document['device']})"
     figure, panels = _panels(title, len(rows))
     layers = list(dict.fromkeys(one["layer"] for one in document["linear"]))
-    forms = list(dict.fromkeys(one["form"] for one in document["linear"]))
-    rates = {(one["layer"], one["form"], one["rows"]): one["gb_per_s"] for one in document["linear"]}
+    forms = list(dict.fromkeys(_form(one) for one in document["linear"]))
+    rates = {(one["layer"], _form(one), one["rows"]): one["gb_per_s"] for one in document["linear"]}
     for axes, count in zip(panels, rows, strict=True):
         read = axes.axhline(document["read_bytes_per_s"] / 1e9, color="black", linestyle="--", linewidth=1)
         read.set_label("read bandwidth")
@@ -75,6 +75,10 @@ def _micro(document: Document) -> Figure:
         axes.set_title(f"M = {count}", fontsize=10)
         axes.set_xlabel("layer")
     return figure
+
+
+def _form(rate: Document) -> str:
+    return f"{rate['form']}, {rate['kernels']}"
 
 
 def _engine(document: Document) -> Figure:

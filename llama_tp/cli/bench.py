@@ -26,7 +26,8 @@ def micro(
         random_weights: accepted as in `bench engine`: weights are random in any case
         model: instead of a checkpoint: a published name such as llama2-7b, or the path of a model_args.json,
             params.json or config.json
-        forms: weight formats: dense, int8, int4, int8_groups; those without a kernel on this device are left out
+        forms: weight formats: dense, int8, int4, int8_groups; those without a kernel on this device are left out;
+            on CPUs with PyTorch's kernels and with compiled ones
         rows: rows of the input, tokens of a step
         dtype: auto, bfloat16, float16 or float32
         device: auto, cpu or cuda

@@ -43,7 +43,7 @@ class Compilation:
         """
         if config.compile is False:
             return None
-        reason = _why_no_kernels(device, dtype)
+        reason = why_no_kernels(device, dtype)
         if reason is None:
             build = build_kernels()
             if wait:
@@ -99,7 +99,8 @@ def use_kernels(runner: ModelRunner, model: Transformer, kernels: Kernels, confi
     runner.use_kernels(compiled, lambda backend: KernelBackend(backend, cache, kernels.library.keys_per_part))
 
 
-def _why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """With the remedy, if there is one. None: there are some."""
     if device.type != "cpu":
         return f"there are no compiled kernels for {device.type}; set device to cpu"
     if dtype not in (torch.bfloat16, torch.float32):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.model.linear import Linear
-from llama_tp.model.weights import WeightFormat
+from llama_tp.model.weights import PACKED, Layout, WeightFormat
 
 STD = 0.02
 """Of dense weights and biases, as models are initialised."""
@@ -80,6 +80,7 @@ def random_linear(
     weight_format: WeightFormat,
     dtype: torch.dtype,
     weights: RandomWeights,
+    layout: Layout = PACKED,
 ) -> Linear:
     """A layer of this shape without bias, as the engine would compute it."""
     parameters = weight_format.parameters(out_features, in_features)
@@ -89,4 +90,4 @@ def random_linear(
         )
         for kind, (shape, own) in parameters.items()
     }
-    return weight_format.linear([tensors], dtype)
+    return weight_format.linear([tensors], dtype, layout)

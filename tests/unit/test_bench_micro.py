@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama_tp.bench import ceilings
+from llama_tp.bench import micro as bench
 from llama_tp.bench.ceilings import linear_rates, linear_shapes, read_bandwidth, seconds_of
 from llama_tp.bench.machine import _cpu_cache
 from llama_tp.cli.bench import micro
+from llama_tp.model.cpu.build import build_kernels
+from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.linear import Linear
 from llama_tp.model_args import ModelArgs
 from tests.tiny_model import MODELS, engine_of, random_model
@@ -37,10 +42,33 @@ def test_every_layer_has_a_rate_in_every_format_that_has_a_kernel(tmp_path, caps
     assert document["benchmark"] == "micro"
     assert document["read_bytes_per_s"] > 0
     assert document["flops"] > 0
-    found = [(one["layer"], one["form"], one["rows"]) for one in document["linear"]]
+    found = [(one["layer"], one["form"], one["kernels"], one["rows"]) for one in document["linear"]]
     layers = ("wqkv", "wo", "w13", "w2", "output")
-    assert found == [(a, form, rows) for a in layers for form in ("dense", "int8", "int4") for rows in (1, 16)]
-    assert len(lines) == 6 + len(layers) * 3
+    assert found == list(product(layers, ("dense", "int8", "int4"), ("PyTorch", "compiled"), (1, 16)))
+    assert len(lines) == 6 + len(layers) * 3 * 2
+
+
+def test_without_compiled_kernels_it_is_said_why(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "build_kernels", lambda: SimpleNamespace(wait=lambda: None, error="it is Thursday"))
+    ARGS.save(tmp_path / "model_args.json")
+    micro(model=str(tmp_path / "model_args.json"), dtype="bfloat16", threads=1, rows=1, forms="int4")
+    *_, note, last = capsys.readouterr().out.splitlines()
+    assert {one["kernels"] for one in json.loads(last)["linear"]} == {"PyTorch"}
+    assert note == "Note: no compiled kernels are measured: it is Thursday"
+
+
+def test_compiled_kernels_are_measured_in_the_formats_and_for_the_rows_of_the_engine(monkeypatch):
+    products = []
+    monkeypatch.setattr(ceilings, "seconds_of", lambda function, _device: products.append(function()[0]) or 1.0)
+    path = build_kernels().wait()
+    assert path is not None
+    kernels = Kernels(path, 1)
+    rates = linear_rates({"wo": (64, 64)}, list(ceilings.FORMATS), [4, 17], CPU, torch.bfloat16, kernels)
+    compiled = [(rate, y) for rate, y in zip(rates, products, strict=True) if rate.kernels == "compiled"]
+    assert [(rate.form, rate.rows) for rate, _ in compiled] == [
+        (form, 4) for form in ("dense", "int8", "int8_groups", "int4")
+    ]
+    assert all(y.shape == (4, 64) and y.isfinite().all() and y.std() > 0 for _, y in compiled)
 
 
 def test_formats_that_are_widened_at_load_have_no_rate_of_their_own():

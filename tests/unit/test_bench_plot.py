@@ -21,9 +21,10 @@ DOCUMENTS = {
         **MACHINE,
         "read_bytes_per_s": 3e10,
         "linear": [
-            {"layer": layer, "form": form, "rows": rows, "gb_per_s": 10.0}
+            {"layer": layer, "form": form, "kernels": kernels, "rows": rows, "gb_per_s": 10.0}
             for layer in ("wo", "w2")
             for form in ("dense", "int4")
+            for kernels in ("PyTorch", "compiled")
             for rows in (1, 4)
         ],
     },
