@@ -10,6 +10,7 @@ from time import thread_time
 from types import SimpleNamespace
 from typing import Any, cast
 
+from llama_tp.bench.report import finish
 from llama_tp.engine.loop import EngineLoop
 from llama_tp.engine.request import FinishReason, Request, TokenEvent
 from llama_tp.engine.sampling_params import KNOBS
@@ -58,7 +59,7 @@ class _Replay:
         yield TokenEvent(request_id, last, FinishReason.LENGTH)
 
 
-def bench_api(tokenizer: str, *, requests: int, new: int, runs: int) -> None:
+def bench_api(tokenizer: str, *, requests: int, new: int, runs: int, plot: str | None = None) -> None:
     """Implements `llama-tp bench api`."""
     for name, value in {"requests": requests, "new": new, "runs": runs}.items():
         if not isinstance(value, int) or value < 1:
@@ -84,7 +85,7 @@ def bench_api(tokenizer: str, *, requests: int, new: int, runs: int) -> None:
     for route, values in figures.items():
         print(f"{route or 'native':<30}" + "".join(f"{value:>12.1f}" for value in values))
     named = {route or "native": dict(zip(names, values, strict=True)) for route, values in figures.items()}
-    print(json.dumps({"requests": requests, "new": new, "runs": runs, "us_per": named}))
+    finish("api", {"requests": requests, "new": new, "runs": runs, "us_per": named}, plot)
 
 
 def _body(route: str) -> bytes:

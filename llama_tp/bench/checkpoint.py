@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -10,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, sleep
 
 import torch
 
 from llama_tp.bench.peak_memory import run_measured
+from llama_tp.bench.report import finish
 from llama_tp.checkpoint.formats.reader import MemoryReader
 from llama_tp.checkpoint.formats.write import make_writer
 from llama_tp.checkpoint.progress import no_progress
@@ -64,7 +64,9 @@ class Measure:
     """The largest."""
 
 
-def bench_checkpoint(folder: str | None, *, size_gb: float, runs: int, quantize: str | None = None) -> None:
+def bench_checkpoint(
+    folder: str | None, *, size_gb: float, runs: int, quantize: str | None = None, plot: str | None = None
+) -> None:
     """Implements `llama-tp bench checkpoint`."""
     if isinstance(size_gb, bool) or not isinstance(size_gb, (int, float)) or size_gb <= 0:
         raise ValueError(f"size_gb={size_gb!r} must be a number above 0")
@@ -78,10 +80,12 @@ def bench_checkpoint(folder: str | None, *, size_gb: float, runs: int, quantize:
         _write_originals(args, work / "originals")
         measures = _measure(_contenders(work, quantize), _num_bytes(args) / 1e9, runs)
         shares = {size: _bytes_read(work / "converted", args, size) for size in (1, 2, 3, 4, 8)}
-    _report(measures, shares, args, runs)
+    _report(measures, shares, args, runs, plot)
 
 
-def _report(measures: dict[str, Measure], shares: dict[int, float], args: ModelArgs, runs: int) -> None:
+def _report(
+    measures: dict[str, Measure], shares: dict[int, float], args: ModelArgs, runs: int, plot: str | None
+) -> None:
     for name, one in measures.items():
         peak = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:>8.0f} MB"
         print(f"{name:<34}{one.seconds:>8.2f} s{one.gb_per_s:>8.2f} GB/s{one.ratio:>8.2f}x{peak}".rstrip())
@@ -89,8 +93,9 @@ def _report(measures: dict[str, Measure], shares: dict[int, float], args: ModelA
     size = round(_num_bytes(args) / 1e9, 2)
     print(f"peaks are of allocated memory, mapped files excluded; the largest of {size} GB is {largest / 1e6:.0f} MB")
     print("bytes read by all ranks, to the file size: " + ", ".join(f"TP {n}: {one:.3f}" for n, one in shares.items()))
-    figures = {name: [one.seconds, one.gb_per_s, one.ratio, one.peak_bytes] for name, one in measures.items()}
-    print(json.dumps({"size_gb": size, "largest_tensor": largest, "runs": runs, **figures, "bytes_read": shares}))
+    figures = {name: asdict(one) for name, one in measures.items()}
+    document = {"size_gb": size, "largest_tensor": largest, "runs": runs, "measures": figures, "bytes_read": shares}
+    finish("checkpoint", document, plot)
 
 
 def _sized(size_gb: float) -> ModelArgs:

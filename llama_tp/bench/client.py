@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from llama_tp.bench.api import Api
 from llama_tp.bench.workload import Job, Recorder
@@ -125,20 +126,36 @@ class _Exchange(asyncio.Protocol):
             self.done.set_exception(error)
 
 
-def request_bytes(job: Job, port: int, path: str, api: Api) -> bytes:
-    """The complete POST of one job: streamed, greedy, ending only by length. `path`: the model's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A served model."""
+
+    host: str = "127.0.0.1"
+    port: int
+    path: str
+    """Of the model: /predictions/NAME."""
+    api_key: str | None = None
+
+
+def request_bytes(job: Job, target: Target, api: Api) -> bytes:
+    """The complete POST of one job: streamed, greedy, ending only by length."""
     body = json.dumps(api.fields(job), separators=(",", ":")).encode()
-    head = f"POST {path}{api.route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    lines = [f"POST {target.path}{api.route} HTTP/1.1", f"Host: {target.host}:{target.port}"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    if target.api_key is not None:
+        lines.append(f"X-Api-Key: {target.api_key}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def drive(jobs: Sequence[Job], port: int, path: str, api: Api, *, concurrency: int) -> Recorder:
+def drive(jobs: Sequence[Job], target: Target, api: Api, *, concurrency: int) -> Recorder:
     """Send the jobs as they arrive and read all answers. OSError for the first request that fails."""
-    requests = [request_bytes(job, port, path, api) for job in jobs]
-    return asyncio.run(_drive(jobs, requests, port, api, concurrency))
+    requests = [request_bytes(job, target, api) for job in jobs]
+    return asyncio.run(_drive(jobs, requests, target, api, concurrency))
 
 
-async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, api: Api, concurrency: int) -> Recorder:
+async def _drive(
+    jobs: Sequence[Job], requests: Sequence[bytes], target: Target, api: Api, concurrency: int
+) -> Recorder:
     slots = asyncio.Semaphore(concurrency or len(jobs))
     recorder = Recorder(len(jobs))
     waiting: set[int] = set()  # requests waiting for the server
@@ -148,7 +165,7 @@ async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, api:
         async with slots:
             recorder.start(index, recorder.now() if concurrency else jobs[index].arrival_s)
             waiting.add(index)
-            await _exchange(requests[index], port, api, lambda count: recorder.tokens(index, count))
+            await _exchange(requests[index], target, api, lambda count: recorder.tokens(index, count))
             waiting.discard(index)
 
     pending = {asyncio.ensure_future(run(index)) for index in range(len(jobs))}
@@ -166,10 +183,10 @@ async def _drive(jobs: Sequence[Job], requests: Sequence[bytes], port: int, api:
     return recorder
 
 
-async def _exchange(request: bytes, port: int, api: Api, on_tokens: Callable[[int], None]) -> None:
+async def _exchange(request: bytes, target: Target, api: Api, on_tokens: Callable[[int], None]) -> None:
     loop = asyncio.get_running_loop()
     transport, exchange = await loop.create_connection(
-        lambda: _Exchange(request, api.num_tokens, on_tokens), "127.0.0.1", port
+        lambda: _Exchange(request, api.num_tokens, on_tokens), target.host, target.port
     )
     try:
         await exchange.done

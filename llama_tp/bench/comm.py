@@ -6,7 +6,6 @@ while its followers wait.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
+from llama_tp.bench.report import finish
 from llama_tp.engine import codec
 from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.parallel.comm import Comm, GroupComm
@@ -26,7 +26,7 @@ _TIME = Struct("d")
 _BUSY_S = 200e-6
 
 
-def bench_comm(*, batch: int, rounds: int) -> None:
+def bench_comm(*, batch: int, rounds: int, plot: str | None = None) -> None:
     """Implements `llama-tp bench comm`. Call it on every rank of one host. Ends with a line of JSON."""
     group = join("cpu")
     if group.mesh is None:
@@ -47,7 +47,7 @@ def bench_comm(*, batch: int, rounds: int) -> None:
         )
         for row in rows:
             print(f"{row['comm']:<18}{row['what']:<24} median {row['median_us']:8.1f}   p99 {row['p99_us']:8.1f}")
-        print(json.dumps(rows))
+        finish("comm", {"ranks": group.comm.size, "rows": rows}, plot)
     dist.barrier()
     group.comm.close()
 

@@ -1,37 +1,34 @@
-"""`llama-tp bench engine`: prefill and decode rates of the engine, optionally against transformers.
+"""`llama-tp bench engine`: prefill and decode rates of the engine, optionally against others.
 
-Greedy, without early stops, all prompts of one length. Contenders and batch sizes alternate, so that drift in the
-machine's speed affects all of them. Reports medians.
+Greedy, without early stops, all prompts of one length. Contenders, batch sizes, contexts and conditions alternate, so
+that drift in the machine's speed affects all of them. Reports medians, and what share of the machine's read bandwidth
+and matrix rate they are; both are measured before and after, and the better counts.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import count
-from pathlib import Path
-from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from llama_tp.bench.peers import transformers_model
-from llama_tp.checkpoint.store.reading import load, stored_dtype
+from llama_tp.bench.ceilings import CACHE_MULTIPLE, Ceilings, measure_ceilings
+from llama_tp.bench.contenders import Contender, OurEngine, Timing, Transformers, longest_sequence
+from llama_tp.bench.engine_table import show
+from llama_tp.bench.machine import device_name, last_level_cache, load_average, peak_memory
+from llama_tp.bench.neighbour import Conditions, conditions
+from llama_tp.bench.peers import dense_weights, transformers_model
+from llama_tp.bench.report import finish
+from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
+from llama_tp.bench.work import Work
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request
-from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.startup import load_engine
-from llama_tp.model.weights import weight_shapes
-from llama_tp.model_args import ModelArgs
-from llama_tp.parallel.launch import join
-
-Prompts = list[list[int]]
+from llama_tp.parallel.launch import Group, join
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
@@ -42,229 +39,246 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 CONTENDERS = ("transformers", *_SETTINGS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured."""
+
+    batches: list[int]
+    prompt: int
+    """Tokens per prompt."""
+    depths: list[int]
+    """More contexts to decode in; a prompt of 1 token for 0."""
+    prefix: int
+    """Length of the common beginning of all prompts; of shorter ones, all but the last token."""
+    new: int
+    runs: int
+    neighbour: bool
+
+    def __post_init__(self) -> None:
+        if not self.batches or not all(type(size) is int and size > 0 for size in self.batches):
+            given = ",".join(map(str, self.batches))
+            raise ValueError(f"batch={given} must be integers of at least 1, such as 1,4,16")
+        if not all(type(depth) is int and depth >= 0 for depth in self.depths):
+            given = ",".join(map(str, self.depths))
+            raise ValueError(f"depth={given} must be integers of at least 0, such as 0,512,2048")
+        if type(self.runs) is not int or self.runs < 1:
+            raise ValueError(f"runs={self.runs!r} must be an integer of at least 1")
+        if type(self.new) is not int or self.new < 2:
+            raise ValueError(f"new={self.new!r} must be at least 2: the first token belongs to the prefill")
+        if not 0 <= self.prefix < self.prompt:
+            raise ValueError(
+                f"prefix={self.prefix} must be at least 0 and less than prompt={self.prompt}, which includes it"
+            )
+        if not isinstance(self.neighbour, bool):
+            raise ValueError(f"neighbour={self.neighbour!r} must have no value")
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens per prompt of all runs."""
+        return sorted({self.prompt, *self.depths})
+
+    def max_seq_len(self, max_batched_tokens: int, options: EngineOptions) -> int:
+        return max(
+            longest_sequence(
+                size,
+                max(1, context),
+                self.new,
+                max_batched_tokens,
+                speculative_tokens=options.speculative_tokens,
+                speculative_max_batch=options.speculative_max_batch,
+            )
+            for size in self.batches
+            for context in self.contexts
+        )
+
+    def __str__(self) -> str:
+        contexts = "/".join(map(str, self.contexts))
+        shared = f", {self.prefix} of them shared" if self.prefix else ""
+        return f"prompts of {contexts} tokens{shared}, {self.new} new; median of {self.runs} runs"
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender at one batch size. Rates are over the whole batch."""
+    """One contender under one condition. Rates are over the whole batch."""
 
     contender: str
+    condition: str
     batch: int
-    prompt: int
+    context: int
+    """Tokens of each prompt."""
     new: int
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float | None
+    """None if the prompt is a single token."""
+    prefill_share: float | None
+    """Of the ceiling for matrix products."""
     decode_tokens_per_s: float
-    runs: int
+    decode_share: float
+    """Of the read bandwidth."""
+    step_p50_ms: float
+    step_p99_ms: float
     drafted_tokens: int
-    """Predicted and computed ahead, in all runs."""
+    """Predicted by speculative decoding and computed ahead, in all runs."""
     accepted_tokens: int
     """How many of those were right."""
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One run. The prefill ends with the last prompt's first token and includes decodes computed alongside prompts."""
-
-    prefill_s: float
-    decode_s: float
-    decoded: int
-    """Tokens sampled after the prefill."""
-    drafted: int = 0
-    """Tokens predicted by speculative decoding, and how many were right."""
-    accepted: int = 0
-
-
-class Contender(Protocol):
-    name: str
-
-    def run(self, prompts: Prompts, new: int) -> Timing:
-        """Generate exactly `new` tokens for each prompt."""
-        ...
-
-
-class OurEngine:
-    name = "llama_tp"
-
-    def __init__(self, engine: Engine, name: str = name) -> None:
-        self.engine = engine
-        self.name = name
-        self._ids = count()
-
-    def run(self, prompts: Prompts, new: int) -> Timing:
-        params = SamplingParams(max_new_tokens=new, temperature=0)
-        waiting = set()
-        for prompt in prompts:
-            request = Request(f"bench {next(self._ids)}", tuple(prompt), params)
-            waiting.add(request.id)
-            self.engine.add(request)
-        before = self.engine.stats()
-        start = perf_counter()
-        while waiting:
-            waiting -= {event.request_id for event in self.engine.step()}
-        first, decoded = perf_counter(), 0
-        while self.engine.num_requests:
-            decoded += len(self.engine.step())
-        decode_s, after = perf_counter() - first, self.engine.stats()
-        drafted = after.drafted_tokens - before.drafted_tokens
-        return Timing(first - start, decode_s, decoded, drafted, after.accepted_tokens - before.accepted_tokens)
-
-
-class Transformers:
-    """transformers' `generate`, with SDPA attention and its default dynamic cache."""
-
-    name = "transformers"
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def run(self, prompts: Prompts, new: int) -> Timing:
-        ids = torch.tensor(prompts)
-        times = _Times([perf_counter()])
-        with torch.inference_mode():
-            self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=False,
-                eos_token_id=None,
-                streamer=times,
-            )
-        start, _, first, *_, last = times
-        assert len(times) == 2 + new
-        return Timing(first - start, last - first, len(prompts) * (new - 1))
-
-
-class _Times(list[float]):
-    """A transformers streamer that records when it gets the prompts, and then each step's tokens."""
-
-    def put(self, _tokens: torch.Tensor) -> None:
-        self.append(perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def bench_engine(
-    checkpoint: str,
+    subject: Subject,
+    options: EngineOptions,
+    plan: Plan,
     *,
-    batches: list[int],
-    prompt: int,
-    prefix: int,
-    new: int,
-    runs: int,
     against: str | None,
-    dtype: str,
-    compile: bool | str,
-    device: str,
-    threads: int | None,
     max_batched_tokens: int,
-    speculative_tokens: int,
-    speculative_max_batch: int,
+    plot: str | None,
 ) -> None:
     """Implements `llama-tp bench engine`. Call it on every rank."""
-    _check_settings(batches, prompt, prefix, new, runs, against)
-    args = ModelArgs.load_converted(Path(checkpoint, "model_args.json"))
-    config = EngineConfig(
-        max_seq_len=prompt + new,
-        max_batch_size=max(batches),
-        max_batched_tokens=max(max_batched_tokens, *batches),
-        speculative_tokens=speculative_tokens,
-        speculative_max_batch=speculative_max_batch,
-        dtype=dtype,
-        compile=compile,
-        device=device,
-        threads=threads,
+    _check_against(subject, against)
+    budget = max(max_batched_tokens, *plan.batches)
+    config = options.config(
+        max_seq_len=plan.max_seq_len(budget, options), max_batch_size=max(plan.batches), max_batched_tokens=budget
     )
-    group = join(device, timeout_s=config.collective_timeout_s)
+    group = join(config.device, timeout_s=config.collective_timeout_s)
     if against in _SETTINGS and group.comm.size > 1:
         raise ValueError(f"against={against} needs a single rank; run it without torchrun")
-    engine = load_engine(checkpoint, args, config, group)
+    engine = subject.load(config, group)
+    ceilings = measure_ceilings(group.device, engine.runner.dtype)
     if not engine.is_leader:
         engine.follow()
+        measure_ceilings(group.device, engine.runner.dtype)
         group.comm.close()
         return
-    contenders: list[Contender] = [OurEngine(engine)]
-    if against in _SETTINGS:
-        config = replace(config, **_SETTINGS[against])
-        contenders.append(OurEngine(load_engine(checkpoint, args, config, group), name=against))
-    elif against:
-        contenders.append(Transformers(transformers_model(args, _read_all(checkpoint, args), engine.runner.dtype)))
-    runner = engine.runner
-    begin = f", {prefix} of them shared" if prefix else ""
+    contenders = _contenders(subject, engine, config, group, against)
+    where = _where(subject, engine, group)
     print(
-        f"{checkpoint}: {group.comm.size} rank(s) of {torch.get_num_threads()} thread(s), {runner.device.type}, "
-        f"{runner.dtype}; prompts of {prompt} tokens{begin}, {new} new; median of {runs} runs; "
-        f"load average {os.getloadavg()[0]:.1f}"
+        f"{subject.name}: {where['ranks']} rank(s) of {where['threads']} thread(s), {group.device.type}, "
+        f"{where['dtype']}, {where['kernels']}; {plan}; load average {where['load_average']:.1f}",
+        flush=True,
     )
-    rows = _measure(contenders, batches, args.vocab_size, prompt, prefix, new, runs)
-    _show(rows, len(contenders))
+    with conditions(with_neighbour=plan.neighbour) as found:
+        timings = _measure(contenders, plan, subject.args.vocab_size, found)
     engine.release()
+    ceilings = ceilings.better(measure_ceilings(group.device, engine.runner.dtype))
+    work = Work.of(engine)
+    rows = [_row(*key, timings[key], plan, work, ceilings) for key in timings]
+    notes = _notes(engine, work, group)
+    peak = peak_memory(group.device)
+    show(rows, ceilings, peak, notes)
     group.comm.close()
-    print(json.dumps([asdict(row) for row in rows]))
+    document = {**where, **asdict(ceilings), "runs": plan.runs, "peak_memory_bytes": peak, "notes": notes}
+    finish("engine", {**document, "rows": [asdict(row) for row in rows]}, plot)
 
 
-def _check_settings(batches: list[int], prompt: int, prefix: int, new: int, runs: int, against: str | None) -> None:
+def _check_against(subject: Subject, against: str | None) -> None:
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if against == "transformers" and find_spec("transformers") is None:
         raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
-    if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
-        raise ValueError(f"batch={','.join(map(str, batches))} must be integers of at least 1, such as 1,4,16")
-    if not isinstance(runs, int) or runs < 1:
-        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    if new < 2:
-        raise ValueError(f"new={new} must be at least 2: the first token belongs to the prefill")
-    if not 0 <= prefix < prompt:
-        raise ValueError(f"prefix={prefix} must be at least 0 and less than prompt={prompt}, which includes it")
+    if against == "transformers" and subject.formats:
+        raise ValueError("against=transformers needs dense weights; leave --quantization out")
+
+
+def _contenders(
+    subject: Subject, engine: Engine, config: EngineConfig, group: Group, against: str | None
+) -> list[Contender]:
+    contenders: list[Contender] = [OurEngine(engine)]
+    if against in _SETTINGS:
+        other = subject.load(replace(config, **_SETTINGS[against]), group)
+        contenders.append(OurEngine(other, name=against))
+    elif against:
+        weights = dense_weights(subject.args, subject.checkpoint)
+        model = transformers_model(subject.args, weights, engine.runner.dtype)
+        contenders.append(Transformers(model.to(group.device)))
+    return contenders
+
+
+def _where(subject: Subject, engine: Engine, group: Group) -> dict[str, Any]:
+    return {
+        "model": subject.name,
+        "device": device_name(group.device),
+        "ranks": group.comm.size,
+        "threads": torch.get_num_threads(),
+        "dtype": str(engine.runner.dtype).removeprefix("torch."),
+        "kernels": kernels_of(engine),
+        "load_average": load_average(),
+    }
+
+
+Key = tuple[int, int, str, str]
+"""Batch size, context, condition, contender."""
 
 
 def _measure(
-    contenders: list[Contender], batches: list[int], vocab_size: int, prompt: int, prefix: int, new: int, runs: int
-) -> list[Row]:
+    contenders: Sequence[Contender], plan: Plan, vocab_size: int, found: Conditions
+) -> dict[Key, list[Timing]]:
     generator = torch.Generator().manual_seed(0)
-    beginning = torch.randint(vocab_size, (prefix,), generator=generator).tolist()
-    keys = [(size, contender.name) for size in batches for contender in contenders]
-    runs_of: dict[tuple[int, str], list[Timing]] = {key: [] for key in keys}
-    turns = [(run, size) for run in range(runs + 1) for size in batches]
+    beginning = torch.randint(vocab_size, (plan.prefix,), generator=generator).tolist()
+    turns = [(run, size, context) for run in range(plan.runs + 1) for size in plan.batches for context in plan.contexts]
+    timings: dict[Key, list[Timing]] = {
+        (size, context, condition, contender.name): []
+        for _, size, context in turns[: len(plan.batches) * len(plan.contexts)]
+        for condition in found.names
+        for contender in contenders
+    }
     screen = Console(stderr=True)
-    for run, size in track(turns, console=screen, transient=True, disable=not screen.is_terminal):
-        ends = torch.randint(vocab_size, (size, prompt - prefix), generator=generator).tolist()
-        for contender in contenders:
-            timing = contender.run([beginning + end for end in ends], new)
-            if run:  # the first run is a warm-up
-                runs_of[size, contender.name].append(timing)
-    rows = []
-    for (size, name), timings in runs_of.items():
-        prefill = statistics.median(size * prompt / timing.prefill_s for timing in timings)
-        decode = statistics.median(timing.decoded / timing.decode_s for timing in timings)
-        drafted, accepted = sum(timing.drafted for timing in timings), sum(timing.accepted for timing in timings)
-        rows.append(Row(name, size, prompt, new, prefill, decode, runs, drafted, accepted))
-    return rows
+    for run, size, context in track(turns, console=screen, transient=True, disable=not screen.is_terminal):
+        length = max(1, context)
+        shared = beginning[: length - 1]
+        for condition in found.names:
+            ends = torch.randint(vocab_size, (size, length - len(shared)), generator=generator).tolist()
+            for contender in contenders:
+                with found.under(condition):
+                    timing = contender.run([shared + end for end in ends], plan.new)
+                if run:  # the first run is a warm-up
+                    timings[size, context, condition, contender.name].append(timing)
+    return timings
 
 
-def _show(rows: list[Row], num_contenders: int) -> None:
-    """Print a table: contenders by batch size, with the ratios of ours to the others; then the gain from batching."""
-    print(f"{'':<16}{'batch':>6}{'prefill tok/s':>15}{'decode tok/s':>14}")
-    for first in range(0, len(rows), num_contenders):
-        ours, *others = rows[first : first + num_contenders]
-        for row in (ours, *others):
-            print(_line(row.contender, row.batch, row.prefill_tokens_per_s, row.decode_tokens_per_s))
-        for row in others:
-            prefill = ours.prefill_tokens_per_s / row.prefill_tokens_per_s
-            print(_line("  ratio", row.batch, prefill, ours.decode_tokens_per_s / row.decode_tokens_per_s))
-    one, other = rows[0], rows[-num_contenders]
-    if one is not other:
-        gain = other.decode_tokens_per_s / one.decode_tokens_per_s
-        print(f"batch {other.batch} decodes {gain:.2f} times as many tokens per second as batch {one.batch}")
+def _row(
+    size: int,
+    context: int,
+    condition: str,
+    name: str,
+    timings: Sequence[Timing],
+    plan: Plan,
+    work: Work,
+    ceilings: Ceilings,
+) -> Row:
+    length = max(1, context)
+    shared = min(plan.prefix, length - 1)
+    prefill_s = statistics.median(timing.prefill_s for timing in timings)
+    decode = statistics.median(timing.decoded / timing.decode_s for timing in timings)
+    steps = sorted(step for timing in timings for step in timing.steps_s)
+    steps_per_s = statistics.median(len(timing.steps_s) / timing.decode_s for timing in timings)
+    read = work.decode_bytes(size, length + plan.new / 2, shared) * steps_per_s
+    flops = work.prefill_flops(size, length, shared) / prefill_s
+    return Row(
+        contender=name,
+        condition=condition,
+        batch=size,
+        context=context,
+        new=plan.new,
+        prefill_tokens_per_s=size * length / prefill_s if length > 1 else None,
+        prefill_share=flops / ceilings.flops if length > 1 else None,
+        decode_tokens_per_s=decode,
+        decode_share=read / ceilings.read_bytes_per_s,
+        step_p50_ms=1e3 * steps[len(steps) // 2],
+        step_p99_ms=1e3 * steps[len(steps) * 99 // 100],
+        drafted_tokens=sum(timing.drafted for timing in timings),
+        accepted_tokens=sum(timing.accepted for timing in timings),
+    )
 
 
-def _line(name: str, batch: int, prefill: float, decode: float) -> str:
-    return f"{name:<16}{batch:>6}{prefill:>15.2f}{decode:>14.2f}"
-
-
-def _read_all(checkpoint: str, args: ModelArgs) -> dict[str, torch.Tensor]:
-    """The full model as plain tensors, in the checkpoint's dtype."""
-    dtype = stored_dtype(checkpoint)
-    weights = {name: torch.empty(shape, dtype=dtype) for name, shape in weight_shapes(args).items()}
-    if args.tied_embeddings:
-        weights.pop("output.weight", None)
-    load(weights, checkpoint)
-    return weights
+def _notes(engine: Engine, work: Work, group: Group) -> list[str]:
+    notes = []
+    cache = last_level_cache(group.device)
+    if work.weight_bytes < CACHE_MULTIPLE * cache:
+        notes.append(
+            f"a step reads {work.weight_bytes / 1e6:.0f} MB of weights, less than {CACHE_MULTIPLE} times the cache of "
+            f"{cache / 1e6:.0f} MB: part of them may come from there, so shares of read bandwidth are too high"
+        )
+    if engine.scheduler.num_preemptions:
+        notes.append(
+            f"{engine.scheduler.num_preemptions} preemptions: the KV cache of {engine.config.cache_tokens} tokens is "
+            "too small for these batches; reduce --batch or --depth"
+        )
+    return notes

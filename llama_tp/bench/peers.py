@@ -10,6 +10,9 @@ from torch import Tensor
 
 from llama_tp.checkpoint.formats.huggingface import hugging_face_name
 from llama_tp.checkpoint.formats.rotary import in_halves, is_rotated
+from llama_tp.checkpoint.store.reading import StoredFiles, load
+from llama_tp.model.random_weights import RandomWeights
+from llama_tp.model.weights import weight_shapes
 from llama_tp.model_args import ModelArgs, RopeScaling
 
 
@@ -30,6 +33,20 @@ def transformers_model(args: ModelArgs, weights: Mapping[str, Tensor], dtype: to
         theirs.setdefault("lm_head.weight", theirs["model.embed_tokens.weight"])
     model.load_state_dict(theirs)
     return model
+
+
+def dense_weights(args: ModelArgs, checkpoint: str | None) -> dict[str, Tensor]:
+    """All weights of a model as plain tensors: of a checkpoint, in its dtype, or the random ones that an engine without
+    a checkpoint has. ValueError if the checkpoint is quantized."""
+    if checkpoint is None:
+        weights = RandomWeights("cpu")
+        return {name: weights.tensor(name, shape, torch.bfloat16) for name, shape in weight_shapes(args).items()}
+    files = StoredFiles(checkpoint)
+    if files.formats:
+        raise ValueError(f"{checkpoint} is quantized; transformers needs dense weights")
+    tensors = {name: torch.empty(shape, dtype=files.dtype) for name, shape in weight_shapes(args).items()}
+    load(tensors, checkpoint)
+    return tensors
 
 
 def _config(args: ModelArgs) -> Any:

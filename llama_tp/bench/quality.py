@@ -9,7 +9,6 @@ most probable tokens are the same.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from llama_tp.config import EngineConfig
+from llama_tp.bench.report import finish
+from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.sampling_params import SamplingParams
-from llama_tp.engine.startup import load_engine
 from llama_tp.engine.step import Chunk
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.launch import join
@@ -69,32 +68,26 @@ class Agreement:
 
 
 def bench_quality(
-    checkpoint: str, *, against: str | None, new: int, dtype: str, compile: bool | str, device: str, threads: int | None
+    checkpoint: str, options: EngineOptions, *, against: str | None, new: int, plot: str | None = None
 ) -> None:
     """Implements `llama-tp bench quality`."""
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise ValueError(f"new={new!r} must be an integer of at least 1")
-    config = EngineConfig(
-        max_seq_len=max(WINDOW, _PROMPT_TOKENS + new),
-        max_batch_size=_PROMPTS,
-        max_batched_tokens=WINDOW,
-        dtype=dtype,
-        compile=compile,
-        device=device,
-        threads=threads,
+    config = options.config(
+        max_seq_len=max(WINDOW, _PROMPT_TOKENS + new), max_batch_size=_PROMPTS, max_batched_tokens=WINDOW
     )
     paths = [checkpoint] if against is None else [checkpoint, against]
     args = [ModelArgs.load_converted(Path(path, "model_args.json")) for path in paths]
     _check_vocabulary(paths, args)
     windows = _windows(checkpoint, args[0])
-    group = join(device, timeout_s=config.collective_timeout_s)
+    group = join(config.device, timeout_s=config.collective_timeout_s)
     if group.comm.size > 1:
         raise ValueError(f"bench quality runs on a single rank, not on {group.comm.size}; start it without torchrun")
-    engines = [load_engine(path, one, config, group) for path, one in zip(paths, args, strict=True)]
+    engines = [Subject(path, one, path).load(config, group) for path, one in zip(paths, args, strict=True)]
     quality, agreement = measure(engines, windows, new)
     _show(paths, engines[0], quality, agreement)
-    print(json.dumps(_figures(paths, quality, agreement)))
     group.comm.close()
+    finish("quality", _figures(paths, quality, agreement), plot)
 
 
 def measure(engines: list[Engine], windows: Windows, new: int) -> tuple[Quality, Agreement | None]:
@@ -216,7 +209,8 @@ def _check_vocabulary(paths: list[str], args: list[ModelArgs]) -> None:
 
 def _show(paths: list[str], engine: Engine, quality: Quality, agreement: Agreement | None) -> None:
     runner = engine.runner
-    print(f"{paths[0]}: {runner.device.type}, {runner.dtype}; {quality.tokens} tokens in windows of {WINDOW}")
+    where = f"{runner.device.type}, {runner.dtype}, {kernels_of(engine)}"
+    print(f"{paths[0]}: {where}; {quality.tokens} tokens in windows of {WINDOW}")
     print(f"perplexity {quality.perplexity:.4f}")
     if agreement is not None:
         print(

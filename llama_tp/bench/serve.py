@@ -24,6 +24,8 @@ import yaml
 
 from llama_tp.bench import client
 from llama_tp.bench.api import Api
+from llama_tp.bench.machine import cpu_seconds
+from llama_tp.bench.report import finish
 from llama_tp.bench.workload import (
     Job,
     Load,
@@ -36,6 +38,7 @@ from llama_tp.bench.workload import (
     with_other_prompts,
     workload,
 )
+from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model_args import ModelArgs
 from llama_tp.threads import available_cores
 from llama_tp.torchserve.archive import build_archive
@@ -44,8 +47,6 @@ from llama_tp.torchserve.processes import descendants
 from llama_tp.torchserve.server import TorchServe, free_port_range
 
 NAME = "bench"
-_TICKS = os.sysconf("SC_CLK_TCK")
-
 Figures = dict[str, Any]
 
 
@@ -99,17 +100,11 @@ def cpu_of(server: TorchServe) -> Cpu:
     below = descendants(java)
     ranks = [pid for pid in below if "LOCAL_RANK=" in _environment_of(pid)]
     return Cpu(
-        frontend=_cpu_s(f"/proc/{java}/stat"),
-        ranks=sum(_cpu_s(f"/proc/{pid}/stat") for pid in ranks),
-        main_threads=sum(_cpu_s(f"/proc/{pid}/task/{pid}/stat") for pid in ranks),
-        agent=sum(_cpu_s(f"/proc/{pid}/stat") for pid in below if pid not in ranks),
+        frontend=cpu_seconds(f"/proc/{java}/stat"),
+        ranks=sum(cpu_seconds(f"/proc/{pid}/stat") for pid in ranks),
+        main_threads=sum(cpu_seconds(f"/proc/{pid}/task/{pid}/stat") for pid in ranks),
+        agent=sum(cpu_seconds(f"/proc/{pid}/stat") for pid in below if pid not in ranks),
     )
-
-
-def _cpu_s(stat: str) -> float:
-    """utime + stime (proc(5), fields 14 and 15) of a process with all its threads, or of one thread."""
-    fields = Path(stat).read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _environment_of(pid: int) -> str:
@@ -127,17 +122,19 @@ def bench_serve(
     properties: str | Path,
     log_config: str | Path,
     timeout_s: float,
+    plot: str | None = None,
 ) -> None:
-    """Implements `llama-tp bench serve`. Each run measures the engine, then each API."""
+    """Implements `llama-tp bench serve` with a server of its own. Each run measures the engine, then each API."""
     args = ModelArgs.load_converted(Path(setup.checkpoint, "model_args.json"))
     shape = {"vocab_size": args.vocab_size, "max_seq_len": context_of(args.max_seq_len)}
     print(f"{setup.checkpoint}: {setup.tp} rank(s) of {setup.threads} thread(s), batch of {setup.max_batch_size}")
     print(describe(load, slo), flush=True)
     found: list[dict[str, Figures]] = []
+    if setup.compile is not False:
+        build_kernels().wait()  # the server must not switch to them while it is measured
     with _running(setup, load, shape["max_seq_len"], handler, properties, log_config, timeout_s) as server:
-        path = f"/predictions/{server.model_name}"
         for api in apis:
-            client.drive(warm_up(setup.max_batch_size, **shape), server.port, path, api, concurrency=0)
+            client.drive(warm_up(setup.max_batch_size, **shape), _target(server), api, concurrency=0)
         for run in range(runs):
             this = replace(load, seed=load.seed + run)
             idle = cpu_of(server)
@@ -154,7 +151,7 @@ def bench_serve(
     print()
     ratios = {api.name: _ratios(found, api.name) for api in apis}
     settings = {**asdict(setup), **asdict(load), **asdict(slo)}
-    print(json.dumps({**settings, "output_throughput_ratios": ratios, "runs": found}))
+    finish("serve", {**settings, "output_throughput_ratios": ratios, "runs": found}, plot)
 
 
 def _ratios(runs: Sequence[Mapping[str, Figures]], name: str) -> list[float]:
@@ -192,10 +189,13 @@ def where_it_goes(offline: Figures, served: Figures) -> str:
     )
 
 
+def _target(server: TorchServe) -> client.Target:
+    return client.Target(port=server.port, path=f"/predictions/{server.model_name}")
+
+
 def _served(server: TorchServe, api: Api, jobs: Sequence[Job], load: Load, slo: Slo) -> Figures:
-    path = f"/predictions/{server.model_name}"
     before, client_s = cpu_of(server), process_time()
-    recorder = client.drive(jobs, server.port, path, api, concurrency=load.concurrency)
+    recorder = client.drive(jobs, _target(server), api, concurrency=load.concurrency)
     client_s = process_time() - client_s
     used = cpu_of(server) - before
     assert [trace.num_tokens for trace in recorder.traces] == [job.new for job in jobs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,7 @@ def load_model(
     `ranks`: the shares; None: equal ones. `layout`: of linear layers on CPUs.
     """
     ranks = group.comm.size if ranks is None else ranks
-    check_tp_size(args, ranks)
-    with torch.device("meta"):
-        model = Transformer(args).to(dtype).requires_grad_(False).eval()
-    if group.mesh is not None:
-        parallelize(model, group.mesh, ranks)
+    model = empty_model(args, group, dtype, ranks)
     with open_on_all_ranks(folder) as files:
         agree(lambda: check_model(files, args))
         hold_shards(model, ranks, group.comm.rank, files.formats)
@@ -52,6 +48,23 @@ def load_model(
                 agree(lambda: localize(model, group.comm, files.formats, ranks, loader, layout))
             verification.finish()
     return model
+
+
+def empty_model(args: ModelArgs, group: Group, dtype: torch.dtype, ranks: Ranks) -> Transformer:
+    """The model on the meta device, parallelized over the group. ValueError if it cannot be split over these ranks."""
+    check_tp_size(args, ranks)
+    with torch.device("meta"):
+        model = Transformer(args).to(dtype).requires_grad_(False).eval()
+    if group.mesh is not None:
+        parallelize(model, group.mesh, ranks)
+    return model
+
+
+def parts_of(model: Transformer) -> list[tuple[str, nn.Module]]:
+    """The parts of a model with their names, in the order in which `localize` uses them."""
+    layers = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
+    parts = [("tok_embeddings", model.tok_embeddings), *layers, ("norm", model.norm)]
+    return parts if model.args.tied_embeddings else [*parts, ("output", model.output)]
 
 
 class _Loader:
@@ -74,8 +87,7 @@ class _Loader:
         # Packing copies a matrix. One that is not packed stays where it is read to.
         self._packs = layout == PACKED and is_packed(group.device, dtype)
         self._spare = deque([self._fresh(0), self._fresh(0)])
-        parts = [("tok_embeddings", model.tok_embeddings), *_numbered("layers", model.layers), ("norm", model.norm)]
-        self._parts = iter(parts if model.args.tied_embeddings else [*parts, ("output", model.output)])
+        self._parts = iter(parts_of(model))
         self._start_next()
 
     def __call__(self, part: nn.Module) -> None:
@@ -158,10 +170,6 @@ def _neighbours(parameter: tuple[str, Tensor]) -> tuple[str, int]:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _numbered(name: str, modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{index}", module) for index, module in enumerate(modules)]
 
 
 _MAX_BFLOAT16_BATCH = 2

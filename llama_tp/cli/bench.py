@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from llama_tp.cli.command import allow_slow_shutdown
-from llama_tp.threads import available_cores
+from typing import Any
+
+
+def micro(
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    model: str | None = None,
+    forms: str | tuple[str, ...] = ("dense", "int8", "int4"),
+    rows: int | tuple[int, ...] = (1, 4, 16),
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    tp: int | str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Measure what this machine can do at best: read bandwidth, matrix products, a model's layers in each format.
+
+    Needs no weights. On several ranks, also all-reduces. Ends with a line of JSON.
+
+    Args:
+        checkpoint: a converted checkpoint, for its shapes
+        random_weights: accepted as in `bench engine`: weights are random in any case
+        model: instead of a checkpoint: a published name such as llama2-7b, or the path of a model_args.json,
+            params.json or config.json
+        forms: weight formats: dense, int8, int4, int8_groups; those without a kernel on this device are left out;
+            on CPUs with PyTorch's kernels and with compiled ones
+        rows: rows of the input, tokens of a step
+        dtype: auto, bfloat16, float16 or float32
+        device: auto, cpu or cuda
+        threads: CPU threads per rank; by default its share of the available cores
+        tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        plot: a .png, .svg or .pdf to draw
+    """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
+    from llama_tp.cli.ranks import run_on_ranks
+
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights or model is not None, model=model)
+    run_on_ranks(tp, subject.args, device)
+    from llama_tp.bench.micro import bench_micro
+
+    bench_micro(
+        model or subject.name,
+        subject.args,
+        EngineOptions(dtype=dtype, device=device, threads=threads),
+        forms=forms.split(",") if isinstance(forms, str) else forms,
+        rows=as_list(rows),
+        plot=plot,
+    )
+
+
+def as_list(values: object) -> list[Any]:
+    """Values separated by commas, which python-fire has parsed to a tuple, or a single one."""
+    return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def engine(
-    checkpoint: str,
-    batch: int | tuple[int, ...] = (1, 4, 8, 16),
-    prompt: int = 128,
+    checkpoint: str | None = None,
+    batch: int | tuple[int, ...] = (1, 8, 16, 32),
+    prompt: int = 512,
     prefix: int = 0,
-    new: int = 64,
+    new: int = 128,
     runs: int = 3,
     against: str | None = None,
     dtype: str = "auto",
@@ -22,8 +75,15 @@ def engine(
     speculative_tokens: int = 0,
     speculative_max_batch: int = 2,
     tp: int | str | None = None,
+    depth: int | tuple[int, ...] = (),
+    neighbour: bool = False,
+    random_weights: bool = False,
+    model: str | None = None,
+    quantization: str | None = None,
+    plot: str | None = None,
 ) -> None:
-    """Measure the engine's prefill and decode rates. Runs on all ranks under torchrun. Ends with a line of JSON.
+    """Measure the engine's prefill and decode rates, and their shares of what the machine can do. Runs on all ranks
+    under torchrun. Ends with a line of JSON.
 
     Args:
         checkpoint: a converted checkpoint
@@ -31,44 +91,62 @@ def engine(
         prompt: tokens per prompt
         prefix: length of the common prefix of all prompts, such as a system prompt
         new: tokens generated per prompt
-        runs: measured runs, after one warm-up; batch sizes and contenders alternate
+        runs: measured runs, after one warm-up; batch sizes, contexts and contenders alternate
         against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
             "deterministic", "no_prefix_cache" and "no_speculation" compare with our engine in deterministic mode, or
             without prefix cache or speculative decoding
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
+        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
         speculative_tokens: tokens per step and sequence to predict from its text so far
         speculative_max_batch: predict none in steps with more running sequences than this
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        depth: more contexts to decode in, comma-separated, such as 0,2048; 0 decodes after a prompt of one token
+        neighbour: measure again beside a busy process
+        random_weights: instead of a checkpoint; needs --model
+        model: the architecture of random weights: a published name such as llama2-7b, or the path of a
+            model_args.json, params.json or config.json
+        quantization: int8 or int4, of random weights; a checkpoint must have been converted to it
+        plot: a .png, .svg or .pdf to draw
     """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
     from llama_tp.cli.ranks import run_on_ranks
 
-    run_on_ranks(tp, checkpoint, device)
-    from llama_tp.bench.engine import bench_engine
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights, model=model, quantization=quantization)
+    run_on_ranks(tp, subject.args, device)
+    from llama_tp.bench.engine import Plan, bench_engine
 
     bench_engine(
-        checkpoint,
-        batches=list(batch) if isinstance(batch, (tuple, list)) else [batch],
-        prompt=prompt,
-        prefix=prefix,
-        new=new,
-        runs=runs,
+        subject,
+        EngineOptions(
+            dtype=dtype,
+            compile=compile,
+            device=device,
+            threads=threads,
+            speculative_tokens=speculative_tokens,
+            speculative_max_batch=speculative_max_batch,
+        ),
+        Plan(
+            batches=as_list(batch),
+            prompt=prompt,
+            depths=as_list(depth),
+            prefix=prefix,
+            new=new,
+            runs=runs,
+            neighbour=neighbour,
+        ),
         against=against,
-        dtype=dtype,
-        compile=compile,
-        device=device,
-        threads=threads,
         max_batched_tokens=max_batched_tokens,
-        speculative_tokens=speculative_tokens,
-        speculative_max_batch=speculative_max_batch,
+        plot=plot,
     )
 
 
 def load(
-    checkpoint: str,
+    checkpoint: str | None = None,
     rate: float | str = 0,
     requests: int = 200,
     concurrency: int = 0,
@@ -84,6 +162,11 @@ def load(
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
     tp: int | str | None = None,
+    neighbour: bool = False,
+    random_weights: bool = False,
+    model: str | None = None,
+    quantization: str | None = None,
+    plot: str | None = None,
 ) -> None:
     """Measure the engine under requests of mixed lengths with random arrivals. Ends with a line of JSON.
 
@@ -101,35 +184,51 @@ def load(
         speculative_max_batch: predict none in steps with more running sequences than this
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
+        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
         tp: number of ranks to start, or auto: one per GPU, one on CPUs; not under torchrun, which starts them itself
+        neighbour: measure again beside a busy process
+        random_weights: instead of a checkpoint; needs --model
+        model: the architecture of random weights: a published name such as llama2-7b, or the path of a
+            model_args.json, params.json or config.json
+        quantization: int8 or int4, of random weights; a checkpoint must have been converted to it
+        plot: a .png, .svg or .pdf to draw
     """
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions, choose_subject
     from llama_tp.cli.ranks import run_on_ranks
 
-    run_on_ranks(tp, checkpoint, device)
+    check_plot(plot)
+    subject = choose_subject(checkpoint, random_weights=random_weights, model=model, quantization=quantization)
+    run_on_ranks(tp, subject.args, device)
     from llama_tp.bench.engine_load import bench_load
     from llama_tp.bench.workload import Load, Slo, parse_rate
 
     bench_load(
-        checkpoint,
+        subject,
+        EngineOptions(
+            dtype=dtype,
+            compile=compile,
+            device=device,
+            threads=threads,
+            speculative_tokens=speculative_tokens,
+            speculative_max_batch=speculative_max_batch,
+        ),
         Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
         Slo(slo_ttft_ms, slo_tpot_ms),
         max_batch_size=max_batch_size,
         max_batched_tokens=max_batched_tokens,
-        speculative_tokens=speculative_tokens,
-        speculative_max_batch=speculative_max_batch,
-        dtype=dtype,
-        compile=compile,
-        device=device,
-        threads=threads,
+        neighbour=neighbour,
+        plot=plot,
     )
 
 
-def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None, quantize: str | None = None) -> None:
+def checkpoint(
+    size_gb: float = 2.0, runs: int = 3, folder: str | None = None, quantize: str | None = None, plot: str | None = None
+) -> None:
     """Measure converting, exporting, loading and verifying random weights, next to cp and a raw read of the same bytes,
     and the peaks of memory. Ends with a line of JSON.
 
@@ -138,25 +237,31 @@ def checkpoint(size_gb: float = 2.0, runs: int = 3, folder: str | None = None, q
         runs: measured runs; contenders take turns, and medians are reported
         folder: where to write, by default TMPDIR
         quantize: int8 or int4, to measure such a conversion as well; int4 takes minutes per GB
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.checkpoint import bench_checkpoint
+    from llama_tp.bench.report import check_plot
 
-    bench_checkpoint(folder, size_gb=size_gb, runs=runs, quantize=quantize)
+    check_plot(plot)
+    bench_checkpoint(folder, size_gb=size_gb, runs=runs, quantize=quantize, plot=plot)
 
 
-def comm(batch: int = 16, rounds: int = 2000) -> None:
+def comm(batch: int = 16, rounds: int = 2000, plot: str | None = None) -> None:
     """Measure communication between ranks, under torchrun on one host: publishing a plan, an all-reduce of 8 KB.
 
     Args:
         batch: sequences in the plan
         rounds: rounds per measurement
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.comm import bench_comm
+    from llama_tp.bench.report import check_plot
 
-    bench_comm(batch=batch, rounds=rounds)
+    check_plot(plot)
+    bench_comm(batch=batch, rounds=rounds, plot=plot)
 
 
-def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5) -> None:
+def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5, plot: str | None = None) -> None:
     """Measure the API layer without an engine: parsing, tokenizing, detokenizing, formatting. Ends with a line of JSON.
 
     CPU time of a thread, so other processes hardly matter. Answers are streamed, a token per event.
@@ -166,10 +271,13 @@ def api(tokenizer: str, requests: int = 200, new: int = 64, runs: int = 5) -> No
         requests: requests per run
         new: tokens per answer
         runs: runs of each route, alternating; the medians are printed
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.api_layer import bench_api
+    from llama_tp.bench.report import check_plot
 
-    bench_api(tokenizer, requests=requests, new=new, runs=runs)
+    check_plot(plot)
+    bench_api(tokenizer, requests=requests, new=new, runs=runs, plot=plot)
 
 
 def quality(
@@ -180,6 +288,7 @@ def quality(
     compile: bool | str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    plot: str | None = None,
 ) -> None:
     """Measure perplexity on a fixed text, and agreement with a second checkpoint. Ends with a line of JSON.
 
@@ -192,94 +301,15 @@ def quality(
             it, the share of positions with the same most probable token, and how long greedy outputs are the same
         new: tokens generated for each of 8 prompts; only with `against`
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
+        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads; by default all available cores
+        plot: a .png, .svg or .pdf to draw
     """
     from llama_tp.bench.quality import bench_quality
+    from llama_tp.bench.report import check_plot
+    from llama_tp.bench.subject import EngineOptions
 
-    bench_quality(checkpoint, against=against, new=new, dtype=dtype, compile=compile, device=device, threads=threads)
-
-
-def serve(
-    checkpoint: str,
-    tokenizer: str | None = None,
-    rate: float | str = 0,
-    requests: int = 200,
-    concurrency: int = 0,
-    max_batch_size: int = 16,
-    max_batched_tokens: int = 512,
-    tp: int | str = 1,
-    threads: int | None = None,
-    runs: int = 2,
-    seed: int = 0,
-    dtype: str = "auto",
-    compile: bool | str = "auto",
-    api: str = "native",
-    slo_ttft_ms: float = 1000.0,
-    slo_tpot_ms: float = 100.0,
-    handler: str | None = None,
-    properties: str | None = None,
-    log_config: str | None = None,
-    timeout_s: float = 1200.0,
-) -> None:
-    """Measure the overhead of TorchServe on a CPU: the same load through both, alternating. Ends with a line of JSON.
-
-    The load is that of `bench load`. At a rate that the engine can sustain, both have the same throughput: compare
-    latencies there, and throughput at a rate of 0. Needs memory for the model twice.
-
-    Args:
-        checkpoint: a converted checkpoint
-        tokenizer: tokenizer.model, tokenizer.json or a folder with one; by default the checkpoint's
-        rate: requests per second; 0 or inf sends all at once
-        requests: number of requests
-        concurrency: maximum concurrent requests; others are held back; 0 is no limit
-        max_batch_size: maximum requests computed together
-        max_batched_tokens: maximum tokens per step
-        tp: number of ranks, or auto: one on CPUs
-        threads: CPU threads per rank; by default its share of the available cores
-        runs: runs of each; run n uses seed + n
-        seed: seed for prompts, lengths and arrivals
-        dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
-        api: native, openai (v1/completions), or native,openai to compare them
-        slo_ttft_ms: maximum time to first token for goodput
-        slo_tpot_ms: maximum time per output token after the first for goodput
-        handler: the handler file; by default llama-tp's own
-        properties: TorchServe's config.properties; by default as for `serve`
-        log_config: TorchServe's log4j2.xml; by default as for `serve`
-        timeout_s: seconds to wait for the server to start
-    """
-    from llama_tp.bench.api import parse_apis
-    from llama_tp.bench.serve import Setup, bench_serve
-    from llama_tp.bench.workload import Load, Slo, parse_rate
-    from llama_tp.cli.ranks import AUTO, resolve_size
-    from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
-    from llama_tp.text.tokenizer_files import find_tokenizer
-
-    if not isinstance(runs, int) or runs < 1:
-        raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    size = resolve_size(tp, checkpoint, "cpu") if tp == AUTO else tp
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"tp={size!r} must be an integer of at least 1, or {AUTO}")
-    allow_slow_shutdown()
-    bench_serve(
-        Setup(
-            checkpoint=checkpoint,
-            tokenizer=tokenizer or str(find_tokenizer(checkpoint)),
-            max_batch_size=max_batch_size,
-            max_batched_tokens=max_batched_tokens,
-            tp=size,
-            threads=max(1, available_cores() // size) if threads is None else threads,
-            dtype=dtype,
-            compile=compile,
-        ),
-        Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed),
-        Slo(slo_ttft_ms, slo_tpot_ms),
-        apis=parse_apis(api),
-        runs=runs,
-        handler=handler or resource(HANDLER),
-        properties=properties or resource(PROPERTIES),
-        log_config=log_config or resource(LOG_CONFIG),
-        timeout_s=timeout_s,
-    )
+    check_plot(plot)
+    options = EngineOptions(dtype=dtype, compile=compile, device=device, threads=threads)
+    bench_quality(checkpoint, options, against=against, new=new, plot=plot)

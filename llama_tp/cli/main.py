@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llama_tp import __version__
-from llama_tp.cli import bench, cache, checkpoints, inspection, planning, serve, terminal
+from llama_tp.cli import bench, bench_compare, bench_serve, cache, checkpoints, inspection, planning, serve, terminal
 from llama_tp.cli.command import run_command
 from llama_tp.threads import bound_spinning
 
@@ -32,10 +32,12 @@ COMMANDS: dict[str, Any] = {
         "api": bench.api,
         "checkpoint": bench.checkpoint,
         "comm": bench.comm,
+        "compare": bench_compare.compare,
         "engine": bench.engine,
         "load": bench.load,
+        "micro": bench.micro,
         "quality": bench.quality,
-        "serve": bench.serve,
+        "serve": bench_serve.serve,
     },
 }
 

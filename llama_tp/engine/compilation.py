@@ -26,21 +26,30 @@ log = logging.getLogger(__name__)
 class Compilation:
     """One rank's build of the kernels."""
 
-    def __init__(self, build: Build, config: EngineConfig) -> None:
+    def __init__(self, build: Build, config: EngineConfig, *, wait: bool = False) -> None:
         self._build = build
         self._config = config
+        # In deterministic mode results would differ before and after.
+        self._may_wait = wait or config.compile is True or config.deterministic
 
     @staticmethod
-    def start(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Compilation | None:
+    def start(
+        config: EngineConfig, device: torch.device, dtype: torch.dtype, *, wait: bool = False
+    ) -> Compilation | None:
         """Start to compile, if the configuration wants kernels and there are any for the device and dtype. ValueError
-        if compile is True and there are none."""
+        if compile is True and there are none.
+
+        wait: return when they are compiled, or cannot be.
+        """
         if config.compile is False:
             return None
-        reason = _why_no_kernels(device, dtype)
+        reason = why_no_kernels(device, dtype)
         if reason is None:
             build = build_kernels()
+            if wait:
+                build.wait()
             if build.error is None:
-                return Compilation(build, config)
+                return Compilation(build, config, wait=wait)
             reason = build.error
             log.info("decode steps are not compiled: %s", reason)
         if config.compile is True:
@@ -54,17 +63,13 @@ class Compilation:
 
     def begin(self, runner: ModelRunner) -> None:
         """Let the runner use the kernels, now or as soon as they are compiled. ValueError if compile is True and they
-        cannot be.
-
-        In deterministic mode, too, they are waited for: results would differ before and after.
-        """
+        cannot be."""
         if not self._settle(runner):
             runner.before_step = lambda: self._settle(runner)
 
     def _settle(self, runner: ModelRunner) -> bool:
         """Whether it is settled which kernels compute."""
-        may_wait = self._config.compile is True or self._config.deterministic
-        path = self._build.wait() if may_wait else self._build.library()
+        path = self._build.wait() if self._may_wait else self._build.library()
         if path is None and self._build.error is None:
             return False
         model = runner.model
@@ -94,7 +99,8 @@ def use_kernels(runner: ModelRunner, model: Transformer, kernels: Kernels, confi
     runner.use_kernels(compiled, KernelBackend(cache, kernels.library))
 
 
-def _why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """With the remedy, if there is one. None: there are some."""
     if device.type != "cpu":
         return f"there are no compiled kernels for {device.type}; set device to cpu"
     if dtype not in (torch.bfloat16, torch.float32):

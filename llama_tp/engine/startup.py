@@ -1,16 +1,17 @@
-"""Load an Engine, ready to run, from a checkpoint on a group of ranks."""
+"""Load an Engine, ready to run, from a checkpoint on a group of ranks, or make one with random weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from llama_tp.checkpoint.load import load_model, resolve_dtype
+from llama_tp.checkpoint.random_model import random_model
 from llama_tp.checkpoint.store.reading import StoredFiles
 from llama_tp.config import EngineConfig
 from llama_tp.engine.compilation import Compilation
@@ -18,7 +19,8 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.memory import MemoryModel
 from llama_tp.engine.memory_probe import config_for_measuring, free_memory, measure_step, total_memory
 from llama_tp.engine.runner import ModelRunner
-from llama_tp.model.weights import PACKED
+from llama_tp.model.transformer import Transformer
+from llama_tp.model.weights import PACKED, Layout, WeightFormats
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.agreement import TransientError, agree, gather
 from llama_tp.parallel.launch import Group
@@ -30,9 +32,70 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group) -> Engine:
-    """This rank's engine. ValueError, on every rank, for any failure on any rank: a damaged checkpoint or one of
-    another model, a context too long for it, too little memory, and so on."""
+class WeightSource(Protocol):
+    """Where the weights of a model come from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all that are not quantized."""
+        ...
+
+    @property
+    def formats(self) -> WeightFormats: ...
+
+    def load(self, args: ModelArgs, group: Group, dtype: torch.dtype, ranks: Ranks, layout: Layout) -> Transformer:
+        """This rank's model as local modules. `layout`: of its linear layers on CPUs."""
+        ...
+
+
+class _CheckpointSource:
+    """Weights in the folder of a converted checkpoint."""
+
+    def __init__(self, folder: str, verify_files: str) -> None:
+        self._folder, self._verify_files = folder, verify_files
+        files = StoredFiles(folder)
+        self.dtype, self.formats = files.dtype, files.formats
+
+    def load(self, args: ModelArgs, group: Group, dtype: torch.dtype, ranks: Ranks, layout: Layout) -> Transformer:
+        verify = self._verify_files
+        return load_model(self._folder, args, group, dtype, verify_files=verify, ranks=ranks, layout=layout)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSource:
+    """Random weights, for measurements of speed."""
+
+    formats: WeightFormats
+    dtype: torch.dtype = torch.bfloat16
+
+    def load(self, args: ModelArgs, group: Group, dtype: torch.dtype, ranks: Ranks, layout: Layout) -> Transformer:
+        return random_model(args, group, dtype, self.formats, ranks, layout)
+
+
+def load_engine(
+    folder: str, args: ModelArgs, config: EngineConfig, group: Group, *, wait_for_kernels: bool = False
+) -> Engine:
+    """This rank's engine for a checkpoint. ValueError, on every rank, for any failure on any rank: a damaged checkpoint
+    or one of another model, a context too long for it, too little memory, and so on.
+
+    wait_for_kernels: return when it is settled whether steps run as compiled kernels, for measurements.
+    """
+
+    def open_weights() -> WeightSource:
+        return _CheckpointSource(folder, config.verify_checkpoint)
+
+    return make_engine(open_weights, args, config, group, wait_for_kernels=wait_for_kernels)
+
+
+def make_engine(
+    open_weights: Callable[[], WeightSource],
+    args: ModelArgs,
+    config: EngineConfig,
+    group: Group,
+    *,
+    wait_for_kernels: bool = False,
+) -> Engine:
+    """This rank's engine for any weights; as `load_engine`."""
     if reason := args.why_too_long(config.max_seq_len):
         raise ValueError(reason)
     start = monotonic()
@@ -43,15 +106,15 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
         threads = choose_num_threads(config.threads)
         torch.set_num_threads(threads)
         warn_of_spinning(threads)
-    stored = agree(lambda: StoredFiles(folder))
-    dtype = agree(lambda: resolve_dtype(config.dtype, stored.dtype, device, config.max_batch_size))
+    weights = agree(open_weights)
+    dtype = agree(lambda: resolve_dtype(config.dtype, weights.dtype, device, config.max_batch_size))
     dtype_name = str(dtype).removeprefix("torch.")
     ranks = _ranks(args, config, group)
-    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, stored.formats)
+    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, weights.formats)
     agree(lambda: _in_memory(memory.check, device))
-    compilation = agree(lambda: Compilation.start(config, device, dtype))
+    compilation = agree(lambda: Compilation.start(config, device, dtype, wait=wait_for_kernels))
     layout = PACKED if compilation is None else compilation.layout
-    model = load_model(folder, args, group, dtype, verify_files=config.verify_checkpoint, ranks=ranks, layout=layout)
+    model = weights.load(args, group, dtype, ranks, layout)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         kv_heads = local_kv_heads(args, ranks, group.comm.rank)
@@ -83,7 +146,7 @@ def load_engine(folder: str, args: ModelArgs, config: EngineConfig, group: Group
             config.num_pages * memory.page / 2**20,
             f"; {step / 2**20:.0f} MiB reserved for a step" if step else "",
         )
-    quantization = sorted({one.name for one in stored.formats.values()})
+    quantization = sorted({one.name for one in weights.formats.values()})
     return Engine(runner, group.comm, config, quantization=quantization)
 
 

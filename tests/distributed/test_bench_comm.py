@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 def test_both_ways_of_talking_are_measured():
     done = torchrun(2, "llama_tp", "bench", "comm", "--rounds", "30")
     check(done)
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["comm"], row["what"]) for row in rows] == [
         (comm, what)
         for comm in ("SharedMemoryComm", "GroupComm")

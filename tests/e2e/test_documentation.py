@@ -22,8 +22,8 @@ pytestmark = pytest.mark.e2e
 
 WITH_A_SERVER = {("serve",), ("stop",), ("health",), ("follow",), ("bench", "serve")}
 UNDER_TORCHRUN = {("bench", "comm")}
-TOO_LARGE = {("bench", "checkpoint"), ("bench", "quality")}
-"""Minutes, or 6 GB on disk; test_bench_checkpoint.py and test_bench_quality.py run them on a few MB."""
+TOO_LARGE = {("bench", "checkpoint"), ("bench", "compare"), ("bench", "quality")}
+"""Minutes, or 6 GB on disk; the unit tests of the same names run them on a few MB."""
 
 
 def needs_the_hub(words: tuple[str, ...]) -> bool:
@@ -37,6 +37,7 @@ COMMANDS = {
     if not {one.words[:1], one.words[:2]} & (WITH_A_SERVER | UNDER_TORCHRUN | TOO_LARGE)
     if not one.is_in_text or len(one.words) > 1
     if not needs_the_hub(one.words)
+    if "--random-weights" not in one.words  # of a billion parameters
 }
 
 

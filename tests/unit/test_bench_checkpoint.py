@@ -36,11 +36,11 @@ def test_every_contender_has_a_line_and_nothing_is_left_behind(monkeypatch, caps
     monkeypatch.setattr(bench, "LAYER", SMALL)
     bench_checkpoint(size_gb=0.004, runs=1, folder=str(tmp_path), quantize="int8")
     *table, last = capsys.readouterr().out.splitlines()
-    figures = json.loads(last)
+    figures = json.loads(last)["measures"]
     assert [line[:34].rstrip() for line in table[:-2]] == NAMES
-    assert all(figures[name][0] > 0 for name in NAMES)
-    assert figures["read into memory"][2] == figures["cp, then sync"][2] == 1
-    assert all((figures[name][3] is None) == (name in ("cat", "cp, then sync")) for name in NAMES)
+    assert all(figures[name]["seconds"] > 0 for name in NAMES)
+    assert figures["read into memory"]["ratio"] == figures["cp, then sync"]["ratio"] == 1
+    assert all((figures[name]["peak_bytes"] is None) == (name in ("cat", "cp, then sync")) for name in NAMES)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,14 +7,20 @@ import json
 import pytest
 import torch
 
+from llama_tp.bench import contenders
 from llama_tp.bench import engine as bench
+from llama_tp.bench.ceilings import Ceilings
 from llama_tp.bench.peers import transformers_model
+from llama_tp.bench.subject import EngineOptions, choose_subject, kernels_of
+from llama_tp.bench.work import Work
 from llama_tp.cli.bench import engine as bench_engine
 from llama_tp.cli.bench import load
 from llama_tp.engine.prompt_lookup import PromptLookup
 from llama_tp.model_args import ModelArgs
+from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.launch import Group
 from tests.tiny_converted import convert_beside, write_originals
-from tests.tiny_model import MODELS, engine_of, random_model
+from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +28,109 @@ def checkpoint(tmp_path_factory):
     return str(convert_beside(write_originals(tmp_path_factory.mktemp("bench") / "originals"), max_seq_len=64))
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Ceilings of a machine that is easily known."""
+    monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e10, 1e12, "float32"))
+
+
 @pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache", "no_speculation"])
 def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, against):
     bench_engine(checkpoint, batch=(1, 2), prompt=24, prefix=16, new=3, runs=1, against=against, dtype="float32")
     *table, last = capsys.readouterr().out.splitlines()
-    rows = json.loads(last)
+    document = json.loads(last)
+    rows = document["rows"]
     names = ["llama_tp"] + ([against] if against else [])
+    assert document["benchmark"] == "engine"
     assert [(row["batch"], row["contender"]) for row in rows] == [(size, name) for size in (1, 2) for name in names]
-    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
+    for name in ("prefill_tokens_per_s", "prefill_share", "decode_tokens_per_s", "decode_share", "step_p99_ms"):
+        assert all(row[name] > 0 for row in rows)
     assert "prompts of 24 tokens, 16 of them shared, 3 new; median of 1 runs" in table[0]
     assert sum("ratio" in line for line in table) == 2 * (len(names) - 1)
     gain = rows[-len(names)]["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"]
-    assert table[-1] == f"batch 2 decodes {gain:.2f} times as many tokens per second as batch 1"
+    assert f"batch 2 decodes {gain:.2f} times as many tokens per second as batch 1" in table
+    assert "Note: a step reads 0 MB of weights, less than 4 times the cache" in table[-1]
+
+
+def test_every_context_has_a_row_and_a_prompt_of_one_token_no_prefill(tmp_path, capsys):
+    args = ModelArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=160, ffn_hidden_dim=96)
+    args.save(tmp_path / "params.json")
+    model = str(tmp_path / "params.json")
+    bench_engine(
+        random_weights=True,
+        model=model,
+        batch=2,
+        prompt=8,
+        depth=(0, 16),
+        new=3,
+        runs=1,
+        quantization="int4",
+        dtype="bfloat16",
+    )
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["context"] for row in document["rows"]] == [0, 8, 16]
+    assert [row["prefill_tokens_per_s"] is None for row in document["rows"]] == [True, False, False]
+    assert document["model"] == f"{model}, random weights in int4"
+
+
+def test_beside_a_busy_process_every_row_is_measured_again(checkpoint, capsys):
+    bench_engine(checkpoint, batch=1, prompt=8, new=3, runs=1, neighbour=True, dtype="float32")
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [row["condition"] for row in json.loads(last)["rows"]] == ["idle", "beside"]
+    assert sum(line.startswith("  beside / idle") for line in table) == 1
+
+
+def test_what_a_step_reads_and_computes_is_counted_from_the_shapes_alone():
+    args = MODELS["gqa"]
+    work = Work.of(engine_of(random_model(args)))
+    layer = 96 * (96 + 2 * 32) + 96 * 96 + 3 * args.hidden_dim * 96
+    assert work.layer_flops == 2 * 2 * layer
+    assert work.output_flops == 2 * 128 * 96
+    assert work.weight_bytes == 4 * (2 * layer + 128 * 96)
+    assert work.kv_bytes == 2 * 2 * 32 * 4
+    assert work.decode_bytes(3, 10, shared=4) == work.weight_bytes + work.kv_bytes * (4 + 3 * 6)
+    pairs = 2 * (1 + 2 + 3)  # of each prompt's tokens, and those that they see
+    assert work.prefill_flops(2, 3) == 6 * work.layer_flops + 2 * work.output_flops + pairs * 4 * 2 * 96
+    assert work.prefill_flops(2, 3, shared=2) == (
+        4 * work.layer_flops + 2 * work.output_flops + (3 + 2 * 3) * 4 * 2 * 96
+    )
+
+
+def test_compiled_kernels_read_and_compute_the_same(checkpoint):
+    subject = choose_subject(checkpoint)
+    group = Group(SingleComm(), torch.device("cpu"), None)
+    compiled, eager = (
+        subject.load(EngineOptions(compile=compile, dtype="float32").config(max_seq_len=64), group)
+        for compile in ("auto", False)
+    )
+    assert (kernels_of(compiled), kernels_of(eager)) == ("compiled kernels", "eager")
+    assert Work.of(compiled) == Work.of(eager)
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_what_computes_is_printed_and_in_the_document(checkpoint, capsys, compile):
+    kernels = "eager" if compile is False else "compiled kernels"
+    bench_engine(checkpoint, batch=1, prompt=8, new=3, runs=1, compile=compile, dtype="float32")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert f"float32, {kernels}; prompts of 8 tokens" in first
+    assert json.loads(last)["kernels"] == kernels
+    load(checkpoint, requests=3, max_batch_size=1, dtype="float32", compile=compile)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kernels"] == kernels
+
+
+@pytest.mark.parametrize(("batch", "decoded", "drafted"), [(1, 5, 5), (2, 5 * 3 + 5, 12)])
+def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, decoded, drafted):
+    """With drafts, one sequence decodes three tokens per step, the other one. In a batch of one, only two steps do."""
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: truth[tokens[0]][len(tokens) :][:most])
+    model, prompts = random_model(MODELS["gqa"]), [[1] * 5, [2] * 5]
+    context = contenders.longest_sequence(batch, 5, 6, 512, speculative_tokens=2, speculative_max_batch=2)
+    limits = {"max_seq_len": context, "max_batched_tokens": 512}
+    plain = contenders.OurEngine(engine_of(model, **limits)).run(prompts[:1], context - 5)
+    truth = {1: (*prompts[0], *plain.first_tokens), 2: ()}
+    timing = contenders.OurEngine(engine_of(model, **limits, speculative_tokens=2)).run(prompts[:batch], 6)
+    assert timing.first_tokens == plain.first_tokens[:6]
+    assert timing.decoded == decoded
+    assert (timing.drafted, timing.accepted) == (drafted, drafted), "2 of them in the prefill"
 
 
 @pytest.mark.parametrize("drafted", [0, 3])
@@ -41,7 +138,7 @@ def test_drafted_tokens_are_reported_with_those_that_were_right(checkpoint, caps
     monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: (7,) * most)
     options = {"batch": (1, 3), "prompt": 24, "new": 30, "runs": 1, "dtype": "float32", "speculative_tokens": drafted}
     bench_engine(checkpoint, **options)
-    one, three = json.loads(capsys.readouterr().out.splitlines()[-1])
+    one, three = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert 0 <= one["accepted_tokens"] <= one["drafted_tokens"]
     assert (one["drafted_tokens"] > 0) is (drafted > 0)
     assert three["drafted_tokens"] == 0, "more than speculative_max_batch"
@@ -68,19 +165,40 @@ class Clock:
         return self.seconds
 
 
-def test_tokens_that_were_decoded_beside_prompts_do_not_count_as_decoded_after_them(monkeypatch):
-    """They did: at batch 16 the rate was 4 % too high, with long prompts 46 %."""
+def test_all_sequences_decode_together_however_long_the_prefill_lets_the_first_ones_wait(monkeypatch):
+    """Tokens decoded beside prompts counted as decoded after them: at batch 16 the rate was 4 % too high, with long
+    prompts 46 %. Later, the first sequences ended first, and the batch shrank while it was measured."""
     engine = engine_of(random_model(MODELS["gqa"]), max_batched_tokens=24)
-    monkeypatch.setattr(bench, "perf_counter", Clock(engine))
-    timing = bench.OurEngine(engine).run([[1 + row] * 20 for row in range(4)], 6)
-    # Steps of 20 + 4, 1 + 16 + 7, 1 + 1 + 13 + 9, 1 + 1 + 1 + 11 tokens: then there are 4, 3, 2 and 1 new ones.
-    assert timing == bench.Timing(prefill_s=4, decode_s=5, decoded=4 * 6 - (4 + 3 + 2 + 1))
+    monkeypatch.setattr(contenders, "perf_counter", Clock(engine))
+    timing = contenders.OurEngine(engine).run([[1 + row] * 20 for row in range(4)], 6)
+    # Steps of 20 + 4, 1 + 16 + 7, 1 + 1 + 13 + 9, 1 + 1 + 1 + 11 tokens: then all are in decode.
+    assert (timing.prefill_s, timing.decode_s, timing.decoded) == (4, 5, 4 * 5)
+    assert timing.steps_s == (1,) * 5
+    assert engine.num_requests == 0
+
+
+@pytest.mark.parametrize(("batch", "prompt", "budget"), [(4, 20, 24), (1, 50, 8), (8, 30, 9)])
+def test_the_context_is_long_enough_for_all_sequences_to_decode_together(batch, prompt, budget):
+    needed = contenders.longest_sequence(batch, prompt, 6, budget)
+    limits = {"max_seq_len": needed, "max_batch_size": batch, "max_batched_tokens": budget}
+    engine = engine_of(random_model(MODELS["gqa"]), **limits)
+    assert contenders.OurEngine(engine).run([[1 + row] * prompt for row in range(batch)], 6).decoded == 5 * batch
+
+
+def test_a_greedy_run_of_every_contender_gives_the_same_tokens():
+    model = random_model(MODELS["gqa"])
+    prompts = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]]
+    ours = contenders.OurEngine(engine_of(model)).run(prompts, 8)
+    theirs = contenders.Transformers(transformers_twin(model)).run(prompts, 8)
+    assert len(ours.first_tokens) == 8
+    assert ours.first_tokens == theirs.first_tokens
+    assert (ours.decoded, len(ours.steps_s)) == (theirs.decoded, len(theirs.steps_s)) == (14, 7)
 
 
 def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match=r"transformers is not installed; run pip install 'llama-tp\[bench\]'"):
-        bench_engine("nowhere", against="transformers")
+        bench_engine(random_weights=True, model="llama2-7b", against="transformers")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +210,9 @@ def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded
         ({"runs": 0}, "runs=0 must be an integer of at least 1"),
         ({"new": 1}, "new=1 must be at least 2"),
         ({"prompt": 8, "prefix": 8}, "prefix=8 must be at least 0 and less than prompt=8"),
+        ({"depth": (0, -1)}, "depth=0,-1 must be integers of at least 0"),
+        ({"neighbour": 2}, "neighbour=2 must have no value"),
+        ({"quantization": "int4"}, "quantization='int4', but the layers of .* are dense; convert the original weights"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, settings, words):

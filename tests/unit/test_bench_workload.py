@@ -12,7 +12,7 @@ import pytest
 from llama_tp.bench import engine_load as offline
 from llama_tp.bench import workload as load_module
 from llama_tp.bench.api import APIS, parse_apis
-from llama_tp.bench.client import ResponseParser, request_bytes
+from llama_tp.bench.client import ResponseParser, Target, request_bytes
 from llama_tp.bench.serve import Setup, model_config, where_it_goes
 from llama_tp.bench.workload import (
     NEW_TOKENS,
@@ -255,7 +255,9 @@ def test_what_is_no_response_is_refused(response):
     ],
 )
 def test_a_request_is_whole_and_greedy(api, path, own):
-    head, _, body = request_bytes(Job(0.0, (5, 6), 7), 8080, "/predictions/m", APIS[api]).partition(b"\r\n\r\n")
+    head, _, body = request_bytes(Job(0.0, (5, 6), 7), Target(port=8080, path="/predictions/m"), APIS[api]).partition(
+        b"\r\n\r\n"
+    )
     assert head.startswith(b"POST " + path + b" HTTP/1.1\r\n")
     assert b"Content-Length: %d" % len(body) in head
     assert json.loads(body) == {"prompt": [5, 6], **own, "temperature": 0, "stream": True, "ignore_eos": True}

@@ -181,6 +181,17 @@ def test_where_there_are_no_kernels_only_a_demand_is_an_error(monkeypatch, caplo
         Compilation.start(EngineConfig(compile=True), place, dtype)
 
 
+def test_a_measurement_begins_when_the_kernels_are_compiled_or_cannot_be(monkeypatch, library):
+    build = FakeBuild(library)
+    monkeypatch.setattr(compilation, "build_kernels", lambda: build)
+    settled = Compilation.start(EngineConfig(), CPU, torch.float32, wait=True)
+    assert settled is not None
+    assert settled.layout == "stored"
+    failed = FakeBuild("kernels cannot be compiled: it is Thursday")
+    monkeypatch.setattr(compilation, "build_kernels", lambda: failed)
+    assert Compilation.start(EngineConfig(), CPU, torch.float32, wait=True) is None
+
+
 def test_without_a_compiler_the_log_says_so_and_pytorch_computes(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     build = FakeBuild()

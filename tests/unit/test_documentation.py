@@ -82,7 +82,7 @@ def test_every_command_of_the_documentation_exists_with_all_its_arguments(why_no
 
 @pytest.mark.parametrize(
     "words",
-    ["sreve", "serve --prot 8080", "plan", "plan args.json 24GiB bfloat16 8 more", "bench", "bench engine"],
+    ["sreve", "serve --prot 8080", "plan", "plan args.json 24GiB bfloat16 8 more", "bench", "bench quality"],
 )
 def test_a_command_that_does_not_exist_would_be_noticed(why_not, words):
     command = Command("page", 1, tuple(words.split()), is_in_text=False)

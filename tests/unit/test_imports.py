@@ -189,7 +189,7 @@ def test_one_module_knows_each_foreign_format():
     """And those that write one, and the download, which reads a config.json before it fetches the weights; all others
     open a checkpoint of whatever format."""
     formats = "llama_tp.checkpoint.formats."
-    general = ("reader", "open", "write", "cast", "checklist", "quantized", "quantizing")
+    general = ("reader", "open", "architecture", "write", "cast", "checklist", "quantized", "quantizing")
     known = {f"llama_tp.{name}" for name in ("checkpoint.demo", "checkpoint.hub.download", "bench.peers")}
     for module in MODULES:
         if module.startswith(formats) or module in known:
