@@ -11,7 +11,7 @@
 
 namespace llama_tp {
 
-constexpr int kPart = 512;       // keys
+constexpr int kPart = 512;  // keys
 constexpr int kMaxHeadDim = 256;
 
 struct SlotRange {
@@ -74,10 +74,9 @@ template <class C, int G>
 inline void score_keys(const float* q, int q_stride, const typename C::Number* k, int count, int dim, float scale,
                        float* scores, int score_stride) {
     constexpr int N = 4;  // keys at a time
-    const auto score = [&](int key, int of, const typename C::Number* (&rows)[N]) __attribute__((always_inline)) {
+    const auto score = [&](int key, int of, const typename C::Number*(&rows)[N]) __attribute__((always_inline)) {
         vf acc[N][G];
-        LLAMA_TP_UNROLL for (int i = 0; i < N; ++i)
-            LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) acc[i][g] = vf{};
+        LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) acc[i][g] = vf{};
         for (int d = 0; d < dim; d += 2 * W) {
             vf a[N], b[N];
             LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) C::block(rows[i] + d, std::min(2 * W, dim - d), a[i], b[i]);

@@ -26,13 +26,13 @@ _CLOSE_S = 5.0
 _PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
 
 
-_KERNELS = ("step.cpp", "attention.h", "elementwise.h", "layer.h", "linear.h", "simd.h", "team.h")
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
 
 
 def build_kernels(*flags: str) -> Build:
     """Start to compile the kernels of this folder for this machine, unless the cache has them. flags: more of them."""
-    return start_build([Path(__file__).with_name(name) for name in _KERNELS], (*_FLAGS, *flags))
+    return start_build([_FOLDER / "kernels.cpp", *sorted(_FOLDER.glob("*.h"))], (*_FLAGS, *flags))
 
 
 class Build:
@@ -166,7 +166,7 @@ def start_build(sources: Sequence[Path], flags: Sequence[str], *, timeout_s: flo
 def _remedy(error: str) -> str:
     if os.strerror(errno.ENOSPC) in error:
         return "free some space, or set LLAMA_TP_CACHE to a folder on another disk"
-    return "install g++ with OpenMP, or set CXX to another compiler"
+    return "install g++ 10 or newer, or set CXX to another compiler"
 
 
 def _cache() -> tuple[Path | None, str | None]:

@@ -62,8 +62,8 @@ inline void load_floats(const float* from, int count, vf& a, vf& b) { Float32Cac
 
 // x += y, if there is a y; then to = x / sqrt(mean(x^2) + eps) * weight.
 template <class C>
-void add_and_normalize(float* x, const typename C::Number* y, const float* weight, int dim, float eps, bool zero_nonfinite,
-                       typename C::Number* to) {
+void add_and_normalize(float* x, const typename C::Number* y, const float* weight, int dim, float eps,
+                       bool zero_nonfinite, typename C::Number* to) {
     vf squares{}, more{}, a, b;
     for (int k = 0; k < dim; k += 2 * W) {
         const int count = std::min(2 * W, dim - k);

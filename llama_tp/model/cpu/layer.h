@@ -26,8 +26,8 @@ inline void rows_of_chunk(int64_t rows, int threads, int chunk, int64_t& begin, 
     end = std::min(rows, begin + rows_per_chunk(rows, threads));
 }
 
-// Whether to multiply with the CPU's instructions for bfloat16, which round the inputs to it. From this many tokens they
-// save more than the conversions cost (measured).
+// Whether to multiply with the CPU's instructions for bfloat16, which round the inputs to it. From this many tokens
+// they save more than the conversions cost (measured).
 inline bool pays_in_bfloat16(const Linear& linear, int tokens) {
     if (!kHasBFloat16) return false;
     switch (linear.form) {
@@ -60,7 +60,8 @@ class LayerScratch {
         in_.values = values_.data();
         in_.sums = sums_.data();
         in_.halves = halves_.data();
-        for (int token = 0; token < tokens; ++token) (in_bfloat16_ ? fill_halves : fill_values)(in_, linear, token, read(token));
+        for (int token = 0; token < tokens; ++token)
+            (in_bfloat16_ ? fill_halves : fill_values)(in_, linear, token, read(token));
     }
 
     void multiply(const Linear& linear, int64_t begin, int64_t end, const Output& out) {
@@ -85,7 +86,8 @@ class Product : public Job {
 
     void compute(int, int chunk, int thread, bool is_first) override {
         if (is_first) {
-            scratch_[thread].prepare(linear_, tokens_, may_round_, [&](int token) { return x_ + token * linear_.columns; });
+            scratch_[thread].prepare(linear_, tokens_, may_round_,
+                                     [&](int token) { return x_ + token * linear_.columns; });
         }
         int64_t begin, end;
         rows_of_chunk(linear_.rows, int(scratch_.size()), chunk, begin, end);

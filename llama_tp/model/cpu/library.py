@@ -1,4 +1,4 @@
-"""The compiled library's interface: the structs of step.cpp, and its functions, through ctypes."""
+"""The compiled library's interface: the structs of model.h and kernels.cpp, and its functions, through ctypes."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ inline bool in_split_order(Form form) { return form == kBFloat16 || form == kInt
 // The tokens' inputs, in the order that a form reads them. Rows are padded with zeros.
 struct Input {
     int tokens = 0, stride = 0, sum_stride = 0;
-    float* values = nullptr;    // (tokens, stride)
-    float* sums = nullptr;      // (tokens, sum_stride): of every group of 32, for int4
-    uint16_t* halves = nullptr; // (tokens, stride) in bfloat16, if the product uses it
+    float* values = nullptr;     // (tokens, stride)
+    float* sums = nullptr;       // (tokens, sum_stride): of every group of 32, for int4
+    uint16_t* halves = nullptr;  // (tokens, stride) in bfloat16, if the product uses it
 
     const float* of(int token) const { return values + int64_t(token) * stride; }
 };
@@ -165,12 +165,12 @@ inline vf offsets_at(const Linear& linear, int64_t row, int groups, int group) {
 
 // acc[r][t] = dot product of row + r and token + t, before it is added up.
 template <class F, int R, int T>
-inline __attribute__((always_inline)) void dot(const F& form, const Linear& linear, int64_t row, const Input& in, int token, vf (&acc)[R][T]) {
+inline __attribute__((always_inline)) void dot(const F& form, const Linear& linear, int64_t row, const Input& in,
+                                               int token, vf (&acc)[R][T]) {
     const int columns = int(linear.columns), whole = columns / (2 * W) * (2 * W);
     const float* x[T];
     LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) x[t] = in.of(token + t);
-    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r)
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
+    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
     const auto step = [&](int k, int count) __attribute__((always_inline)) {
         vf a[R], b[R];
         LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) form.block(row + r, k, count, a[r], b[r]);
@@ -187,20 +187,20 @@ inline __attribute__((always_inline)) void dot(const F& form, const Linear& line
 
 // The same with a scale, and for int4 an offset, for each group of columns.
 template <class F, int R, int T>
-inline __attribute__((always_inline)) void dot_groups(const F& form, const Linear& linear, int64_t row, const Input& in, int token, vf (&acc)[R][T]) {
+inline __attribute__((always_inline)) void dot_groups(const F& form, const Linear& linear, int64_t row, const Input& in,
+                                                      int token, vf (&acc)[R][T]) {
     const int groups = int(linear.columns) / kGroup;
     const float* x[T];
     LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) x[t] = in.of(token + t);
-    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r)
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
+    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
     for (int first = 0; first < groups; first += W) {
         float scales[R][W];
         LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) {
             store(scales[r], halves_at(linear.scales, row + r, groups, first));
             if (linear.form != kInt4) continue;
             const vf offsets = offsets_at(linear, row + r, groups, first);
-            LLAMA_TP_UNROLL for (int t = 0; t < T; ++t)
-                acc[r][t] = fma(offsets, load<vf>(in.sums + int64_t(token + t) * in.sum_stride + first), acc[r][t]);
+            LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] =
+                fma(offsets, load<vf>(in.sums + int64_t(token + t) * in.sum_stride + first), acc[r][t]);
         }
         const int count = std::min(W, groups - first);
         for (int group = 0; group < count; ++group) {
@@ -217,8 +217,8 @@ inline __attribute__((always_inline)) void dot_groups(const F& form, const Linea
                     }
                 }
             }
-            LLAMA_TP_UNROLL for (int r = 0; r < R; ++r)
-                LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = fma(part[r][t], splat(scales[r][group]), acc[r][t]);
+            LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] =
+                fma(part[r][t], splat(scales[r][group]), acc[r][t]);
         }
     }
 }
@@ -226,7 +226,7 @@ inline __attribute__((always_inline)) void dot_groups(const F& form, const Linea
 struct Output {
     float* values;  // (tokens, stride)
     int64_t stride;
-    bool add;       // to what is there
+    bool add;  // to what is there
 };
 
 // Up to 4 floats.
@@ -246,10 +246,12 @@ inline void store_few(float* to, __m128 values) {
 
 // Store one tile's sums, after the rows' scales and biases.
 template <int R, int T>
-inline __attribute__((always_inline)) void finish(const Linear& linear, int64_t row, int token, const vf (&acc)[R][T], const Output& out) {
+inline __attribute__((always_inline)) void finish(const Linear& linear, int64_t row, int token, const vf (&acc)[R][T],
+                                                  const Output& out) {
     constexpr int N = R < 4 ? R : 4;
     LLAMA_TP_UNROLL for (int r = 0; r < R; r += N) {
-        const __m128 scale = linear.form == kInt8 ? load_few<N>((const float*)linear.scales + row + r) : _mm_set1_ps(1.0f);
+        const __m128 scale =
+            linear.form == kInt8 ? load_few<N>((const float*)linear.scales + row + r) : _mm_set1_ps(1.0f);
         const __m128 bias = linear.bias == nullptr ? _mm_setzero_ps() : load_few<N>(linear.bias + row + r);
         LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
             const __m128 sums = sum4(acc[r][t], acc[r + (N > 1)][t], acc[r + (N > 2) * 2][t], acc[r + (N > 3) * 3][t]);
@@ -261,7 +263,8 @@ inline __attribute__((always_inline)) void finish(const Linear& linear, int64_t 
 }
 
 template <class F, int R, int T>
-inline __attribute__((always_inline)) void tile(const F& form, const Linear& linear, int64_t row, const Input& in, int token, const Output& out) {
+inline __attribute__((always_inline)) void tile(const F& form, const Linear& linear, int64_t row, const Input& in,
+                                                int token, const Output& out) {
     vf acc[R][T];
     if constexpr (F::kGrouped) {
         dot_groups<F, R, T>(form, linear, row, in, token, acc);
@@ -353,12 +356,11 @@ inline const uint16_t* bfloat16_row(const Linear& linear, int64_t row, int strid
 
 // `ahead`, `ahead_bytes`: stored weights to fetch meanwhile, a part for each 2 * W columns.
 template <int R, int T>
-inline __attribute__((always_inline)) void half_tile(const Linear& linear, const uint16_t* const (&rows)[R], int64_t row,
-                                                     const Input& in, int token, const char* ahead, int ahead_lines,
-                                                     const Output& out) {
+inline __attribute__((always_inline)) void half_tile(const Linear& linear, const uint16_t* const (&rows)[R],
+                                                     int64_t row, const Input& in, int token, const char* ahead,
+                                                     int ahead_lines, const Output& out) {
     vf acc[R][T];
-    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r)
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
+    LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[r][t] = vf{};
     for (int k = 0; k < in.stride; k += 2 * W) {
         __m512bh w[R];
         LLAMA_TP_UNROLL for (int r = 0; r < R; ++r) w[r] = load<__m512bh>(rows[r] + k);
@@ -438,8 +440,8 @@ inline void widen_row(const Linear& linear, int64_t row, uint16_t* to) {
 }
 
 // Rows row .. end - 1 of the product. `scratch`: kHalfRows * in.stride numbers.
-inline void multiply(const Linear& linear, int64_t row, int64_t end, const Input& in, bool in_bfloat16, uint16_t* scratch,
-                     const Output& out) {
+inline void multiply(const Linear& linear, int64_t row, int64_t end, const Input& in, bool in_bfloat16,
+                     uint16_t* scratch, const Output& out) {
     if (in_bfloat16) return multiply_in_bfloat16(linear, row, end, in, scratch, out);
     switch (linear.form) {
         case kFloat32: return multiply_exactly<forms::Float32>(linear, row, end, in, out);

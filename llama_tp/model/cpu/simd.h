@@ -80,8 +80,8 @@ inline float largest(vf v) { return _mm512_reduce_max_ps(v); }
 inline __m128 sum4(vf a, vf b, vf c, vf d) {
     const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
     const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-    const __m512 abcd = (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) +
-                        (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    const __m512 abcd =
+        (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) + (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
     const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
     return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
@@ -125,8 +125,8 @@ inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline __m128 sum4(vf a, vf b, vf c, vf d) {
     const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
     const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
-    const __m256 abcd = (__m256)(_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd)) +
-                        (__m256)(_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd));
+    const __m256 abcd =
+        (__m256)(_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd)) + (__m256)(_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd));
     return _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
 }
 

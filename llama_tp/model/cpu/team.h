@@ -56,12 +56,13 @@ class Team {
 
   private:
     struct alignas(64) Counter {
-        std::atomic<uint64_t> value{0};  // the run's number, then that of chunks: a late thread cannot claim a later run's
+        std::atomic<uint64_t> value{
+            0};  // the run's number, then that of chunks: a late thread cannot claim a later run's
     };
 
     static constexpr int kMaxPhases = 8192;
-    static constexpr int kSpins = 200;           // some microseconds
-    static constexpr int kYields = 100;          // before a thread without work sleeps
+    static constexpr int kSpins = 200;   // some microseconds
+    static constexpr int kYields = 100;  // before a thread without work sleeps
 
     void work(int thread) {
         uint32_t seen = 0;
@@ -106,7 +107,8 @@ class Team {
         for (;;) {
             if (uint32_t(value >> 32) != epoch) return kOver;
             if (uint32_t(value) == 0) return kNone;
-            if (unclaimed.compare_exchange_weak(value, value - 1, std::memory_order_acq_rel)) return int(uint32_t(value)) - 1;
+            if (unclaimed.compare_exchange_weak(value, value - 1, std::memory_order_acq_rel))
+                return int(uint32_t(value)) - 1;
         }
     }
 

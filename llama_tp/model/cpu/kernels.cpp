@@ -1,0 +1,82 @@
+// What Python calls: see library.py and kernels.py.
+
+#include "step.h"
+
+namespace {
+
+// Calls work with the format of activations.
+template <class Work>
+void with_format(bool is_bfloat16, Work work) {
+    if (is_bfloat16) {
+        work(llama_tp::BFloat16Cache());
+    } else {
+        work(llama_tp::Float32Cache());
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t llama_tp_keys_per_part() { return llama_tp::kPart; }
+
+int32_t llama_tp_tokens_per_block() { return llama_tp::kBlock; }
+
+void* llama_tp_create_team(int32_t threads) { return new llama_tp::Team(threads); }
+
+void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
+
+// The team must outlive the model.
+void* llama_tp_create_model(const llama_tp::Model* model) { return new llama_tp::Context(*model); }
+
+void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
+
+// y (tokens, rows) = x (tokens, columns) W^T + b.
+void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t in_bfloat16,
+                       float* y) {
+    auto& threads = *static_cast<llama_tp::Team*>(team);
+    llama_tp::Product product(*linear, x, tokens, in_bfloat16, y, threads.num_threads());
+    threads.run(product, 0, 1);
+}
+
+// The following work on T tokens whose activations are bfloat16 or float32.
+
+// x (T, dim) += y, if there is one; then to = RMSNorm(x), in y's format.
+void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t tokens, int32_t dim, float* x, const void* y,
+                                const float* weight, float eps, int32_t zero_nonfinite, void* to) {
+    with_format(is_bfloat16, [=](auto format) {
+        using Number = typename decltype(format)::Number;
+        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            const Number* added = y == nullptr ? nullptr : (const Number*)y + token * dim;
+            llama_tp::add_and_normalize<decltype(format)>(x + token * dim, added, weight, dim, eps, zero_nonfinite,
+                                                          (Number*)to + token * dim);
+        });
+    });
+}
+
+// From the projections qkv (T, H + 2 K, d), which it overwrites, to the attention's output (T, H, d).
+void llama_tp_attend(void* context, int32_t layer, const llama_tp::Step* step, void* qkv, void* out) {
+    static_cast<llama_tp::Context*>(context)->attend_prompts(layer, *step, qkv, out);
+}
+
+// to (T, hidden) = silu(gate) * up, for gate_up (T, 2 * hidden).
+void llama_tp_gate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t hidden, const void* gate_up, void* to) {
+    with_format(is_bfloat16, [=](auto format) {
+        using Number = typename decltype(format)::Number;
+        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            const Number* gate = (const Number*)gate_up + token * 2 * hidden;
+            llama_tp::gate<decltype(format)>(gate, gate + hidden, hidden, (Number*)to + token * hidden);
+        });
+    });
+}
+
+void llama_tp_widen(void* team, const llama_tp::Linear* linear, int64_t begin, int64_t end, uint16_t* to) {
+    llama_tp::Widening widening(*linear, begin, end, to);
+    static_cast<llama_tp::Team*>(team)->run(widening, 0, 1);
+}
+
+// Phases first .. end - 1 of 5 * layers + 2.
+void llama_tp_run(void* context, const llama_tp::Step* step, int32_t first, int32_t end) {
+    static_cast<llama_tp::Context*>(context)->run(*step, first, end);
+}
+}

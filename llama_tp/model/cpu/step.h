@@ -1,0 +1,319 @@
+// A step of few tokens as a whole: what llama_tp/model/transformer.py computes, with float32 activations, in five
+// phases a layer.
+#pragma once
+
+#include "prompt.h"
+
+namespace llama_tp {
+
+class Context : public Job {
+  public:
+    explicit Context(const Model& model)
+        : layers_(model.layer, model.layer + model.layers),
+          model_(model),
+          head_stride_(round_up(model.head_dim, 2 * W)),
+          group_(model.heads / model.kv_heads),
+          qkv_(int64_t(model.max_tokens) * (model.heads + 2 * model.kv_heads) * model.head_dim),
+          gated_(int64_t(model.max_tokens) * 2 * model.hidden),
+          partial_values_(int64_t(model.max_tokens) * model.heads * model.max_parts * head_stride_),
+          partial_sums_(int64_t(model.max_tokens) * model.heads * model.max_parts * 2),
+          threads_(model.team->num_threads()),
+          scratch_(threads_, Scratch(model)) {
+        model_.layer = layers_.data();
+    }
+
+    void run(const Step& step, int first, int end) {
+        step_ = step;
+        model_.team->run(*this, first, end);
+    }
+
+    // Of a step of many tokens: see PromptAttention.
+    void attend_prompts(int layer, const Step& step, void* qkv, void* out) {
+        const auto attend_in = [&](auto format) {
+            PromptAttention<decltype(format)> job(model_, layer, step, scratch_, qkv, out);
+            model_.team->run(job, 0, 2);
+        };
+        if (model_.is_bfloat16_cache) {
+            attend_in(BFloat16Cache());
+        } else {
+            attend_in(Float32Cache());
+        }
+    }
+
+    int num_chunks(int phase) const override {
+        const int layer = phase / kPhases;
+        if (layer == model_.layers) {
+            return phase % kPhases == 0 ? step_.num_tokens : step_.num_sampled ? chunks(model_.output.rows) : 0;
+        }
+        switch (phase % kPhases) {
+            case kQKV: return chunks(layers_[layer].wqkv.rows);
+            case kAttention: return step_.num_units;
+            case kW13: return chunks(model_.hidden);
+            default: return chunks(model_.dim);
+        }
+    }
+
+    void compute(int phase, int chunk, int thread, bool is_first) override {
+        Scratch& scratch = scratch_[thread];
+        if (phase / kPhases == model_.layers) {
+            if (phase % kPhases == 0) return check(chunk);
+            return logits(chunk, scratch, is_first);
+        }
+        const Layer& layer = layers_[phase / kPhases];
+        switch (phase % kPhases) {
+            case kQKV: return project(layer, chunk, scratch, is_first);
+            case kAttention:
+                return model_.is_bfloat16_cache ? attention<BFloat16Cache>(layer, phase / kPhases, chunk, scratch)
+                                                : attention<Float32Cache>(layer, phase / kPhases, chunk, scratch);
+            case kWO: return project_out(layer, chunk, scratch, is_first);
+            case kW13: return gate_up(layer, chunk, scratch, is_first);
+            case kW2: return down(layer, chunk, scratch, is_first);
+        }
+    }
+
+  private:
+    int chunks(int64_t rows) const { return num_chunks_of(rows, threads_); }
+    void rows_of(int64_t rows, int chunk, int64_t& begin, int64_t& end) const {
+        rows_of_chunk(rows, threads_, chunk, begin, end);
+    }
+
+    // Lay out the inputs of a linear layer for this thread: read(token) returns a row of its columns.
+    template <class Read>
+    void prepare(const Linear& linear, int tokens, Scratch& scratch, Read read) {
+        scratch.layer.prepare(linear, tokens, model_.in_bfloat16, read);
+    }
+
+    void multiply_rows(const Linear& linear, int64_t begin, int64_t end, Scratch& scratch, const Output& out) {
+        scratch.layer.multiply(linear, begin, end, out);
+    }
+
+    // x / sqrt(mean(x^2) + eps) * weight. `to` may be x.
+    static void normalize(const float* x, const float* weight, int dim, float eps, float* to) {
+        vf squares{};
+        int k = 0;
+        for (; k + W <= dim; k += W) squares = fma(load<vf>(x + k), load<vf>(x + k), squares);
+        float total = sum(squares);
+        for (int i = k; i < dim; ++i) total += x[i] * x[i];
+        const float scale = 1.0f / std::sqrt(total / dim + eps);
+        for (k = 0; k + W <= dim; k += W) store(to + k, load<vf>(x + k) * scale * load<vf>(weight + k));
+        for (; k < dim; ++k) to[k] = x[k] * scale * weight[k];
+    }
+
+    const float* normalized(int token, const float* weight, Scratch& scratch) const {
+        normalize(step_.x + int64_t(token) * model_.dim, weight, model_.dim, model_.eps, scratch.row.data());
+        return scratch.row.data();
+    }
+
+    void project(const Layer& layer, int chunk, Scratch& scratch, bool is_first) {
+        if (is_first) {
+            prepare(layer.wqkv, step_.num_tokens, scratch, [&](int token) {
+                const float* row = normalized(token, layer.attention_norm, scratch);
+                // A NaN in the cache would reach every reader of its slot, even with a weight of zero.
+                for (int k = 0; k < model_.dim; ++k) scratch.row[k] = std::isfinite(row[k]) ? row[k] : 0.0f;
+                return row;
+            });
+        }
+        int64_t begin, end;
+        rows_of(layer.wqkv.rows, chunk, begin, end);
+        multiply_rows(layer.wqkv, begin, end, scratch, {qkv_.data(), layer.wqkv.rows, false});
+    }
+
+    const float* head(int token, int index) const {
+        return qkv_.data() + (int64_t(token) * (model_.heads + 2 * model_.kv_heads) + index) * model_.head_dim;
+    }
+
+    // A head's query or key, normalized if the model has such norms, and rotated.
+    void rotated(const Layer& layer, int token, int index, float* to) const {
+        const int d = model_.head_dim;
+        const float* from = head(token, index);
+        if (layer.qk_norm != nullptr) {
+            normalize(from, layer.qk_norm + int64_t(index) * d, d, model_.eps, to);
+            from = to;
+        }
+        const float* rope = step_.rope + int64_t(token) * d;
+        for (int i = 0; i < d; i += 2) {
+            const float a = from[i], b = from[i + 1];
+            to[i] = a * rope[i] - b * rope[i + 1];
+            to[i + 1] = a * rope[i + 1] + b * rope[i];
+        }
+    }
+
+    Partial partial(int token, int index, int part) {
+        const int64_t at = (int64_t(token) * model_.heads + index) * model_.max_parts + part;
+        return {&partial_values_[at * head_stride_], &partial_sums_[at * 2], &partial_sums_[at * 2 + 1]};
+    }
+
+    template <class C>
+    void attention(const Layer& layer, int layer_index, int unit, Scratch& scratch) {
+        const int32_t* of_unit = step_.units + 3 * unit;
+        const Sequence& sequence = step_.sequences[of_unit[0]];
+        const int kv_head = of_unit[1], part = of_unit[2], d = model_.head_dim;
+        const SlotRange* ranges = step_.ranges + sequence.first_range;
+        using Number = typename C::Number;
+        const int64_t size = int64_t(model_.num_slots) * d;  // of one head
+        Number* keys = (Number*)model_.cache + (int64_t(layer_index) * 2 * model_.kv_heads + kv_head) * size;
+        Number* values = keys + model_.kv_heads * size;
+        const int begin = part * kPart, end = begin + kPart, stop = sequence.start + sequence.num_tokens;
+        float* q = scratch.queries.data();
+        visit_slots(ranges, std::max(begin, int(sequence.start)), std::min(end, stop),
+                    [&](int position, int64_t slot, int count) {
+                        for (int i = 0; i < count; ++i) {
+                            const int token = sequence.first_token + position + i - sequence.start;
+                            rotated(layer, token, model_.heads + kv_head, q);
+                            const float* v = head(token, model_.heads + model_.kv_heads + kv_head);
+                            for (int j = 0; j < d; ++j) keys[(slot + i) * d + j] = C::number(q[j]);
+                            for (int j = 0; j < d; ++j) values[(slot + i) * d + j] = C::number(v[j]);
+                        }
+                    });
+        for (int i = 0; i < sequence.num_tokens; ++i) {
+            const int visible = std::min(end, int(sequence.start) + i + 1);
+            if (begin >= visible) continue;
+            const int token = sequence.first_token + i;
+            for (int g = 0; g < group_; g += kQueries) {
+                const int first = kv_head * group_ + g;
+                const auto attend_with = [&](auto count) {
+                    constexpr int G = count();
+                    Partial out[G];
+                    int ends[G];
+                    std::fill_n(ends, G, visible);
+                    for (int query = 0; query < G; ++query) {
+                        rotated(layer, token, first + query, q + query * head_stride_);
+                        reorder<C>(q + query * head_stride_);
+                        out[query] = partial(token, first + query, part);
+                    }
+                    attend<C, G>(q, head_stride_, keys, values, ranges, begin, ends, d, 1.0f / std::sqrt(float(d)),
+                                 scratch.scores.data(), out);
+                };
+                up_to_queries(group_ - g, attend_with);
+            }
+        }
+    }
+
+    // A query, in the order of the cache's blocks.
+    template <class C>
+    void reorder(float* to) const {
+        std::memset(to + model_.head_dim, 0, (head_stride_ - model_.head_dim) * sizeof(float));
+        for (int k = 0; k < head_stride_; k += 2 * W) {
+            vf first, second;
+            C::in_order(load<vf>(to + k), load<vf>(to + k + W), first, second);
+            store(to + k, first);
+            store(to + k + W, second);
+        }
+    }
+
+    // The attention output of a token (H, d): its parts, weighted by their sums of exponentials.
+    template <class C>
+    void merge(int token, int position, float* to) {
+        const int parts = position / kPart + 1, d = model_.head_dim;
+        for (int index = 0; index < model_.heads; ++index, to += d) {
+            float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
+            for (int part = 0; part < parts; ++part) most = std::fmax(most, *partial(token, index, part).most);
+            for (int part = 0; part < parts; ++part) {
+                const Partial one = partial(token, index, part);
+                total += *one.total * std::exp(*one.most - most);
+            }
+            for (int k = 0; k < d; k += 2 * W) {
+                vf first{}, second{}, a, b;
+                for (int part = 0; part < parts; ++part) {
+                    const Partial one = partial(token, index, part);
+                    const float weight = std::exp(*one.most - most) / total;
+                    first = first + load<vf>(one.values + k) * weight;
+                    second = second + load<vf>(one.values + k + W) * weight;
+                }
+                C::as_stored(first, second, a, b);
+                float both[2 * W];
+                store(both, a);
+                store(both + W, b);
+                std::memcpy(to + k, both, std::min(2 * W, d - k) * sizeof(float));
+            }
+        }
+    }
+
+    int position(int token) const {
+        const Sequence* sequence = step_.sequences;
+        while (token >= sequence->first_token + sequence->num_tokens) ++sequence;
+        return sequence->start + token - sequence->first_token;
+    }
+
+    Output residual() const {
+        if (step_.partial_sums != nullptr) return {step_.partial_sums, model_.dim, false};
+        return {step_.x, model_.dim, true};
+    }
+
+    void project_out(const Layer& layer, int chunk, Scratch& scratch, bool is_first) {
+        if (is_first) {
+            prepare(layer.wo, step_.num_tokens, scratch, [&](int token) {
+                if (model_.is_bfloat16_cache) {
+                    merge<BFloat16Cache>(token, position(token), scratch.row.data());
+                } else {
+                    merge<Float32Cache>(token, position(token), scratch.row.data());
+                }
+                return scratch.row.data();
+            });
+        }
+        int64_t begin, end;
+        rows_of(layer.wo.rows, chunk, begin, end);
+        multiply_rows(layer.wo, begin, end, scratch, residual());
+    }
+
+    // SwiGLU of hidden columns: the gate's rows come first in w13, then those of up.
+    void gate_up(const Layer& layer, int chunk, Scratch& scratch, bool is_first) {
+        if (is_first) {
+            prepare(layer.w13, step_.num_tokens, scratch,
+                    [&](int token) { return normalized(token, layer.ffn_norm, scratch); });
+        }
+        int64_t begin, end;
+        const int64_t hidden = model_.hidden;
+        rows_of(hidden, chunk, begin, end);
+        const Output out{gated_.data(), 2 * hidden, false};
+        multiply_rows(layer.w13, begin, end, scratch, out);
+        multiply_rows(layer.w13, hidden + begin, hidden + end, scratch, out);
+        for (int token = 0; token < step_.num_tokens; ++token) {
+            float* gate = gated_.data() + int64_t(token) * 2 * hidden;
+            const float* up = gate + hidden;
+            for (int64_t k = begin; k < end; k += W) {
+                const int count = int(std::min<int64_t>(W, end - k));
+                const vf g = first_floats(gate + k, count);
+                const vf gated = g / (1.0f + exponential(-g)) * first_floats(up + k, count);
+                std::memcpy(gate + k, &gated, count * sizeof(float));
+            }
+        }
+    }
+
+    void down(const Layer& layer, int chunk, Scratch& scratch, bool is_first) {
+        if (is_first) {
+            prepare(layer.w2, step_.num_tokens, scratch,
+                    [&](int token) { return gated_.data() + int64_t(token) * 2 * model_.hidden; });
+        }
+        int64_t begin, end;
+        rows_of(layer.w2.rows, chunk, begin, end);
+        multiply_rows(layer.w2, begin, end, scratch, residual());
+    }
+
+    void check(int token) {
+        const float* x = step_.x + int64_t(token) * model_.dim;
+        bool is_finite = true;
+        for (int k = 0; k < model_.dim; ++k) is_finite &= std::isfinite(x[k]);
+        step_.is_finite[token] = is_finite;
+    }
+
+    void logits(int chunk, Scratch& scratch, bool is_first) {
+        if (is_first) {
+            prepare(model_.output, step_.num_sampled, scratch,
+                    [&](int index) { return normalized(int(step_.sampled[index]), model_.norm, scratch); });
+        }
+        int64_t begin, end;
+        rows_of(model_.output.rows, chunk, begin, end);
+        multiply_rows(model_.output, begin, end, scratch, {step_.logits, model_.output.rows, false});
+    }
+
+    const std::vector<Layer> layers_;
+    Model model_;
+    const int head_stride_, group_;
+    std::vector<float> qkv_, gated_, partial_values_, partial_sums_;
+    const int threads_;
+    std::vector<Scratch> scratch_;
+    Step step_{};
+};
+
+}  // namespace llama_tp
