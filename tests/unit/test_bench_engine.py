@@ -118,8 +118,8 @@ def test_what_computes_is_printed_and_in_the_document(checkpoint, capsys, compil
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kernels"] == kernels
 
 
-@pytest.mark.parametrize(("batch", "decoded", "drafted"), [(1, 5, 5), (2, 5 * 3 + 5, 12)])
-def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, decoded, drafted):
+@pytest.mark.parametrize(("batch", "steps", "decoded", "drafted"), [(1, 2, 5, 5), (2, 5, 5 * 3 + 5, 12)])
+def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, steps, decoded, drafted):
     """With drafts, one sequence decodes three tokens per step, the other one. In a batch of one, only two steps do."""
     monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: truth[tokens[0]][len(tokens) :][:most])
     model, prompts = random_model(MODELS["gqa"]), [[1] * 5, [2] * 5]
@@ -129,7 +129,7 @@ def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batc
     truth = {1: (*prompts[0], *plain.first_tokens), 2: ()}
     timing = contenders.OurEngine(engine_of(model, **limits, speculative_tokens=2)).run(prompts[:batch], 6)
     assert timing.first_tokens == plain.first_tokens[:6]
-    assert timing.decoded == decoded
+    assert (len(timing.steps_s), timing.decoded) == (steps, decoded)
     assert (timing.drafted, timing.accepted) == (drafted, drafted), "2 of them in the prefill"
 
 
