@@ -160,7 +160,7 @@ def bench_engine(
     ceilings = ceilings.better(measure_ceilings(group.device, engine.runner.dtype))
     work = Work.of(engine)
     rows = [_row(*key, timings[key], plan, work, ceilings) for key in timings]
-    notes = _notes(engine, work, group)
+    notes = _notes(engine, work, group) + _notes_on_drafts(subject, rows)
     peak = peak_memory(group.device)
     show(rows, ceilings, peak, notes)
     group.comm.close()
@@ -266,6 +266,16 @@ def _row(
         drafted_tokens=sum(timing.drafted for timing in timings),
         accepted_tokens=sum(timing.accepted for timing in timings),
     )
+
+
+def _notes_on_drafts(subject: Subject, rows: Sequence[Row]) -> list[str]:
+    drafted = sum(row.drafted_tokens for row in rows)
+    if not drafted:
+        return []
+    note = f"{sum(row.accepted_tokens for row in rows)} of {drafted} drafted tokens were right"
+    if subject.checkpoint is None:
+        note += "; models with random weights repeat themselves, so they gain more from drafts than others"
+    return [note]
 
 
 def _notes(engine: Engine, work: Work, group: Group) -> list[str]:

@@ -118,8 +118,8 @@ def test_what_computes_is_printed_and_in_the_document(checkpoint, capsys, compil
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kernels"] == kernels
 
 
-@pytest.mark.parametrize(("batch", "decoded", "drafted"), [(1, 5, 5), (2, 5 * 3 + 5, 12)])
-def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, decoded, drafted):
+@pytest.mark.parametrize(("batch", "steps", "decoded", "drafted"), [(1, 2, 5, 5), (2, 5, 5 * 3 + 5, 12)])
+def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batch, steps, decoded, drafted):
     """With drafts, one sequence decodes three tokens per step, the other one. In a batch of one, only two steps do."""
     monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: truth[tokens[0]][len(tokens) :][:most])
     model, prompts = random_model(MODELS["gqa"]), [[1] * 5, [2] * 5]
@@ -129,7 +129,7 @@ def test_a_run_lasts_until_the_slowest_sequence_has_its_tokens(monkeypatch, batc
     truth = {1: (*prompts[0], *plain.first_tokens), 2: ()}
     timing = contenders.OurEngine(engine_of(model, **limits, speculative_tokens=2)).run(prompts[:batch], 6)
     assert timing.first_tokens == plain.first_tokens[:6]
-    assert timing.decoded == decoded
+    assert (len(timing.steps_s), timing.decoded) == (steps, decoded)
     assert (timing.drafted, timing.accepted) == (drafted, drafted), "2 of them in the prefill"
 
 
@@ -138,7 +138,9 @@ def test_drafted_tokens_are_reported_with_those_that_were_right(checkpoint, caps
     monkeypatch.setattr(PromptLookup, "draft", lambda self, tokens, most: (7,) * most)
     options = {"batch": (1, 3), "prompt": 24, "new": 30, "runs": 1, "dtype": "float32", "speculative_tokens": drafted}
     bench_engine(checkpoint, **options)
-    one, three = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    *_, note, last = capsys.readouterr().out.splitlines()
+    one, three = json.loads(last)["rows"]
+    assert ("drafted tokens were right" in note) is (drafted > 0)
     assert 0 <= one["accepted_tokens"] <= one["drafted_tokens"]
     assert (one["drafted_tokens"] > 0) is (drafted > 0)
     assert three["drafted_tokens"] == 0, "more than speculative_max_batch"
