@@ -48,7 +48,7 @@ class EngineConfig:
     """bfloat16 | float16 | float32 | auto: the checkpoint's, or float32 where that is faster: on devices without
     instructions for the checkpoint's, except with AVX2 for one or two sequences."""
     compile: str | bool = "auto"
-    """Whether decode steps run as kernels compiled on this machine. auto: on a CPU, as soon as they are compiled, if
+    """Whether kernels compiled on this machine compute. auto: on a CPU, as soon as they are compiled, if
     there is a compiler; True: loading waits for them, and fails without; False: never."""
     device: str = "auto"
     """cpu | cuda | auto: cuda if available."""

@@ -96,7 +96,7 @@ def engine(
             "deterministic", "no_prefix_cache" and "no_speculation" compare with our engine in deterministic mode, or
             without prefix cache or speculative decoding
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
+        compile: auto, true or false: whether compiled kernels compute, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         max_batched_tokens: maximum tokens per step
@@ -184,7 +184,7 @@ def load(
         speculative_max_batch: predict none in steps with more running sequences than this
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
+        compile: auto, true or false: whether compiled kernels compute, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         slo_ttft_ms: maximum time to first token for goodput
@@ -301,7 +301,7 @@ def quality(
             it, the share of positions with the same most probable token, and how long greedy outputs are the same
         new: tokens generated for each of 8 prompts; only with `against`
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
+        compile: auto, true or false: whether compiled kernels compute, which are waited for
         device: auto, cpu or cuda
         threads: CPU threads; by default all available cores
         plot: a .png, .svg or .pdf to draw

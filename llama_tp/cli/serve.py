@@ -119,7 +119,7 @@ def serve(
             inference_address, else 127.0.0.1
         device: auto, cpu or cuda; by default auto: GPUs, if there are any
         dtype: auto, bfloat16, float16 or float32; by default auto: the checkpoint's, or what is faster here
-        compile: auto, true or false: whether decode steps run as kernels compiled on this machine; by default auto: on
+        compile: auto, true or false: whether kernels compiled on this machine compute; by default auto: on
             CPUs, as soon as they are compiled, if there is a C++ compiler
         quantize: int8 or int4, to quantize the linear layers; none, to make all layers dense; by default as in the
             source

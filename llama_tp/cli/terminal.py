@@ -31,7 +31,7 @@ def generate(
         top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
+        compile: auto, true or false: whether compiled kernels compute; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         speculative_tokens: tokens per step to predict from the text so far, such as 4; faster for texts that repeat
@@ -86,7 +86,7 @@ def chat(
         top_k: sample from this many most likely tokens; 0 is all
         seed: makes sampling reproducible
         dtype: auto, bfloat16, float16 or float32
-        compile: auto, true or false: whether decode steps run as compiled kernels; true waits until they are compiled
+        compile: auto, true or false: whether compiled kernels compute; true waits until they are compiled
         device: auto, cpu or cuda
         threads: CPU threads per rank; by default its share of the available cores
         speculative_tokens: tokens per step to predict from the text so far, such as 4; faster for texts that repeat

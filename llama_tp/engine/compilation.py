@@ -18,6 +18,7 @@ from llama_tp.model.cpu.build import Build, build_kernels
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import Layout
+from llama_tp.parallel.agreement import TransientError
 from llama_tp.parallel.compiled import CompiledTransformer, use_pytorch
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,18 @@ class Compilation:
         """
         if config.compile is False:
             return None
-        reason = why_no_kernels(device, dtype)
-        if reason is None:
-            build = build_kernels()
-            if wait:
-                build.wait()
-            if build.error is None:
-                return Compilation(build, config, wait=wait)
-            reason = build.error
-            log.info("decode steps are not compiled: %s", reason)
+        if reason := why_no_kernels(device, dtype):
+            if config.compile is True:
+                raise ValueError(f"compile=True: {reason}, or set compile to auto")
+            return None
+        build = build_kernels()
+        if wait:
+            build.wait()
+        if build.error is None:
+            return Compilation(build, config, wait=wait)
         if config.compile is True:
-            raise ValueError(f"compile=True: {reason}, or set compile to auto")
+            raise _without_kernels(build.error)
+        log.info("eager PyTorch computes: %s", build.error)
         return None
 
     @property
@@ -81,13 +83,18 @@ class Compilation:
                 self._build.discard(str(error))
                 return self._settle(runner)
             use_kernels(runner, model, kernels, self._config)
-            log.info("decode steps run as compiled kernels (%s)", path)
+            log.info("compiled kernels compute (%s)", path)
         elif self._config.compile is True:
-            raise ValueError(f"compile=True: {self._build.error}, or set compile to auto")
+            raise _without_kernels(self._build.error)
         else:
-            log.warning("decode steps are not compiled: %s", self._build.error)
+            log.warning("eager PyTorch computes: %s", self._build.error)
             use_pytorch(model)
         return True
+
+
+def _without_kernels(error: str | None) -> TransientError:
+    """Not permanent: a compiler may be installed, or a disk get free, while the configuration stays the same."""
+    return TransientError(f"compile=True: {error}, or set compile to auto")
 
 
 def use_kernels(runner: ModelRunner, model: Transformer, kernels: Kernels, config: EngineConfig) -> None:

@@ -86,7 +86,7 @@ class HandlerSection(_SamplingSection):  # type: ignore[valid-type,misc]  # it i
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the checkpoint's, or float32 where the device has no fast bfloat16."""
     compile: Literal["auto", True, False] = "auto"
-    """Whether decode steps run as kernels compiled on this machine. auto: on a CPU, as soon as they are compiled, if
+    """Whether kernels compiled on this machine compute. auto: on a CPU, as soon as they are compiled, if
     there is a compiler; true: loading waits for them, and fails without; false: never."""
     verify_checkpoint: Literal["always", "once", "size"] = "once"
     """Which files are compared with the manifest's sha256 while loading: all; those not compared before or changed

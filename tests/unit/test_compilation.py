@@ -125,7 +125,7 @@ def test_requests_that_run_continue_when_the_kernels_take_over(library, expected
     assert tokens_of(engine) == expected
     assert steps[:5] == [False] * 5
     assert all(steps[5:])
-    assert caplog.messages == [f"decode steps run as compiled kernels ({library})"]
+    assert caplog.messages == [f"compiled kernels compute ({library})"]
 
 
 def test_after_a_failure_of_the_compiler_pytorch_computes_with_its_own_layout(expected, caplog):
@@ -135,7 +135,7 @@ def test_after_a_failure_of_the_compiler_pytorch_computes_with_its_own_layout(ex
     build.end()
     assert tokens_of(engine) == expected
     assert not isinstance(engine.runner.model, CompiledTransformer)
-    assert caplog.messages == ["decode steps are not compiled: kernels cannot be compiled: it is Thursday"]
+    assert caplog.messages == ["eager PyTorch computes: kernels cannot be compiled: it is Thursday"]
     assert all((layer.stored() is None) == is_packed(CPU, torch.float32) for layer in layers_of(engine))
 
 
@@ -198,6 +198,6 @@ def test_without_a_compiler_the_log_says_so_and_pytorch_computes(monkeypatch, ca
     build.error = "there is no C++ compiler"
     monkeypatch.setattr(compilation, "build_kernels", lambda: build)
     assert Compilation.start(EngineConfig(), CPU, torch.float32) is None
-    assert caplog.messages == ["decode steps are not compiled: there is no C++ compiler"]
+    assert caplog.messages == ["eager PyTorch computes: there is no C++ compiler"]
     with pytest.raises(ValueError, match=r"^compile=True: there is no C\+\+ compiler, or set compile to auto$"):
         Compilation.start(EngineConfig(compile=True), CPU, torch.float32)
