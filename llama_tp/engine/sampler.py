@@ -19,6 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from llama_tp.engine.draw import draw
 from llama_tp.engine.request import Logprobs, Request
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.sequence import Sequence
@@ -87,11 +88,7 @@ class Sampler:
             finite, ruled_out = finite & were_finite, were_finite & ~finite
         drawn = [index for index, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
-            indices = _on(logits, drawn)
-            params = [sequences[index].request.params for index in drawn]
-            probs = probabilities(edited[indices], params)
-            noise = torch.stack([self._noise(sequences[index], probs) for index in drawn])
-            ids[indices] = argmax(probs / noise)  # the winner of an exponential race is a draw from probs
+            ids[_on(logits, drawn)] = self._draw(edited, sequences, drawn)
         ids.masked_fill_(~finite, _NOT_FINITE)
         if ruled_out is not None:
             ids.masked_fill_(ruled_out, _RULED_OUT)
@@ -204,17 +201,30 @@ class Sampler:
     def _state(self, sequence: Sequence) -> _State:
         return self._states.setdefault(sequence.request.id, {}).setdefault(sequence.index, _State())
 
-    def _noise(self, sequence: Sequence, like: Tensor) -> Tensor:
-        """Exponential(1) variates (V,) from the sequence's generator."""
+    def _draw(self, logits: Tensor, sequences: Items[Sequence], drawn: list[int]) -> Tensor:
+        """Ids for the sequences at these indices. On a GPU without waiting for it."""
+        rows = logits[_on(logits, drawn)]
+        params = [sequences[index].request.params for index in drawn]
+        generators = [self._generator(sequences[index], logits.device) for index in drawn]
+        if logits.is_cuda:
+            probs = probabilities(rows, params)
+            noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=one) for one in generators])
+            return argmax(probs / noise)  # the winner of an exponential race is a draw from probs
+        probs = torch.softmax(rows / _column(rows, [one.temperature for one in params]), dim=-1)
+        uniforms = [float(torch.rand((), generator=one)) for one in generators]
+        return torch.tensor(list(map(draw, probs.numpy(), params, uniforms)))
+
+    def _generator(self, sequence: Sequence, device: torch.device) -> torch.Generator:
+        """The sequence's own."""
         state = self._state(sequence)
         if state.generator is None:
-            state.generator = torch.Generator(like.device)
+            state.generator = torch.Generator(device)
             seed = sequence.request.params.seed
             if seed is None:
                 state.generator.seed()
             else:
                 state.generator.manual_seed((seed + sequence.index) % 2**63)
-        return torch.empty(like.size(-1), device=like.device).exponential_(generator=state.generator)
+        return state.generator
 
 
 def _banned(sequence: Sequence) -> Iterator[int]:
@@ -254,11 +264,16 @@ def _on(like: Tensor, values: list[int] | list[float] | Tensor) -> Tensor:
     return torch.as_tensor(values).to(like.device, non_blocking=True)
 
 
+def _column(like: Tensor, values: list[float]) -> Tensor:
+    """(R, 1)"""
+    return _on(like, values).unsqueeze(-1)
+
+
 def probabilities(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
     """The distributions (S, V) to sample from, filtered by each sequence's parameters."""
 
     def column(values: list[float]) -> Tensor:
-        return _on(logits, values).unsqueeze(-1)  # (R, 1)
+        return _column(logits, values)
 
     probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
     if any(p.top_k or p.top_p < 1 for p in params):
