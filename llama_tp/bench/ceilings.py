@@ -51,6 +51,11 @@ class Ceilings:
     """Of dense products in `dtype`, as the engine computes them."""
     dtype: str
 
+    @classmethod
+    def of(cls, read_bytes_per_s: float, flops: float, dtype: torch.dtype) -> Ceilings:
+        """Rates in a dtype of torch's."""
+        return cls(read_bytes_per_s, flops, str(dtype).removeprefix("torch."))
+
     def better(self, other: Ceilings) -> Ceilings:
         """The higher rates of two measurements."""
         read = max(self.read_bytes_per_s, other.read_bytes_per_s)
@@ -82,8 +87,7 @@ class LinearRate:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Takes about a second."""
-    name = str(dtype).removeprefix("torch.")
-    return Ceilings(read_bandwidth(device), gemm_rate(device, dtype), name)
+    return Ceilings.of(read_bandwidth(device), gemm_rate(device, dtype), dtype)
 
 
 def read_bandwidth(device: torch.device) -> float:

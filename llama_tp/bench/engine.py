@@ -17,18 +17,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from llama_tp.bench.ceilings import CACHE_MULTIPLE, Ceilings, measure_ceilings
+from llama_tp.bench.ceilings import CACHE_MULTIPLE, Ceilings, gemm_rate, measure_ceilings, read_bandwidth
 from llama_tp.bench.contenders import Contender, OurEngine, Timing, Transformers, longest_sequence
 from llama_tp.bench.engine_table import show
-from llama_tp.bench.machine import device_name, last_level_cache, load_average, peak_memory
+from llama_tp.bench.machine import device_name, forget_peak_memory, last_level_cache, load_average, peak_memory
 from llama_tp.bench.neighbour import Conditions, conditions
 from llama_tp.bench.peers import dense_weights, transformers_model
 from llama_tp.bench.report import finish
-from llama_tp.bench.subject import EngineOptions, Subject, kernels_of
+from llama_tp.bench.subject import EngineOptions, Subject, join_group, kernels_of
 from llama_tp.bench.work import Work
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
-from llama_tp.parallel.launch import Group, join
+from llama_tp.parallel.launch import Group
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
@@ -37,6 +37,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Contenders that are our own engine in a different configuration."""
 CONTENDERS = ("transformers", *_SETTINGS)
+_TURN_S = 600.0
+"""How long the other ranks wait while another contender has its turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +137,22 @@ def bench_engine(
     _check_against(subject, against)
     budget = max(max_batched_tokens, *plan.batches)
     config = options.config(
-        max_seq_len=plan.max_seq_len(budget, options), max_batch_size=max(plan.batches), max_batched_tokens=budget
+        max_seq_len=plan.max_seq_len(budget, options),
+        max_batch_size=max(plan.batches),
+        max_batched_tokens=budget,
+        collective_timeout_s=_TURN_S,
     )
-    group = join(config.device, timeout_s=config.collective_timeout_s)
+    group = join_group(config)
     if against in _SETTINGS and group.comm.size > 1:
         raise ValueError(f"against={against} needs a single rank; run it without torchrun")
+    read = read_bandwidth(group.device)  # before there is an engine: its memory does not count in the peak
+    forget_peak_memory(group.device)
     engine = subject.load(config, group)
-    ceilings = measure_ceilings(group.device, engine.runner.dtype)
+    dtype = engine.runner.dtype
+    ceilings = Ceilings.of(read, gemm_rate(group.device, dtype), dtype)
     if not engine.is_leader:
         engine.follow()
-        measure_ceilings(group.device, engine.runner.dtype)
+        measure_ceilings(group.device, dtype)
         group.comm.close()
         return
     contenders = _contenders(subject, engine, config, group, against)
@@ -157,11 +165,11 @@ def bench_engine(
     with conditions(with_neighbour=plan.neighbour) as found:
         timings = _measure(contenders, plan, subject.args.vocab_size, found)
     engine.release()
-    ceilings = ceilings.better(measure_ceilings(group.device, engine.runner.dtype))
+    peak = peak_memory(group.device)
+    ceilings = ceilings.better(measure_ceilings(group.device, dtype))
     work = Work.of(engine)
     rows = [_row(*key, timings[key], plan, work, ceilings) for key in timings]
     notes = _notes(engine, work, group) + _notes_on_drafts(subject, rows)
-    peak = peak_memory(group.device)
     show(rows, ceilings, peak, notes)
     group.comm.close()
     document = {**where, **asdict(ceilings), "runs": plan.runs, "peak_memory_bytes": peak, "notes": notes}

@@ -81,6 +81,14 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / _TICKS
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU begin again. That of a process cannot."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that PyTorch has allocated on a GPU, or this process's largest resident set."""
     if device.type == "cuda":

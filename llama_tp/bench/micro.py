@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llama_tp.bench.ceilings import FORMATS, Ceilings, LinearRate, linear_rates, linear_shapes, measure_ceilings
 from llama_tp.bench.machine import device_name, last_level_cache, load_average
 from llama_tp.bench.report import finish
-from llama_tp.bench.subject import EngineOptions
+from llama_tp.bench.subject import EngineOptions, join_group
 from llama_tp.checkpoint.load import resolve_dtype
 from llama_tp.engine.compilation import why_no_kernels
 from llama_tp.model.cpu.build import build_kernels
@@ -22,8 +22,6 @@ from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.weights import why_not_quantized
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import Comm
-from llama_tp.parallel.launch import join
-from llama_tp.threads import choose_num_threads
 
 _ROUNDS = 1000
 
@@ -34,10 +32,8 @@ def bench_micro(
     """Implements `llama-tp bench micro`. Call it on every rank of one host."""
     _check(forms, rows)
     config = options.config()
-    group = join(config.device, timeout_s=config.collective_timeout_s)
+    group = join_group(config)
     device = group.device
-    if device.type == "cpu":
-        torch.set_num_threads(choose_num_threads(config.threads))
     dtype = resolve_dtype(config.dtype, torch.bfloat16, device, 1)
     communication = _communication(group.comm, device)
     ceilings = measure_ceilings(device, dtype)

@@ -13,9 +13,15 @@ from llama_tp.bench.machine import cpu_seconds
 
 IDLE, BESIDE = "idle", "beside"
 """Conditions of a measurement: the cores to itself, or one busy process beside it."""
-_SPIN = (
-    "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(1_000_000):\n        pass\n"
-)
+_SPIN = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: also while it is stopped
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 """Computes on one core until its parent ends."""
 
 

@@ -60,6 +60,19 @@ def kernels_of(engine: Engine) -> str:
     return "compiled kernels" if isinstance(engine.runner.model, CompiledTransformer) else "eager"
 
 
+def join_group(config: EngineConfig) -> Group:
+    """Join the group of ranks, with the threads that the engine will have, so that its device can be measured first."""
+    import torch
+
+    from llama_tp.parallel.launch import join
+    from llama_tp.threads import choose_num_threads
+
+    group = join(config.device, timeout_s=config.collective_timeout_s)
+    if group.device.type == "cpu":
+        torch.set_num_threads(choose_num_threads(config.threads))
+    return group
+
+
 def choose_subject(
     checkpoint: str | None, *, random_weights: bool = False, model: str | None = None, quantization: str | None = None
 ) -> Subject:

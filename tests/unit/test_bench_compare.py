@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama_tp.bench.compare.command import Contestant, Settings, _play
 from llama_tp.bench.compare.engines import Work
 from llama_tp.bench.compare.gguf_forms import is_in_form, write_in_form
 from llama_tp.bench.compare.llama_cpp_peer import LlamaCpp
@@ -23,6 +24,7 @@ from llama_tp.bench.compare.process import ContenderFailed, ContenderProcess
 from llama_tp.bench.compare.rounds import Round, chosen, counting, needs_another
 from llama_tp.bench.compare.spec import DEFAULT, Spec, parse_specs
 from llama_tp.bench.compare.table import Result, show
+from llama_tp.bench.contenders import Timing
 from llama_tp.checkpoint.formats.open import open_checkpoint
 from llama_tp.cli.bench_compare import compare
 from llama_tp.model_args import ModelArgs
@@ -155,6 +157,37 @@ def result(name, rates, *, is_ours=False, failure=None):
     by_round = {} if failure else {"idle": {"decode B=1": rates}}
     medians = {} if failure else {"idle": {"decode B=1": sorted(rates)[len(rates) // 2]}}
     return Result(name, is_ours, "1", failure, medians, by_round, ())
+
+
+class Silent:
+    """A contender's process that remembers what it was asked."""
+
+    cpu_s = 0.0
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, prompts, new):
+        self.runs.append((prompts, new))
+        return Timing(1.0, 1.0, len(prompts) * (new - 1))
+
+
+def test_contenders_get_the_same_prompts_and_never_one_that_they_have_seen():
+    """Beside a busy process, the prompts were those of before, which our prefix cache had: prefill seemed 38 times as
+    fast."""
+    settings = Settings(
+        batches=[1, 2], context=8, prompt=16, new=4, rounds=2, repeats=0, threads=1, limit_s=9, neighbour=True
+    )
+    contestants = [Contestant(Spec("llama_tp", "bf16"), Silent()), Contestant(Spec("transformers", "bf16"), Silent())]
+    rounds, rates = _play(contestants, 1000, settings)
+    one, other = (contestant.process.runs for contestant in contestants)
+    assert one == other
+    prompts = [tuple(prompt) for run, _ in one for prompt in run]
+    assert len(prompts) == len(set(prompts)) == 3 * 2 * (1 + 2 + 1)  # rounds, one to warm up; conditions; cases
+    assert [(len(run), new) for run, new in one[:6]] == [(1, 4), (1, 4), (2, 4), (2, 4), (1, 2), (1, 2)]
+    assert len(rounds) == len(rates) == 2
+    assert rates[0]["llama_tp bf16", "decode B=2", "beside"] == 2 * 3
+    assert rates[0]["llama_tp bf16", "prefill 16", "idle"] == 16
 
 
 def test_a_ratio_is_the_median_of_those_of_each_round(capsys):

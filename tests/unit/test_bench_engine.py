@@ -31,7 +31,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Ceilings of a machine that is easily known."""
-    monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e10, 1e12, "float32"))
+    monkeypatch.setattr(bench, "read_bandwidth", lambda _device: 1e10)
+    monkeypatch.setattr(bench, "gemm_rate", lambda _device, _dtype: 1e11)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e9, 1e12, "float32"))
 
 
 @pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache", "no_speculation"])
@@ -42,6 +44,7 @@ def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, again
     rows = document["rows"]
     names = ["llama_tp"] + ([against] if against else [])
     assert document["benchmark"] == "engine"
+    assert (document["read_bytes_per_s"], document["flops"]) == (1e10, 1e12)  # of before and after, the better
     assert [(row["batch"], row["contender"]) for row in rows] == [(size, name) for size in (1, 2) for name in names]
     for name in ("prefill_tokens_per_s", "prefill_share", "decode_tokens_per_s", "decode_share", "step_p99_ms"):
         assert all(row[name] > 0 for row in rows)

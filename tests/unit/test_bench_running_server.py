@@ -93,14 +93,14 @@ def test_every_request_is_answered_in_full_and_fits_the_served_context(server, k
 
 
 def test_a_closed_loop_keeps_no_more_requests_in_flight_than_it_should(server, key_file, capsys):
-    server.delay_s = 0.02
+    server.delay_s = 0.1
     serve(url=server.url, requests=8, runs=1, concurrency=2, vocab_size=50, api_key_file=key_file)
     assert figures(capsys)["concurrency"] == 2
     assert server.most_after_warm_up == 2
 
 
 def test_an_open_loop_sends_what_arrives_however_slow_the_server_is(server, key_file, capsys):
-    server.delay_s = 0.3
+    server.delay_s = 1.0
     serve(url=server.url, requests=8, runs=1, rate=200, vocab_size=50, api_key_file=key_file)
     assert figures(capsys)["rate"] == 200
     assert server.most_after_warm_up == 8

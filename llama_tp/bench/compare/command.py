@@ -205,8 +205,9 @@ def _play_round(
     start = number % len(contestants)
     rates: Rates = {}
     for case in settings.cases:
-        prompts = torch.randint(vocab_size, (case.batch, case.prompt), generator=generator).tolist()
         for condition in found.names:
+            # New prompts, the same for all contenders: a prefix cache would have those that it has seen.
+            prompts = torch.randint(vocab_size, (case.batch, case.prompt), generator=generator).tolist()
             for one in [*contestants[start:], *contestants[:start]]:
                 with found.under(condition):
                     timing = _run(one, prompts, case.new)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 from llama_tp.bench.contenders import Prompts, Timing
 from llama_tp.bench.machine import cpu_seconds
@@ -99,7 +99,7 @@ class ContenderProcess:
         if self._process.poll() is None:
             os.kill(self._process.pid, number)
 
-    def _fail(self, when: str) -> None:
+    def _fail(self, when: str) -> NoReturn:
         """ContenderFailed that says how the process has ended."""
         self._process.wait()
         code = self._process.returncode
