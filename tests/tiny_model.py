@@ -21,7 +21,7 @@ from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import STORED
 from llama_tp.model_args import ModelArgs, RopeScaling
 from llama_tp.parallel.apply import localize
-from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.comm import Comm, SingleComm
 
 SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
 
@@ -140,12 +140,13 @@ def compiled_runner_of(
     dtype: torch.dtype = torch.float32,
     num_threads: int = 2,
     chosen: Kernels | None = None,
+    comm: Comm | None = None,
 ) -> ModelRunner:
     """As `runner_of`, with steps of few tokens computed by the compiled kernels."""
     twin = Transformer(model.args).requires_grad_(False)
     twin.load_state_dict(model.state_dict())
     runner = ModelRunner(
-        local := localize(twin.to(dtype), SingleComm(), layout=STORED),
+        local := localize(twin.to(dtype), comm or SingleComm(), layout=STORED),
         config,
         num_kv_heads=model.args.n_kv_heads,
         dtype=dtype,

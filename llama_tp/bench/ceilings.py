@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.bench.machine import last_level_cache
-from llama_tp.model.cpu.attention import MAX_TOKENS
+from llama_tp.model.cpu.attention import max_tokens
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.linear import DenseLinear, Linear
 from llama_tp.model.random_weights import RandomWeights, random_linear
@@ -128,7 +128,7 @@ def _multipliers(dtype: torch.dtype, kernels: Kernels | None) -> list[_Multiplie
         assert weight is not None
         return kernels.multiply(weight, None, x, in_bfloat16=dtype == torch.bfloat16)
 
-    return [pytorch, _Multiplier("compiled", STORED, torch.float32, MAX_TOKENS, multiply)]
+    return [pytorch, _Multiplier("compiled", STORED, torch.float32, max_tokens(torch.bfloat16), multiply)]
 
 
 def linear_rates(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from typing import cast
 
 import torch
 
@@ -63,36 +64,49 @@ class Compilation:
         """For the layers of the model to load."""
         return "both" if self._build.library() is None else "stored"
 
-    def begin(self, runner: ModelRunner) -> None:
+    def is_compiled(self) -> bool:
+        """Whether there are kernels, once that is known."""
+        return self._build.wait() is not None
+
+    def begin(self, runner: ModelRunner, *, may_use: bool = True) -> None:
         """Let the runner use the kernels, now or as soon as they are compiled. ValueError if compile is True and they
-        cannot be."""
-        if not self._settle(runner):
+        cannot be.
+
+        may_use: whether to use them at all.
+        """
+        if not may_use:
+            self._give_up(runner, "not every rank has compiled kernels")
+        elif not self._settle(runner):
             runner.before_step = lambda: self._settle(runner)
 
     def _settle(self, runner: ModelRunner) -> bool:
         """Whether it is settled which kernels compute."""
         path = self._build.wait() if self._may_wait else self._build.library()
-        if path is None and self._build.error is None:
-            return False
-        model = runner.model
-        assert isinstance(model, Transformer)
-        if path is not None:
-            try:
-                kernels = Kernels(path, torch.get_num_threads())
-            except (OSError, AttributeError) as error:
-                self._build.discard(str(error))
-                return self._settle(runner)
-            use_kernels(runner, model, kernels, self._config)
-            log.info("compiled kernels compute (%s)", path)
-        elif self._config.compile is True:
-            raise _without_kernels(self._build.error)
+        if path is None:
+            if self._build.error is None:
+                return False
+            self._give_up(runner, self._build.error)
+            return True
+        try:
+            kernels = Kernels(path, torch.get_num_threads())
+            use_kernels(runner, cast(Transformer, runner.model), kernels, self._config)
+        except (OSError, AttributeError) as error:
+            self._build.discard(str(error))
+            return self._settle(runner)
+        except RuntimeError as error:
+            self._give_up(runner, str(error))
         else:
-            log.warning("eager PyTorch computes: %s", self._build.error)
-            use_pytorch(model)
+            log.info("compiled kernels compute (%s)", path)
         return True
 
+    def _give_up(self, runner: ModelRunner, reason: str) -> None:
+        if self._config.compile is True:
+            raise _without_kernels(reason)
+        log.warning("eager PyTorch computes: %s", reason)
+        use_pytorch(cast(Transformer, runner.model))
 
-def _without_kernels(error: str | None) -> TransientError:
+
+def _without_kernels(error: str) -> TransientError:
     """Not permanent: a compiler may be installed, or a disk get free, while the configuration stays the same."""
     return TransientError(f"compile=True: {error}, or set compile to auto")
 

@@ -16,9 +16,9 @@ from llama_tp.engine.sampling_params import SamplingParams
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-_FLOORS = (2.0**-10, 2.0**-14)
+_FLOORS = (2.0**-10, 2.0**-14, 2.0**-18)
 """Probabilities of at least that: at most 1,024 tokens have the first one, and usually some dozens."""
-_MARGIN = 1e-4
+_MARGIN = 1e-5
 """Of sums in float32."""
 
 
@@ -43,7 +43,7 @@ def candidates(probs: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
         if top_k:
             ids, kept = ids[:top_k], kept[:top_k]
         if top_p < 1:
-            before = np.cumsum(kept) - kept  # total probability of more likely tokens
+            before = np.cumsum(kept, dtype=np.float64) - kept  # total probability of more likely tokens
             is_tail = before >= top_p * kept.sum() if top_k else before >= top_p
             is_tail[0] = False
             ids, kept = ids[~is_tail], kept[~is_tail]
@@ -57,7 +57,11 @@ def _most_probable(probs: Floats, top_k: int, top_p: float) -> Ids:
     for floor in _FLOORS:
         ids = np.flatnonzero(probs >= floor)
         kept = probs[ids]
-        is_enough = len(ids) >= top_k if top_k else float(kept.sum()) >= top_p + _MARGIN
+        is_enough = len(ids) >= top_k if top_k else float(kept.sum(dtype=np.float64)) >= top_p + _MARGIN
         if is_enough:
             return ids[np.argsort(-kept, kind="stable")]
+    if top_k and top_k < len(probs):
+        # With all equals of the last one; all tokens if nothing is finite.
+        ids = np.flatnonzero(~(probs < np.partition(probs, -top_k)[-top_k]))
+        return ids[np.argsort(-probs[ids], kind="stable")]
     return np.argsort(-probs, kind="stable")

@@ -74,8 +74,8 @@ class ModelRunner:
         """Called before each step until it returns True."""
 
     def use_kernels(self, model: CompiledTransformer, attention: AttentionBackend) -> None:
-        """Compute later steps with compiled kernels. A token's results do not depend on the others of its step, so that
-        in deterministic mode tiles need no padding."""
+        """Compute later steps with compiled kernels. In deterministic mode their results for a token do not depend on
+        the rest of its tile, which needs no padding."""
         self.model = model
         self._attention = attention
         self._tile_padding = 0

@@ -128,8 +128,9 @@ def make_engine(
     pages = min(gather(agree(lambda: _in_memory(lambda free: memory.num_pages(free, step), device))))
     config = replace(config, cache_pages=pages)
     runner = agree(lambda: make_runner(config))
-    if compilation is not None:
-        agree(lambda: compilation.begin(runner))
+    # In deterministic mode all ranks use the kernels or none: eager PyTorch pads tiles.
+    may_use = not config.deterministic or all(gather(compilation is not None and compilation.is_compiled()))
+    agree(lambda: None if compilation is None else compilation.begin(runner, may_use=may_use))
     if group.comm.is_leader:
         log.info(
             "loaded in %.1f s: %d rank(s) of %d thread(s), %s, %s; %.0f MiB of weights per rank; KV cache of %d tokens "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_tp.model.batch import Batch, Output
-from llama_tp.model.cpu.attention import MAX_TOKENS, KernelStep
+from llama_tp.model.cpu.attention import KernelStep, max_tokens
 from llama_tp.model.cpu.kernels import Kernels, linear_struct
 from llama_tp.model.cpu.library import (
     PHASES_OF_ATTENTION,
@@ -81,7 +81,7 @@ class CompiledTransformer(nn.Module):
             kv_heads=num_kv_heads,
             head_dim=model.args.head_dim,
             layers=len(blocks),
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens(cache.dtype),
             max_parts=-(-max_seq_len // kernels.library.keys_per_part),
             is_bfloat16_cache=cache.dtype == torch.bfloat16,
             in_bfloat16=cache.dtype == torch.bfloat16 and not deterministic,
@@ -97,7 +97,9 @@ class CompiledTransformer(nn.Module):
         self._num_phases = PHASES_PER_LAYER * len(blocks)
         self._kept += [layers, kernels]
         self._context = kernels.library.create_model(struct)
-        weakref.finalize(self, _destroy, kernels, self._context)
+        if self._context is None:
+            raise RuntimeError("there is not enough memory for the kernels' buffers")
+        weakref.finalize(self, _destroy, kernels, self._context).atexit = False
 
     def forward(self, batch: Batch, cache: KVCache) -> Output:
         """As Transformer.forward."""

@@ -201,3 +201,28 @@ def test_without_a_compiler_the_log_says_so_and_pytorch_computes(monkeypatch, ca
     assert caplog.messages == ["eager PyTorch computes: there is no C++ compiler"]
     with pytest.raises(ValueError, match=r"^compile=True: there is no C\+\+ compiler, or set compile to auto$"):
         Compilation.start(EngineConfig(compile=True), CPU, torch.float32)
+
+
+def test_without_kernels_on_another_rank_pytorch_computes(library, expected, caplog):
+    build = FakeBuild(library)
+    config = EngineConfig(max_seq_len=64, max_batch_size=4)
+    waiting = Compilation(build, config)  # type: ignore[arg-type]
+    runner = runner_for(config, waiting.layout)
+    assert waiting.is_compiled()
+    waiting.begin(runner, may_use=False)
+    assert tokens_of(Engine(runner, SingleComm(), config)) == expected
+    assert not isinstance(runner.model, CompiledTransformer)
+    assert caplog.messages == ["eager PyTorch computes: not every rank has compiled kernels"]
+
+
+def test_if_its_threads_cannot_be_started_pytorch_computes(library, expected, caplog, monkeypatch):
+    def fail(path, num_threads):
+        raise RuntimeError(f"{num_threads - 1} threads cannot be started")
+
+    monkeypatch.setattr(compilation, "Kernels", fail)
+    build = FakeBuild(library)
+    build.end()
+    engine = engine_with(build)
+    assert caplog.messages == [f"eager PyTorch computes: {torch.get_num_threads() - 1} threads cannot be started"]
+    assert tokens_of(engine) == expected
+    assert not build.discarded

@@ -12,7 +12,7 @@ from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.sampling_params import SamplingParams
 from llama_tp.engine.step import Chunk, StepPlan
-from llama_tp.model.cpu.attention import MAX_TOKENS
+from llama_tp.model.cpu.attention import max_tokens
 from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.cpu.linear import WidenedLinear
@@ -62,10 +62,11 @@ def plans_for(args, config=CONFIG):
         sequences.step(5, 0, 3),  # prompts
         sequences.step(1, 7, 1),  # a prompt beside decodes
         sequences.step(1),
-        sequences.step(30, 1, 1),  # more than the kernels compute
+        sequences.step(40, 1, 1),  # more than the kernels compute as a whole
         sequences.step(*[2] * 8),
         sequences.step(1, 1, 1, 1, 1, 1, 1, 1),
         sequences.step(0, 16),
+        sequences.step(4, 20, 20, 20, 20),  # more than the kernels compute as a whole in bfloat16
     ]
 
 
@@ -75,7 +76,7 @@ def test_logits_are_those_of_eager_pytorch(any_kernels, name):
     plans = plans_for(model.args)
     expected = logits_of(runner_of(model, CONFIG), plans)
     actual = logits_of(compiled_runner_of(model, CONFIG, chosen=any_kernels), plans)
-    assert max(plan_tokens(plan) for plan in plans) > MAX_TOKENS
+    assert max(plan_tokens(plan) for plan in plans) > max_tokens(torch.float32)
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
@@ -104,8 +105,8 @@ def test_only_steps_of_many_tokens_run_layer_by_layer(monkeypatch):
     sequences = Sequences(CONFIG, model.args.vocab_size)
     runner.execute(sequences.step(*[2] * 8))
     assert not layered
-    runner.execute(sequences.step(MAX_TOKENS + 1))
-    assert layered == [MAX_TOKENS + 1]
+    runner.execute(sequences.step(max_tokens(torch.float32) + 1))
+    assert layered == [max_tokens(torch.float32) + 1]
 
 
 def test_contexts_of_several_parts_are_merged():
@@ -152,7 +153,7 @@ def test_the_number_of_threads_changes_nothing(num_threads):
     expected = logits_of(compiled_runner_of(model, CONFIG), plans)
     actual = logits_of(compiled_runner_of(model, CONFIG, num_threads=num_threads), plans)
     for plan, one, two in zip(plans, actual, expected, strict=True):
-        assert plan_tokens(plan) > MAX_TOKENS or torch.equal(one, two)
+        assert plan_tokens(plan) > max_tokens(torch.float32) or torch.equal(one, two)
 
 
 def test_a_sequence_with_non_finite_states_spoils_no_other():
@@ -250,3 +251,20 @@ def test_many_tokens_are_multiplied_with_widened_weights(any_kernels, form):
     wide = torch.empty(300, 576, dtype=torch.bfloat16)
     any_kernels.widen(layer._struct, slice(0, 300), wide)
     assert torch.equal(wide, dequantize(weight, torch.bfloat16))
+
+
+class Float32Sums(SingleComm):
+    """A group whose sums are float32, as those of SharedMemoryComm are, whatever is added up."""
+
+    def all_reduce(self, x):
+        return x.float()
+
+
+def test_sums_over_ranks_may_be_float32_in_bfloat16():
+    model = random_model(MODELS["gqa"])
+    plans = plans_for(model.args)
+    usual, other = (
+        compiled_runner_of(model, CONFIG, dtype=torch.bfloat16, comm=comm()) for comm in (SingleComm, Float32Sums)
+    )
+    for one, two in zip(logits_of(usual, plans), logits_of(other, plans), strict=True):
+        torch.testing.assert_close(one, two, rtol=0.02, atol=0.05)

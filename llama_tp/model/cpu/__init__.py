@@ -1,1 +1,1 @@
-"""Steps of few tokens as C++ kernels for CPUs, compiled on the machine that runs them."""
+"""C++ kernels for CPUs, compiled on the machine that runs them."""

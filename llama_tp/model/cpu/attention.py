@@ -5,14 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from llama_tp.model.attention.base import SequenceTokens
 from llama_tp.model.cpu.library import Library, StepStruct
 from llama_tp.model.kv_cache import KVCache, LayerCache
 
-MAX_TOKENS = 16
-"""Tokens of a step that the kernels compute as a whole; of a longer one they compute what is not a matrix product."""
+
+def max_tokens(dtype: torch.dtype) -> int:
+    """Tokens of a step that the kernels compute as a whole. Of a longer one they compute what is not a matrix product:
+    then PyTorch's, although they must first bring the weights into another order, are faster (measured)."""
+    return 64 if dtype == torch.bfloat16 else 32
 
 
 class KernelStep:
@@ -20,14 +24,15 @@ class KernelStep:
 
     __slots__ = ("_blocks", "_ranges", "_table", "_units", "is_whole")
 
-    def __init__(self, sequences: Sequence[SequenceTokens], num_kv_heads: int, library: Library) -> None:
-        self.is_whole = sum(one.num_tokens for one in sequences) <= MAX_TOKENS
+    def __init__(self, sequences: Sequence[SequenceTokens], cache: KVCache, library: Library) -> None:
+        self.is_whole = sum(one.num_tokens for one in sequences) <= max_tokens(cache.dtype)
         """Whether the kernels compute all of the step."""
         # Per sequence: its first token in the step, how many it has, their first position, its first range.
         self._table = array("i")
         # Per range of contiguous slots: the first, and how many.
         self._ranges = array("i")
-        # Units of work. Of whole steps: sequence, kv head, part of the keys. Of others: sequence, first token.
+        # Units of work. Of whole steps: sequence, kv head, part of the keys. Of others: sequence, and which of its
+        # tokens in the step is the block's first.
         self._units, self._blocks = array("i"), array("i")
         first = 0
         for index, one in enumerate(sequences):
@@ -37,7 +42,7 @@ class KernelStep:
                 self._ranges.extend((contiguous.first, contiguous.length))
             if self.is_whole:
                 for part in range((length - 1) // library.keys_per_part + 1):
-                    for head in range(num_kv_heads):
+                    for head in range(cache.num_kv_heads):
                         self._units.extend((index, head, part))
             else:
                 for token in range(0, one.num_tokens, library.tokens_per_block):
@@ -58,9 +63,9 @@ class KernelBackend:
     """Lays out steps of one cache for the kernels."""
 
     def __init__(self, cache: KVCache, library: Library) -> None:
-        self._num_kv_heads = cache.num_kv_heads
+        self._cache = cache
         self._library = library
 
     def prepare(self, sequences: Sequence[SequenceTokens], *, num_padding: int = 0) -> KernelStep:
         assert num_padding == 0
-        return KernelStep(sequences, self._num_kv_heads, self._library)
+        return KernelStep(sequences, self._cache, self._library)

@@ -61,8 +61,8 @@ inline void store_block(uint16_t* to, int count, vf a, vf b) {
 inline void load_floats(const float* from, int count, vf& a, vf& b) { Float32Cache::block(from, count, a, b); }
 
 // x += y, if there is a y; then to = x / sqrt(mean(x^2) + eps) * weight.
-template <class C>
-void add_and_normalize(float* x, const typename C::Number* y, const float* weight, int dim, float eps,
+template <class Y, class C>
+void add_and_normalize(float* x, const typename Y::Number* y, const float* weight, int dim, float eps,
                        bool zero_nonfinite, typename C::Number* to) {
     vf squares{}, more{}, a, b;
     for (int k = 0; k < dim; k += 2 * W) {
@@ -70,7 +70,7 @@ void add_and_normalize(float* x, const typename C::Number* y, const float* weigh
         load_floats(x + k, count, a, b);
         if (y != nullptr) {
             vf ya, yb;
-            load_block<C>(y + k, count, ya, yb);
+            load_block<Y>(y + k, count, ya, yb);
             a += ya;
             b += yb;
             store_block(x + k, count, a, b);

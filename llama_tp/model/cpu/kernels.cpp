@@ -1,5 +1,7 @@
 // What Python calls: see library.py and kernels.py.
 
+#include <exception>
+
 #include "step.h"
 
 namespace {
@@ -14,6 +16,16 @@ void with_format(bool is_bfloat16, Work work) {
     }
 }
 
+// What is created, or null: an exception must not reach Python.
+template <class Create>
+void* or_null(Create create) {
+    try {
+        return create();
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -22,12 +34,17 @@ int32_t llama_tp_keys_per_part() { return llama_tp::kPart; }
 
 int32_t llama_tp_tokens_per_block() { return llama_tp::kBlock; }
 
-void* llama_tp_create_team(int32_t threads) { return new llama_tp::Team(threads); }
+// Null if there are not enough threads or memory.
+void* llama_tp_create_team(int32_t threads) {
+    return or_null([=] { return new llama_tp::Team(threads); });
+}
 
 void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
 
 // The team must outlive the model.
-void* llama_tp_create_model(const llama_tp::Model* model) { return new llama_tp::Context(*model); }
+void* llama_tp_create_model(const llama_tp::Model* model) {
+    return or_null([=] { return new llama_tp::Context(*model); });
+}
 
 void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
 
@@ -41,15 +58,19 @@ void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* 
 
 // The following work on T tokens whose activations are bfloat16 or float32.
 
-// x (T, dim) += y, if there is one; then to = RMSNorm(x), in y's format.
-void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t tokens, int32_t dim, float* x, const void* y,
-                                const float* weight, float eps, int32_t zero_nonfinite, void* to) {
+// x (T, dim) += y, if there is one; then to = RMSNorm(x).
+void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t is_y_bfloat16, int32_t tokens, int32_t dim,
+                                float* x, const void* y, const float* weight, float eps, int32_t zero_nonfinite,
+                                void* to) {
     with_format(is_bfloat16, [=](auto format) {
-        using Number = typename decltype(format)::Number;
-        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
-            const Number* added = y == nullptr ? nullptr : (const Number*)y + token * dim;
-            llama_tp::add_and_normalize<decltype(format)>(x + token * dim, added, weight, dim, eps, zero_nonfinite,
-                                                          (Number*)to + token * dim);
+        with_format(is_y_bfloat16, [=](auto y_format) {
+            using C = decltype(format);
+            using Y = decltype(y_format);
+            llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+                const auto* added = y == nullptr ? nullptr : (const typename Y::Number*)y + token * dim;
+                llama_tp::add_and_normalize<Y, C>(x + token * dim, added, weight, dim, eps, zero_nonfinite,
+                                                  (typename C::Number*)to + token * dim);
+            });
         });
     });
 }

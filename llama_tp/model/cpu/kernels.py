@@ -16,12 +16,17 @@ _FORMS = {"int8": Form.INT8, "int8_groups": Form.INT8_GROUPS, "int4": Form.INT4}
 
 
 class Kernels:
-    """Functions of the library. OSError if the file at `path` is not one."""
+    """Functions of the library. OSError or AttributeError if the file at `path` is not one, RuntimeError if the threads
+    cannot be started."""
 
     def __init__(self, path: Path, num_threads: int) -> None:
         self.library = Library(path)
-        self.team: int = self.library.create_team(num_threads)
-        weakref.finalize(self, self.library.destroy_team, self.team)
+        team = self.library.create_team(num_threads)
+        if team is None:
+            raise RuntimeError(f"{num_threads - 1} threads cannot be started")
+        self.team: int = team
+        # Not at the interpreter's exit, when a daemon thread may still compute.
+        weakref.finalize(self, self.library.destroy_team, team).atexit = False
 
     def multiply(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, x: Tensor, *, in_bfloat16: bool
@@ -34,14 +39,16 @@ class Kernels:
         return y
 
     def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:
-        """x (T, D) in float32 += y, if given; then its norm, in the norm's dtype, which is y's.
+        """x (T, D) in float32 += y, if given, which is bfloat16 or float32; then its norm, in the norm's dtype.
 
         zero_nonfinite: replace NaN and infinities by zero.
         """
+        assert y is None or (y.is_contiguous() and y.dtype in (torch.bfloat16, torch.float32))
         out = torch.empty(x.shape, dtype=norm.dtype)
         self.library.add_and_normalize(
             self.team,
             norm.dtype == torch.bfloat16,
+            y is not None and y.dtype == torch.bfloat16,
             *x.shape,
             x.data_ptr(),
             None if y is None else y.data_ptr(),

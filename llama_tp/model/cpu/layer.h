@@ -119,7 +119,7 @@ class Widening : public Job {
     }
 
   private:
-    static constexpr int kRows = 32;
+    static constexpr int kRows = 4;
     const Linear linear_;
     const int64_t begin_, end_;
     uint16_t* const to_;

@@ -108,7 +108,7 @@ class Library:
             "multiply", None, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
         )
         self.add_and_normalize = function(
-            "add_and_normalize", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 3, c_float, c_int32, c_void_p
+            "add_and_normalize", None, c_void_p, *[c_int32] * 4, *[c_void_p] * 3, c_float, c_int32, c_void_p
         )
         self.attend = function("attend", None, c_void_p, c_int32, POINTER(StepStruct), c_void_p, c_void_p)
         self.gate = function("gate", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 2)

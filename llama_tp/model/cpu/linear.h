@@ -354,7 +354,7 @@ inline const uint16_t* bfloat16_row(const Linear& linear, int64_t row, int strid
     return scratch;
 }
 
-// `ahead`, `ahead_bytes`: stored weights to fetch meanwhile, a part for each 2 * W columns.
+// `ahead`: stored weights to fetch meanwhile, `ahead_lines` for each 2 * W columns.
 template <int R, int T>
 inline __attribute__((always_inline)) void half_tile(const Linear& linear, const uint16_t* const (&rows)[R],
                                                      int64_t row, const Input& in, int token, const char* ahead,

@@ -62,7 +62,7 @@ struct Scratch {
         sums.resize(int64_t(2 * kQueries) * head);
     }
 
-    std::vector<float> row, queries, scores, sums;
+    std::vector<float> row, queries, scores, sums, weights;
     LayerScratch layer;
 };
 

@@ -162,7 +162,7 @@ inline void store_bf16(uint16_t* to, vf a, vf b) {
 #endif
 }
 
-// e^x to 2e-7 for x <= 0, 0 from -87 on; for positive x up to 88.
+// e^x to 2e-7; x is limited to -87 .. 88, so that a result is never 0 or infinite.
 inline vf exponential(vf x) {
     x = x < -87.0f ? splat(-87.0f) : x;
     x = x > 88.0f ? splat(88.0f) : x;

@@ -203,28 +203,28 @@ class Context : public Job {
 
     // The attention output of a token (H, d): its parts, weighted by their sums of exponentials.
     template <class C>
-    void merge(int token, int position, float* to) {
+    void merge(int token, int position, Scratch& scratch) {
         const int parts = position / kPart + 1, d = model_.head_dim;
+        scratch.weights.resize(parts);
+        float* to = scratch.row.data();
         for (int index = 0; index < model_.heads; ++index, to += d) {
             float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
             for (int part = 0; part < parts; ++part) most = std::fmax(most, *partial(token, index, part).most);
             for (int part = 0; part < parts; ++part) {
                 const Partial one = partial(token, index, part);
-                total += *one.total * std::exp(*one.most - most);
+                scratch.weights[part] = std::exp(*one.most - most);
+                total += *one.total * scratch.weights[part];
             }
             for (int k = 0; k < d; k += 2 * W) {
                 vf first{}, second{}, a, b;
                 for (int part = 0; part < parts; ++part) {
-                    const Partial one = partial(token, index, part);
-                    const float weight = std::exp(*one.most - most) / total;
-                    first = first + load<vf>(one.values + k) * weight;
-                    second = second + load<vf>(one.values + k + W) * weight;
+                    const float* values = partial(token, index, part).values + k;
+                    const vf weight = splat(scratch.weights[part] / total);
+                    first = fma(load<vf>(values), weight, first);
+                    second = fma(load<vf>(values + W), weight, second);
                 }
                 C::as_stored(first, second, a, b);
-                float both[2 * W];
-                store(both, a);
-                store(both + W, b);
-                std::memcpy(to + k, both, std::min(2 * W, d - k) * sizeof(float));
+                store_block(to + k, std::min(2 * W, d - k), a, b);
             }
         }
     }
@@ -244,9 +244,9 @@ class Context : public Job {
         if (is_first) {
             prepare(layer.wo, step_.num_tokens, scratch, [&](int token) {
                 if (model_.is_bfloat16_cache) {
-                    merge<BFloat16Cache>(token, position(token), scratch.row.data());
+                    merge<BFloat16Cache>(token, position(token), scratch);
                 } else {
-                    merge<Float32Cache>(token, position(token), scratch.row.data());
+                    merge<Float32Cache>(token, position(token), scratch);
                 }
                 return scratch.row.data();
             });

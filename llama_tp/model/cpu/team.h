@@ -25,17 +25,17 @@ class Job {
 class Team {
   public:
     explicit Team(int num_threads) : num_threads_(num_threads), unclaimed_(kMaxPhases), unfinished_(kMaxPhases) {
-        for (int thread = 1; thread < num_threads; ++thread) {
-            workers_.emplace_back([this, thread] { work(thread); });
+        try {
+            for (int thread = 1; thread < num_threads; ++thread) {
+                workers_.emplace_back([this, thread] { work(thread); });
+            }
+        } catch (...) {
+            end();
+            throw;
         }
     }
 
-    ~Team() {
-        job_ = nullptr;
-        epoch_.fetch_add(1);
-        epoch_.notify_all();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Team() { end(); }
 
     int num_threads() const { return num_threads_; }
 
@@ -49,12 +49,19 @@ class Team {
         }
         job_.store(&job, std::memory_order_relaxed);
         range_.store(uint64_t(first) << 32 | uint32_t(end), std::memory_order_relaxed);
-        epoch_.store(epoch, std::memory_order_release);
+        epoch_.store(epoch);  // sequentially consistent: notify_all() must see who waits
         if (!workers_.empty()) epoch_.notify_all();
         compute(job, epoch, first, end, 0);
     }
 
   private:
+    void end() {
+        job_ = nullptr;
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
     struct alignas(64) Counter {
         std::atomic<uint64_t> value{
             0};  // the run's number, then that of chunks: a late thread cannot claim a later run's
