@@ -63,7 +63,7 @@ def test_compiled_kernels_are_measured_in_the_formats_and_for_the_rows_of_the_en
     path = build_kernels().wait()
     assert path is not None
     kernels = Kernels(path, 1)
-    rates = linear_rates({"wo": (64, 64)}, list(ceilings.FORMATS), [4, 17], CPU, torch.bfloat16, kernels)
+    rates = linear_rates({"wo": (64, 64)}, list(ceilings.FORMATS), [4, 65], CPU, torch.bfloat16, kernels)
     compiled = [(rate, y) for rate, y in zip(rates, products, strict=True) if rate.kernels == "compiled"]
     assert [(rate.form, rate.rows) for rate, _ in compiled] == [
         (form, 4) for form in ("dense", "int8", "int8_groups", "int4")
