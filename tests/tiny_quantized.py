@@ -38,16 +38,18 @@ def convert_to(source: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def engine_on(folder: Path, group: Group | None = None) -> Engine:
+def engine_on(folder: Path, group: Group | None = None, compile: bool | str = "auto") -> Engine:
     """In float32."""
     group = Group(comm=SingleComm(), device=torch.device("cpu"), mesh=None) if group is None else group
-    config = EngineConfig(max_seq_len=128, max_batch_size=4, dtype="float32", device="cpu")
+    config = EngineConfig(max_seq_len=128, max_batch_size=4, dtype="float32", device="cpu", compile=compile)
     return load_engine(str(folder), ModelArgs.load_converted(folder / MODEL_ARGS), config, group)
 
 
-def outputs_of(folder: Path, group: Group | None = None) -> tuple[Tensor | None, list[list[int]]]:
+def outputs_of(
+    folder: Path, group: Group | None = None, compile: bool | str = "auto"
+) -> tuple[Tensor | None, list[list[int]]]:
     """(logits of the last token of PLAN, greedy tokens of PROMPTS), of the leader."""
-    engine = engine_on(folder, group)
+    engine = engine_on(folder, group, compile)
     logits = engine.runner.execute(PLAN)
     completions = engine.generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0))
     return logits, [completion.token_ids for completion in completions]

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, parse_memory
-from llama_tp.model.weights import DENSE, DENSE_FORMATS, Shapes, WeightFormat, WeightFormats, layer_shapes, num_bytes
+from llama_tp.model.weights import (
+    DENSE,
+    DENSE_FORMATS,
+    PACKED,
+    Layout,
+    Shapes,
+    WeightFormat,
+    WeightFormats,
+    layer_shapes,
+    num_bytes,
+)
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.sharding import Ranks, local_kv_heads, local_shape
 
@@ -50,10 +60,11 @@ class MemoryModel:
         dtype: str,
         device_type: str,
         formats: WeightFormats = DENSE_FORMATS,
+        layout: Layout = PACKED,
     ) -> MemoryModel:
-        """For one of the ranks, computing in `dtype`."""
+        """For one of the ranks, computing in `dtype`, with layers in `layout`."""
         itemsize = ITEMSIZE[dtype]
-        weights = _weight_bytes(args, ranks, rank, dtype, formats, device_type)
+        weights = _weight_bytes(args, ranks, rank, dtype, formats, device_type, layout)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
         return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
 
@@ -126,13 +137,13 @@ class MemoryModel:
 
 
 def _weight_bytes(
-    args: ModelArgs, ranks: Ranks, rank: int, dtype: str, formats: WeightFormats, device_type: str
+    args: ModelArgs, ranks: Ranks, rank: int, dtype: str, formats: WeightFormats, device_type: str, layout: Layout
 ) -> int:
     """Bytes of a rank's weights once prepared for the device."""
     itemsize = ITEMSIZE[dtype]
     layer, other = layer_shapes(args)
-    if args.tied_embeddings and device_type == "cpu":
-        # A CPU multiplies with a packed copy of the matrix, and looks up tokens in the plain one.
+    if args.tied_embeddings and device_type == "cpu" and layout == PACKED:
+        # PyTorch multiplies with a packed copy of the matrix, and looks up tokens in the plain one.
         other["output.weight"] = other["tok_embeddings.weight"]
 
     def size_of(shapes: Shapes, formats_of_modules: Mapping[str, WeightFormat]) -> int:
@@ -144,7 +155,7 @@ def _weight_bytes(
                 sizes += math.prod(local) * itemsize
             else:
                 rows, columns = local
-                sizes += num_bytes(linear.held(rows, columns, dtype, device_type), itemsize)
+                sizes += num_bytes(linear.held(rows, columns, dtype, device_type, layout), itemsize)
         return sizes
 
     # Few kinds of layers, often one: those whose linear layers have the same formats.

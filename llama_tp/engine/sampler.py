@@ -211,7 +211,7 @@ class Sampler:
             noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=one) for one in generators])
             return argmax(probs / noise)  # the winner of an exponential race is a draw from probs
         probs = torch.softmax(rows / _column(rows, [one.temperature for one in params]), dim=-1)
-        uniforms = [float(torch.rand((), generator=one)) for one in generators]
+        uniforms = [float(torch.rand(1, generator=one).numpy()[0]) for one in generators]
         return torch.tensor(list(map(draw, probs.numpy(), params, uniforms)))
 
     def _generator(self, sequence: Sequence, device: torch.device) -> torch.Generator:

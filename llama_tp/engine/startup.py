@@ -110,10 +110,10 @@ def make_engine(
     dtype = agree(lambda: resolve_dtype(config.dtype, weights.dtype, device, config.max_batch_size))
     dtype_name = str(dtype).removeprefix("torch.")
     ranks = _ranks(args, config, group)
-    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, weights.formats)
-    agree(lambda: _in_memory(memory.check, device))
     compilation = agree(lambda: Compilation.start(config, device, dtype, wait=wait_for_kernels))
     layout = PACKED if compilation is None else compilation.layout
+    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, weights.formats, layout)
+    agree(lambda: _in_memory(memory.check, device))
     model = weights.load(args, group, dtype, ranks, layout)
 
     def make_runner(config: EngineConfig) -> ModelRunner:

@@ -96,7 +96,9 @@ class WeightFormat(Protocol):
         """What stands for the weight in a checkpoint."""
         ...
 
-    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
+    def held(
+        self, out_features: int, in_features: int, dtype: str, device_type: str, layout: Layout = PACKED
+    ) -> Parameters:
         """What stands for it in the memory of a device (cpu or cuda) that computes in `dtype`."""
         ...
 
@@ -119,7 +121,9 @@ class Dense:
     def parameters(self, out_features: int, in_features: int) -> Parameters:
         return {"weight": ((out_features, in_features), None)}
 
-    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
+    def held(
+        self, out_features: int, in_features: int, dtype: str, device_type: str, layout: Layout = PACKED
+    ) -> Parameters:
         return self.parameters(out_features, in_features)
 
     def linear(self, shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, layout: Layout = PACKED) -> Linear:
@@ -145,9 +149,19 @@ class Quantized:
         packed = (out_features, in_features // 2)
         return {"weight": (packed, "uint8"), "scales": (groups, "float16"), "offsets": (groups, self.offsets)}
 
-    def held(self, out_features: int, in_features: int, dtype: str, device_type: str) -> Parameters:
-        if device_type != "cpu":
-            return self.parameters(out_features, in_features)
+    def held(
+        self, out_features: int, in_features: int, dtype: str, device_type: str, layout: Layout = PACKED
+    ) -> Parameters:
+        stored = self.parameters(out_features, in_features)
+        if device_type != "cpu" or (dtype == "bfloat16" and layout == STORED):
+            return stored
+        packed = self._packed(out_features, in_features, dtype)
+        if dtype != "bfloat16" or layout == PACKED:
+            return packed
+        return packed | {f"stored {name}": one for name, one in stored.items()}
+
+    def _packed(self, out_features: int, in_features: int, dtype: str) -> Parameters:
+        """For PyTorch's kernels on CPUs."""
         if dtype == "bfloat16" and self.name == "int8":
             return {"weight": ((out_features, in_features), "int8"), "scales": ((out_features,), None)}
         if dtype == "bfloat16" and self.name == "int4":

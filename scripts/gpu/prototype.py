@@ -73,16 +73,16 @@ class Prototype:
         for block, layer in zip(model.layers, self.cache.layers, strict=True):
             k, v = layer.k.transpose(0, 1), layer.v.transpose(0, 1)
             attention, feed_forward = block.attention, block.feed_forward
-            h = kernels.add_norm(x, y, block.attention_norm._weight, block.attention_norm.eps, dtype, pdl)
+            h = kernels.add_norm(x, y, block.attention_norm.weight, block.attention_norm.eps, dtype, pdl)
             qkv = self._linear(h, attention.wqkv)
             q = kernels.rope_write(qkv, self.rope, self.table, self.pos, k, v, page_size=page_size, pdl=pdl)
             out = kernels.paged_decode(
                 q, k, v, self.table, self.pos, page_size=page_size, most=self.most, dot=self.variant.dot, pdl=pdl
             )
             y = self._linear(out.flatten(1), attention.wo.linear)
-            h = kernels.add_norm(x, y, block.ffn_norm._weight, block.ffn_norm.eps, dtype, pdl)
+            h = kernels.add_norm(x, y, block.ffn_norm.weight, block.ffn_norm.eps, dtype, pdl)
             y = self._linear(kernels.silu_mul(self._linear(h, feed_forward.w13), pdl), feed_forward.w2.linear)
-        h = kernels.add_norm(x, y, model.norm._weight, model.norm.eps, dtype, pdl)
+        h = kernels.add_norm(x, y, model.norm.weight, model.norm.eps, dtype, pdl)
         self.logits = self._linear(h, model.output.linear).float()
         return self.logits
 

@@ -103,7 +103,9 @@ def memory(r: Report) -> None:
     length, batch = (64, 4) if SMOKE else (8192, 64)
     with _without_checkpoint(args):
         for budget in (32,) if SMOKE else (512, 2048):
-            config = EngineConfig(max_seq_len=length, max_batch_size=batch, max_batched_tokens=budget, threads=THREADS)
+            config = EngineConfig(
+                max_seq_len=length, max_batch_size=batch, max_batched_tokens=budget, threads=THREADS, compile=False
+            )
             begin = time.perf_counter()
             engine = llama_tp.load_engine("", args, config, ALONE)
             seconds = round(time.perf_counter() - begin, 2)
@@ -115,7 +117,7 @@ def memory(r: Report) -> None:
         ballast = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         r.put("free GB after the weights and a ballast", _free_gb())
         config = EngineConfig(
-            max_seq_len=length, max_batch_size=2 * batch, max_batched_tokens=2048, threads=THREADS,
+            max_seq_len=length, max_batch_size=2 * batch, max_batched_tokens=2048, threads=THREADS, compile=False,
             kv_cache_memory=0.99 if CUDA else "1MiB",
         )  # fmt: skip
         engine = llama_tp.load_engine("", args, config, ALONE)

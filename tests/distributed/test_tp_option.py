@@ -38,7 +38,14 @@ def test_two_ranks_continue_a_prompt_as_one_does(checkpoint):
 
 
 def test_the_terminal_is_the_leaders(checkpoint):
-    words = ("chat", str(checkpoint), "--chat_format=llama2", "--temperature=0", "--max_new_tokens=8", "--device=cpu")
+    words = (
+        "chat",
+        str(checkpoint),
+        "--chat_format=llama2",
+        "--temperature=0",
+        "--max_new_tokens=8",
+        "--dtype=float32",
+    )
     alone, _ = llama_tp(*words, stdin="Hello\nAgain\n")
     together, _ = llama_tp(*words, "--tp=2", stdin="Hello\nAgain\n")
     assert together == alone != ""

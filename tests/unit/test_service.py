@@ -921,17 +921,16 @@ def test_openai_s_routes_give_the_native_route_s_text(service, streaming):
     _, answer = ask(service, COMPLETIONS, prompt=PROMPT, **openai, logprobs=2)
     (choice,) = answer["choices"]
     assert (choice["text"], without_details(answer["usage"])) == (expected["text"], expected["usage"])
-    assert choice["logprobs"]["token_logprobs"] == [one["logprob"] for one in expected["logprobs"]]
+    logprobs = [one["logprob"] for one in expected["logprobs"]]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-5)
     _, expected = ask(service, dialog=DIALOG, **native)
     _, answer = ask(service, CHAT, messages=DIALOG, **openai, logprobs=True, top_logprobs=2)
     (choice,) = answer["choices"]
     assert (choice["message"]["content"], without_details(answer["usage"])) == (expected["text"], expected["usage"])
-    records = [
-        {"token": one["token"], "logprob": one["logprob"], "bytes": one["bytes"]} for one in expected["logprobs"]
-    ]
-    assert [{**one, "top_logprobs": None} for one in choice["logprobs"]["content"]] == [
-        {**one, "top_logprobs": None} for one in records
-    ]
+    # What the prefix cache has is not computed again, and the rest is rounded differently.
+    for one, record in zip(choice["logprobs"]["content"], expected["logprobs"], strict=True):
+        assert (one["token"], one["bytes"]) == (record["token"], record["bytes"])
+        assert one["logprob"] == pytest.approx(record["logprob"], abs=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -53,8 +53,9 @@ def _named_schema(value: object) -> Grammar:
     try:
         fields = _object(value, ("name", "description", "schema", "strict"))
     except PydanticCustomError as error:
-        unknown = (error.context or {}).get("at")
-        raise _wrong("unknown_field", f"has an unknown field: {str(unknown)[:64]}", "json_schema") from None
+        unknown = str((error.context or {}).get("at"))[:64]
+        name = "".join(char if char.isprintable() else "?" for char in unknown)
+        raise _wrong("unknown_field", f"has an unknown field: {name}", "json_schema") from None
     schema = fields.get("schema", {"type": "object"})
     for name, kind, noun in (("name", str, "text"), ("description", str, "text"), ("strict", bool, "true or false")):
         if not isinstance(fields.get(name, kind()), kind):
