@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 WITH_A_SERVER = {("serve",), ("stop",), ("health",), ("follow",), ("bench", "serve")}
 UNDER_TORCHRUN = {("bench", "comm")}
-TOO_LARGE = {("bench", "checkpoint"), ("bench", "compare"), ("bench", "quality")}
+TOO_LARGE = {("bench", "checkpoint"), ("bench", "compare"), ("bench", "quality"), ("bench", "micro")}
 """Minutes, or 6 GB on disk; the unit tests of the same names run them on a few MB."""
 
 
