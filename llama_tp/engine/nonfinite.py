@@ -25,8 +25,8 @@ class NonFinite:
         self._ends[row] = 0
 
     def advance(self, row: int, start: int, num_tokens: int) -> None:
-        """The row's sequence computes positions from `start` on. Those that it has computed before were wrong drafts,
-        and are forgotten."""
+        """The row's sequence computes positions from `start` on. If it has computed some of them before, those were
+        rejected drafts, which are forgotten."""
         if start < self._ends[row]:
             first = self._first[row : row + 1]
             first.masked_fill_(first >= start, _NONE)

@@ -206,7 +206,7 @@ def _play_round(
     rates: Rates = {}
     for case in settings.cases:
         for condition in found.names:
-            # New prompts, the same for all contenders: a prefix cache would have those that it has seen.
+            # All contenders get the same new prompts, so that no prefix cache already holds them.
             prompts = torch.randint(vocab_size, (case.batch, case.prompt), generator=generator).tolist()
             for one in [*contestants[start:], *contestants[:start]]:
                 with found.under(condition):

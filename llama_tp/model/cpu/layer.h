@@ -114,7 +114,7 @@ class Widening : public Job {
     void compute(int, int chunk, int, bool) override {
         const int64_t first = begin_ + int64_t(chunk) * kRows;
         for (int64_t row = first; row < std::min(end_, first + kRows); ++row) {
-            widen_row(linear_, row, to_ + (row - begin_) * linear_.columns);
+            widen_row<false>(linear_, row, to_ + (row - begin_) * linear_.columns);
         }
     }
 

@@ -299,6 +299,40 @@ void multiply_exactly(const Linear& linear, int64_t row, int64_t end, const Inpu
     }
 }
 
+// A row of a quantized matrix in bfloat16: in its own order, or as the factors of a product with Input.halves, which
+// leave the scale of an int8 row to `finish`.
+template <bool is_factor>
+inline void widen_row(const Linear& linear, int64_t row, uint16_t* to) {
+    const int groups = int(linear.columns) / kGroup;
+    const auto widen = [&](auto form) __attribute__((always_inline)) {
+        for (int first = 0; first < groups; first += W) {
+            float scales[W], offsets[W] = {};
+            if (linear.form == kInt8) {
+                const float of_row = is_factor ? 1.0f : ((const float*)linear.scales)[row];
+                for (float& scale : scales) scale = of_row;
+            } else {
+                store(scales, halves_at(linear.scales, row, groups, first));
+            }
+            if (linear.form == kInt4) store(offsets, offsets_at(linear, row, groups, first));
+            for (int group = 0; group < std::min(W, groups - first); ++group) {
+                for (int k = (first + group) * kGroup; k < (first + group + 1) * kGroup; k += 2 * W) {
+                    vf a, b;
+                    form.block(row, k, 2 * W, a, b);
+                    a = fma(a, splat(scales[group]), splat(offsets[group]));
+                    b = fma(b, splat(scales[group]), splat(offsets[group]));
+                    if (!is_factor && linear.form == kInt4) interleave(a, b, a, b);
+                    store_bf16(to + k, a, b);
+                }
+            }
+        }
+    };
+    if (linear.form == kInt4) {
+        widen(forms::Int4(linear));
+    } else {
+        widen(forms::Int8<true>(linear));
+    }
+}
+
 #if defined(__AVX512BF16__)
 constexpr bool kHasBFloat16 = true;
 
@@ -326,31 +360,7 @@ inline const uint16_t* bfloat16_row(const Linear& linear, int64_t row, int strid
         std::memset(scratch + columns, 0, (stride - columns) * sizeof(uint16_t));
         return scratch;
     }
-    const int groups = columns / kGroup;
-    const auto widen = [&](auto form) __attribute__((always_inline)) {
-        for (int first = 0; first < groups; first += W) {
-            float scales[W], offsets[W] = {};
-            if (linear.form == kInt8) {
-                for (float& scale : scales) scale = 1.0f;  // applied to the sums
-            } else {
-                store(scales, halves_at(linear.scales, row, groups, first));
-            }
-            if (linear.form == kInt4) store(offsets, offsets_at(linear, row, groups, first));
-            for (int group = 0; group < std::min(W, groups - first); ++group) {
-                const int k = (first + group) * kGroup;
-                vf a, b;
-                form.block(row, k, kGroup, a, b);
-                a = fma(a, splat(scales[group]), splat(offsets[group]));
-                b = fma(b, splat(scales[group]), splat(offsets[group]));
-                store_bf16(scratch + k, a, b);
-            }
-        }
-    };
-    if (linear.form == kInt4) {
-        widen(forms::Int4(linear));
-    } else {
-        widen(forms::Int8<true>(linear));
-    }
+    widen_row<true>(linear, row, scratch);
     return scratch;
 }
 
@@ -407,37 +417,6 @@ inline void fill_halves(Input&, const Linear&, int, const float*) {}
 
 inline void multiply_in_bfloat16(const Linear&, int64_t, int64_t, const Input&, uint16_t*, const Output&) {}
 #endif
-
-// A row of a quantized matrix in bfloat16, in its own order.
-inline void widen_row(const Linear& linear, int64_t row, uint16_t* to) {
-    const int groups = int(linear.columns) / kGroup;
-    const auto widen = [&](auto form) __attribute__((always_inline)) {
-        for (int first = 0; first < groups; first += W) {
-            float scales[W], offsets[W] = {};
-            if (linear.form == kInt8) {
-                for (float& scale : scales) scale = ((const float*)linear.scales)[row];
-            } else {
-                store(scales, halves_at(linear.scales, row, groups, first));
-            }
-            if (linear.form == kInt4) store(offsets, offsets_at(linear, row, groups, first));
-            for (int group = 0; group < std::min(W, groups - first); ++group) {
-                for (int k = (first + group) * kGroup; k < (first + group + 1) * kGroup; k += 2 * W) {
-                    vf a, b;
-                    form.block(row, k, 2 * W, a, b);
-                    a = fma(a, splat(scales[group]), splat(offsets[group]));
-                    b = fma(b, splat(scales[group]), splat(offsets[group]));
-                    if (linear.form == kInt4) interleave(a, b, a, b);
-                    store_bf16(to + k, a, b);
-                }
-            }
-        }
-    };
-    if (linear.form == kInt4) {
-        widen(forms::Int4(linear));
-    } else {
-        widen(forms::Int8<true>(linear));
-    }
-}
 
 // Rows row .. end - 1 of the product. `scratch`: kHalfRows * in.stride numbers.
 inline void multiply(const Linear& linear, int64_t row, int64_t end, const Input& in, bool in_bfloat16,
