@@ -16,7 +16,7 @@ import grpc
 import psutil
 import pytest
 
-from tests.e2e.torchserve_rig import PREDICT, Stream, TorchServe, convert, package, serve
+from tests.e2e.torchserve_rig import PREDICT, TorchServe, convert, package, serve
 from tests.tiny_llama2 import LONG_REQUEST, PASSAGE_REQUEST, REST_OF_PASSAGE
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -39,28 +39,33 @@ def server(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @contextmanager
 def a_neighbour(server: TorchServe) -> Iterator[None]:
-    """A stream that runs meanwhile and beyond, and is held to every token; no rank may end."""
+    """A client that streams all the time, and is held to every token; no rank may end."""
     ranks = server.ranks()
-    enough = threading.Event()
+    begun, enough = threading.Event(), threading.Event()
 
-    def read(stream: Stream) -> list[dict[str, Any]]:
-        chunks = []
-        for _, chunk in stream:
-            chunks.append(chunk)
-            if enough.is_set():
-                break
-        return chunks
+    def read() -> Iterator[dict[str, Any]]:
+        with server.stream(LONG_REQUEST) as stream:
+            for _, chunk in stream:
+                begun.set()
+                yield chunk
+                if enough.is_set():
+                    break
 
-    with server.stream(LONG_REQUEST) as stream, ThreadPoolExecutor(1) as pool:
-        _, first = next(iter(stream))
-        reading = pool.submit(read, stream)
+    def read_on() -> list[str]:
+        texts = []
+        while not enough.is_set():
+            texts.append("".join(chunk["text"] for chunk in read()))
+        return texts
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_on)
         try:
+            assert begun.wait(PATIENCE_S)
             yield
         finally:
             enough.set()
-        chunks = [first, *reading.result(PATIENCE_S)]
-    assert "finish_reason" not in chunks[-1], "it ended too soon to prove anything"
-    assert (" tick tock" * 2000).startswith("".join(chunk["text"] for chunk in chunks))
+        texts = reading.result(PATIENCE_S)
+    assert all((" tick tock" * 2000).startswith(text) for text in texts)
     assert server.ranks() == ranks
 
 
@@ -142,8 +147,8 @@ def send(server: TorchServe, payload: object) -> http.client.HTTPConnection:
 
 
 def test_a_new_request_does_not_wait_for_those_whose_clients_have_left(server: TorchServe) -> None:
-    """To generate for them all would take many times PATIENCE_S."""
-    connections = [send(server, LONG_WHOLE) for _ in range(QUEUE_SIZE - 10)]
+    """To generate for them all would take several times PATIENCE_S."""
+    connections = [send(server, {**LONG_WHOLE, "n": NUM_SLOTS}) for _ in range(QUEUE_SIZE - 10)]
     for connection in connections:
         connection.close()
 
