@@ -126,7 +126,7 @@ def _multipliers(dtype: torch.dtype, kernels: Kernels | None) -> list[_Multiplie
     def multiply(layer: Linear, x: Tensor) -> Tensor:
         weight = layer.stored()
         assert weight is not None
-        return kernels.multiply(weight, None, x, in_bfloat16=dtype == torch.bfloat16)
+        return kernels.multiply(weight, None, x, may_round=dtype == torch.bfloat16)
 
     return [pytorch, _Multiplier("compiled", STORED, torch.float32, max_tokens(torch.bfloat16), multiply)]
 

@@ -84,7 +84,7 @@ class CompiledTransformer(nn.Module):
             max_tokens=max_tokens(cache.dtype),
             max_parts=-(-max_seq_len // kernels.library.keys_per_part),
             is_bfloat16_cache=cache.dtype == torch.bfloat16,
-            in_bfloat16=cache.dtype == torch.bfloat16 and not deterministic,
+            may_round=cache.dtype == torch.bfloat16 and not deterministic,
             eps=model.args.norm_eps,
             team=kernels.team,
             layer=layers,

@@ -222,9 +222,9 @@ def test_a_product_is_that_of_the_dense_matrix(any_kernels, form, shape):
     for num_tokens in (1, 2, 3, 4, 5, 8, 16):
         x = torch.randn(num_tokens, shape[1])
         expected = x @ dense(weight).t() + bias
-        exact = any_kernels.multiply(weight, bias, x, in_bfloat16=False)
+        exact = any_kernels.multiply(weight, bias, x, may_round=False)
         torch.testing.assert_close(exact, expected, rtol=1e-4, atol=2e-4)
-        rounded = any_kernels.multiply(weight, bias, x, in_bfloat16=True)
+        rounded = any_kernels.multiply(weight, bias, x, may_round=True)
         error = (rounded - expected).abs().max() / expected.abs().mean()
         assert error < 0.05, num_tokens  # two roundings to 8 bits in each product
 
@@ -234,9 +234,9 @@ def test_a_product_is_that_of_the_dense_matrix(any_kernels, form, shape):
 def test_a_dense_product_may_have_any_number_of_columns(any_kernels, columns, dtype):
     torch.manual_seed(columns)
     weight = torch.randn(13, columns).to(dtype)
-    for num_tokens, in_bfloat16 in product((1, 3, 9), (False, True)):
+    for num_tokens, may_round in product((1, 3, 9), (False, True)):
         x = torch.randn(num_tokens, columns)
-        y = any_kernels.multiply(weight, None, x.bfloat16().float(), in_bfloat16=in_bfloat16)
+        y = any_kernels.multiply(weight, None, x.bfloat16().float(), may_round=may_round)
         torch.testing.assert_close(y, x.bfloat16().float() @ weight.float().t(), rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ namespace llama_tp {
 
 constexpr int kPart = 512;  // keys
 constexpr int kMaxHeadDim = 256;
+constexpr int kKeyBytesAhead = 4096;  // keys are fetched this far ahead
 
 struct SlotRange {
     int32_t first, length;
@@ -69,11 +70,12 @@ inline void visit_slots(const SlotRange* ranges, int begin, int end, Visit visit
     }
 }
 
-// scores[query][key] = q . k * scale, for G queries.
+// scores[query][key] = q . k * scale, for G queries. Fetches the keys' values, too, which will be needed next.
 template <class C, int G>
-inline void score_keys(const float* q, int q_stride, const typename C::Number* k, int count, int dim, float scale,
-                       float* scores, int score_stride) {
+inline void score_keys(const float* q, int q_stride, const typename C::Number* k, const typename C::Number* v,
+                       int count, int dim, float scale, float* scores, int score_stride) {
     constexpr int N = 4;  // keys at a time
+    const int64_t bytes_at_once = N * dim * sizeof(typename C::Number);
     const auto score = [&](int key, int of, const typename C::Number*(&rows)[N]) __attribute__((always_inline)) {
         vf acc[N][G];
         LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) acc[i][g] = vf{};
@@ -94,6 +96,8 @@ inline void score_keys(const float* q, int q_stride, const typename C::Number* k
     const typename C::Number* rows[N];
     int key = 0;
     for (; key + N <= count; key += N) {
+        fetch((const char*)(k + int64_t(key) * dim) + kKeyBytesAhead, bytes_at_once);
+        fetch(v + int64_t(key) * dim, bytes_at_once);
         LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) rows[i] = k + int64_t(key + i) * dim;
         score(key, N, rows);
     }
@@ -140,10 +144,8 @@ void attend(const float* q, int q_stride, const typename C::Number* keys, const 
     const int end = std::min(*std::max_element(ends, ends + G), begin + kPart);
     const int whole = round_up(end - begin, W);
     visit_slots(ranges, begin, end, [&](int position, int64_t slot, int length) {
-        for (int64_t at = 0; at < int64_t(length) * dim; at += 64 / sizeof(typename C::Number)) {
-            __builtin_prefetch(values + slot * dim + at);
-        }
-        score_keys<C, G>(q, q_stride, keys + slot * dim, length, dim, scale, scores + position - begin, kScoreStride);
+        score_keys<C, G>(q, q_stride, keys + slot * dim, values + slot * dim, length, dim, scale,
+                         scores + position - begin, kScoreStride);
     });
     float* sums[G];
     for (int g = 0; g < G; ++g) {

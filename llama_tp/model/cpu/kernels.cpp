@@ -49,10 +49,10 @@ void* llama_tp_create_model(const llama_tp::Model* model) {
 void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
 
 // y (tokens, rows) = x (tokens, columns) W^T + b.
-void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t in_bfloat16,
+void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t may_round,
                        float* y) {
     auto& threads = *static_cast<llama_tp::Team*>(team);
-    llama_tp::Product product(*linear, x, tokens, in_bfloat16, y, threads.num_threads());
+    llama_tp::Product product(*linear, x, tokens, may_round, y, threads.num_threads());
     threads.run(product, 0, 1);
 }
 

@@ -28,14 +28,16 @@ class Kernels:
         # Not at the interpreter's exit, when a daemon thread may still compute.
         weakref.finalize(self, self.library.destroy_team, team).atexit = False
 
-    def multiply(
-        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, x: Tensor, *, in_bfloat16: bool
-    ) -> Tensor:
-        """x W^T + b for x (T, in), all but W in float32. in_bfloat16: x may be rounded to that where it is faster."""
+    def multiply(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, x: Tensor, *, may_round: bool) -> Tensor:
+        """x W^T + b for x (T, in), all but W in float32.
+
+        may_round: x may be rounded where that is faster, to bfloat16 or, with a scale for every few columns, to 8-bit
+        integers.
+        """
         struct, _ = linear_struct(weight, bias)
         y = torch.empty(x.size(0), weight.shape[0])
         x = x.contiguous()
-        self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), in_bfloat16, y.data_ptr())
+        self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), may_round, y.data_ptr())
         return y
 
     def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:

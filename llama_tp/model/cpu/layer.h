@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "linear.h"
+#include "bfloat16.h"
+#include "integers.h"
 #include "team.h"
 
 namespace llama_tp {
@@ -26,16 +27,15 @@ inline void rows_of_chunk(int64_t rows, int threads, int chunk, int64_t& begin, 
     end = std::min(rows, begin + rows_per_chunk(rows, threads));
 }
 
-// Whether to multiply with the CPU's instructions for bfloat16, which round the inputs to it. From this many tokens
-// they save more than the conversions cost (measured).
-inline bool pays_in_bfloat16(const Linear& linear, int tokens) {
-    if (!kHasBFloat16) return false;
-    switch (linear.form) {
-        case kFloat32: return false;
-        case kBFloat16: return tokens >= 2;
-        case kInt4: return tokens >= 4;
-        default: return tokens >= 6;
-    }
+enum Rounding { kNone, kToBFloat16, kToIntegers };  // of inputs
+
+// The fastest product, if inputs may be rounded (measured).
+inline Rounding fastest(const Linear& linear, int tokens) {
+    if (linear.form == kFloat32) return kNone;
+    if (linear.form == kBFloat16) return kHasBFloat16 && tokens >= 2 ? kToBFloat16 : kNone;
+    if (!has_integer_product(linear.form)) return kHasBFloat16 && tokens >= 6 ? kToBFloat16 : kNone;
+    const int limit = linear.form == kInt8 ? 16 : 8;
+    return kHasBFloat16 && tokens > limit ? kToBFloat16 : kToIntegers;
 }
 
 // One thread's memory for a layer's inputs, and for the weights that it widens.
@@ -43,36 +43,46 @@ class LayerScratch {
   public:
     // For layers of up to this many columns.
     void resize(int tokens, int64_t columns) {
-        const int64_t stride = round_up(columns, 2 * kGroup);
+        const int64_t stride = round_up(columns, kCodes);
         values_.resize(tokens * stride);
-        sums_.resize(tokens * int64_t(round_up(stride / kGroup, W)));
         halves_.resize(tokens * stride);
+        codes_.resize(tokens * stride);
+        scales_.resize(tokens * stride / 8);
+        sums_.resize(tokens * int64_t(round_up(stride / kGroup, W)));
         widened_.resize(kHalfRows * stride);
     }
 
     // Lay out the inputs: read(token) returns a row of them.
     template <class Read>
     void prepare(const Linear& linear, int tokens, bool may_round, Read read) {
-        in_bfloat16_ = may_round && pays_in_bfloat16(linear, tokens);
+        rounding_ = may_round ? fastest(linear, tokens) : kNone;
         in_.tokens = tokens;
-        in_.stride = round_up(linear.columns, 2 * W);
+        in_.stride = round_up(linear.columns, rounding_ == kToIntegers ? kCodes : 2 * W);
         in_.sum_stride = round_up(linear.columns / kGroup, W);
         in_.values = values_.data();
-        in_.sums = sums_.data();
         in_.halves = halves_.data();
-        for (int token = 0; token < tokens; ++token)
-            (in_bfloat16_ ? fill_halves : fill_values)(in_, linear, token, read(token));
+        in_.codes = codes_.data();
+        in_.scales = scales_.data();
+        in_.sums = sums_.data();
+        const auto fill = rounding_ == kNone ? fill_values : rounding_ == kToBFloat16 ? fill_halves : fill_codes;
+        for (int token = 0; token < tokens; ++token) fill(in_, linear, token, read(token));
     }
 
+    // Rows begin .. end - 1 of the product.
     void multiply(const Linear& linear, int64_t begin, int64_t end, const Output& out) {
-        llama_tp::multiply(linear, begin, end, in_, in_bfloat16_, widened_.data(), out);
+        switch (rounding_) {
+            case kNone: return multiply_exactly(linear, begin, end, in_, out);
+            case kToBFloat16: return multiply_in_bfloat16(linear, begin, end, in_, widened_.data(), out);
+            case kToIntegers: return multiply_codes(linear, begin, end, in_, out);
+        }
     }
 
   private:
-    std::vector<float> values_, sums_;
-    std::vector<uint16_t> halves_, widened_;
+    Buffer<float> values_, scales_, sums_;
+    Buffer<uint16_t> halves_, widened_;
+    Buffer<uint8_t> codes_;
     Input in_;
-    bool in_bfloat16_ = false;
+    Rounding rounding_ = kNone;
 };
 
 class Product : public Job {

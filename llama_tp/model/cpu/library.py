@@ -48,7 +48,7 @@ class LayerStruct(Structure):
 class ModelStruct(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("dim", "hidden", "heads", "kv_heads", "head_dim", "layers")),
-        *((name, c_int32) for name in ("max_tokens", "max_parts", "is_bfloat16_cache", "in_bfloat16")),
+        *((name, c_int32) for name in ("max_tokens", "max_parts", "is_bfloat16_cache", "may_round")),
         ("eps", c_float),
         ("team", c_void_p),
         ("layer", POINTER(LayerStruct)),

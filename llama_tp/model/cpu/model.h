@@ -18,7 +18,7 @@ struct Layer {
 
 struct Model {
     int32_t dim, hidden, heads, kv_heads, head_dim, layers;
-    int32_t max_tokens, max_parts, is_bfloat16_cache, in_bfloat16;
+    int32_t max_tokens, max_parts, is_bfloat16_cache, may_round;
     float eps;
     Team* team;
     const Layer* layer;
@@ -62,7 +62,7 @@ struct Scratch {
         sums.resize(int64_t(2 * kQueries) * head);
     }
 
-    std::vector<float> row, queries, scores, sums, weights;
+    Buffer<float> row, queries, scores, sums, weights;
     LayerScratch layer;
 };
 

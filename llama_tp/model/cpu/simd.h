@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 // Loops whose variables index arrays that are to become registers.
 #define LLAMA_TP_UNROLL _Pragma("GCC unroll 8")
@@ -29,6 +31,7 @@ constexpr int W = 8;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W * 4)));
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -71,6 +74,20 @@ inline void interleave(vf even, vf odd, vf& a, vf& b) {
     const vf l = _mm512_permutex2var_ps(even, low, odd), h = _mm512_permutex2var_ps(even, high, odd);
     a = l;
     b = h;
+}
+// Elements first + lane / lanes of a vector.
+template <int first, int lanes>
+inline vf spread(vf v) {
+    const auto at = [](int lane) { return first + lane / lanes; };
+    return _mm512_permutexvar_ps(_mm512_set_epi32(at(15), at(14), at(13), at(12), at(11), at(10), at(9), at(8), at(7),
+                                                  at(6), at(5), at(4), at(3), at(2), at(1), at(0)),
+                                 v);
+}
+// Integers of -128 .. 127, as bytes.
+inline void store_bytes(uint8_t* to, vf integers) { store(to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(integers))); }
+// The first bytes of a vector, then zeros.
+inline vb first_bytes(const void* from, int count) {
+    return (vb)_mm512_maskz_loadu_epi8(count < 64 ? (1ull << count) - 1 : ~0ull, from);
 }
 inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
@@ -120,6 +137,24 @@ inline void interleave(vf even, vf odd, vf& a, vf& b) {
     a = _mm256_permute2f128_ps(low, high, 0x20);
     b = _mm256_permute2f128_ps(low, high, 0x31);
 }
+// Elements first + lane / lanes of a vector.
+template <int first, int lanes>
+inline vf spread(vf v) {
+    const auto at = [](int lane) { return first + lane / lanes; };
+    return _mm256_permutevar8x32_ps(v, _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0)));
+}
+// Integers of -128 .. 127, as bytes.
+inline void store_bytes(uint8_t* to, vf integers) {
+    const __m256i wide = _mm256_cvtps_epi32(integers);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+}
+// The first bytes of a vector, then zeros.
+inline vb first_bytes(const void* from, int count) {
+    vb v{};
+    std::memcpy(&v, from, count);
+    return v;
+}
 inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
 
 inline __m128 sum4(vf a, vf b, vf c, vf d) {
@@ -138,6 +173,31 @@ inline float largest(vf v) {
     return most;
 }
 #endif
+
+// sum + u s of four pairs of bytes for each lane; u unsigned, s signed.
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+constexpr int kLargestByte = 255;  // of u
+inline vi add_products(vi sum, vb u, vb s) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s); }
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+constexpr int kLargestByte = 255;
+inline vi add_products(vi sum, vb u, vb s) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)s); }
+#elif !defined(__AVX512F__)
+constexpr int kLargestByte = 128;  // else a sum of two products does not fit 16 bits
+inline vi add_products(vi sum, vb u, vb s) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr int kLargestByte = 128;
+inline vi add_products(vi sum, vb u, vb s) {
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)s);
+    return sum + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#endif
+
+// The nearest integers; |x| < 2^22.
+inline vf rounded(vf x) { return x + 12582912.0f - 12582912.0f; }
+inline vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // NaN and infinities become 0.
 inline vf finite_or_zero(vf x) { return (vf)((vi)x & ((vf)((vi)x & 0x7fffffff) < HUGE_VALF)); }
@@ -179,6 +239,33 @@ inline vf exponential(vf x) {
     p = p * (r * r) + r + 1.0f;
     return p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
 }
+
+constexpr int kLine = 64;  // bytes of a cache line
+
+// Bring a line into the cache. Assembly, since GCC drops calls of functions that only prefetch.
+inline void fetch(const void* from) { asm volatile("prefetcht0 %0" : : "m"(*(const char*)from)); }
+
+inline void fetch(const void* from, int64_t num_bytes) {
+    for (int64_t at = 0; at < num_bytes; at += kLine) fetch((const char*)from + at);
+}
+
+// Memory of vectors. Loading one from two lines takes twice as long.
+template <class T>
+struct LineAllocator {
+    using value_type = T;
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(kLine))); }
+    void deallocate(T* numbers, size_t) { ::operator delete(numbers, std::align_val_t(kLine)); }
+    template <class U>
+    bool operator==(const LineAllocator<U>&) const {
+        return true;
+    }
+};
+
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
 
 inline int round_up(int64_t value, int step) { return int((value + step - 1) / step * step); }
 

@@ -71,6 +71,30 @@ class Context : public Job {
         }
     }
 
+    void fetch_ahead(int phase, int chunk, bool is_first) const override {
+        const int layer = phase / kPhases;
+        if (layer < model_.layers && phase % kPhases == kAttention) {
+            return model_.is_bfloat16_cache ? fetch_keys<BFloat16Cache>(layer, chunk)
+                                            : fetch_keys<Float32Cache>(layer, chunk);
+        }
+        if (!is_first) return;  // a product has already fetched the rows that follow its own
+        const auto fetch_chunk = [&](const Linear& linear, int64_t rows) {
+            int64_t begin, end;
+            rows_of(rows, chunk, begin, end);
+            fetch_rows(linear, begin);
+        };
+        if (layer == model_.layers) {
+            if (phase % kPhases > 0) fetch_chunk(model_.output, model_.output.rows);
+            return;
+        }
+        switch (phase % kPhases) {
+            case kQKV: return fetch_chunk(layers_[layer].wqkv, layers_[layer].wqkv.rows);
+            case kWO: return fetch_chunk(layers_[layer].wo, model_.dim);
+            case kW13: return fetch_chunk(layers_[layer].w13, model_.hidden);
+            case kW2: return fetch_chunk(layers_[layer].w2, model_.dim);
+        }
+    }
+
   private:
     int chunks(int64_t rows) const { return num_chunks_of(rows, threads_); }
     void rows_of(int64_t rows, int chunk, int64_t& begin, int64_t& end) const {
@@ -80,7 +104,7 @@ class Context : public Job {
     // Lay out the inputs of a linear layer for this thread: read(token) returns a row of its columns.
     template <class Read>
     void prepare(const Linear& linear, int tokens, Scratch& scratch, Read read) {
-        scratch.layer.prepare(linear, tokens, model_.in_bfloat16, read);
+        scratch.layer.prepare(linear, tokens, model_.may_round, read);
     }
 
     void multiply_rows(const Linear& linear, int64_t begin, int64_t end, Scratch& scratch, const Output& out) {
@@ -143,34 +167,59 @@ class Context : public Job {
         return {&partial_values_[at * head_stride_], &partial_sums_[at * 2], &partial_sums_[at * 2 + 1]};
     }
 
+    // A part of a sequence's keys, of one kv head.
     template <class C>
-    void attention(const Layer& layer, int layer_index, int unit, Scratch& scratch) {
-        const int32_t* of_unit = step_.units + 3 * unit;
-        const Sequence& sequence = step_.sequences[of_unit[0]];
-        const int kv_head = of_unit[1], part = of_unit[2], d = model_.head_dim;
-        const SlotRange* ranges = step_.ranges + sequence.first_range;
-        using Number = typename C::Number;
-        const int64_t size = int64_t(model_.num_slots) * d;  // of one head
-        Number* keys = (Number*)model_.cache + (int64_t(layer_index) * 2 * model_.kv_heads + kv_head) * size;
-        Number* values = keys + model_.kv_heads * size;
-        const int begin = part * kPart, end = begin + kPart, stop = sequence.start + sequence.num_tokens;
+    struct Unit {
+        Unit(const Model& model, const Step& step, int layer, int index)
+            : sequence(step.sequences[step.units[3 * index]]),
+              ranges(step.ranges + sequence.first_range),
+              kv_head(step.units[3 * index + 1]),
+              part(step.units[3 * index + 2]),
+              begin(part * kPart),
+              end(std::min(begin + kPart, sequence.start + sequence.num_tokens)) {
+            const int64_t size = model.num_slots * model.head_dim;  // of one head
+            keys = (typename C::Number*)model.cache + (int64_t(layer) * 2 * model.kv_heads + kv_head) * size;
+            values = keys + model.kv_heads * size;
+        }
+
+        const Sequence& sequence;
+        const SlotRange* ranges;
+        const int kv_head, part, begin, end;
+        typename C::Number *keys, *values;
+    };
+
+    template <class C>
+    void fetch_keys(int layer, int index) const {
+        const Unit<C> unit(model_, step_, layer, index);
+        const int row_bytes = model_.head_dim * sizeof(typename C::Number);
+        const int end = std::min(unit.end, unit.begin + kKeyBytesAhead / row_bytes);
+        visit_slots(unit.ranges, unit.begin, end, [&](int, int64_t slot, int count) {
+            fetch(unit.keys + slot * model_.head_dim, int64_t(count) * row_bytes);
+        });
+    }
+
+    template <class C>
+    void attention(const Layer& layer, int layer_index, int index, Scratch& scratch) {
+        const Unit<C> unit(model_, step_, layer_index, index);
+        const Sequence& sequence = unit.sequence;
+        const int d = model_.head_dim;
         float* q = scratch.queries.data();
-        visit_slots(ranges, std::max(begin, int(sequence.start)), std::min(end, stop),
+        visit_slots(unit.ranges, std::max(unit.begin, int(sequence.start)), unit.end,
                     [&](int position, int64_t slot, int count) {
                         for (int i = 0; i < count; ++i) {
                             const int token = sequence.first_token + position + i - sequence.start;
-                            rotated(layer, token, model_.heads + kv_head, q);
-                            const float* v = head(token, model_.heads + model_.kv_heads + kv_head);
-                            for (int j = 0; j < d; ++j) keys[(slot + i) * d + j] = C::number(q[j]);
-                            for (int j = 0; j < d; ++j) values[(slot + i) * d + j] = C::number(v[j]);
+                            rotated(layer, token, model_.heads + unit.kv_head, q);
+                            const float* v = head(token, model_.heads + model_.kv_heads + unit.kv_head);
+                            for (int j = 0; j < d; ++j) unit.keys[(slot + i) * d + j] = C::number(q[j]);
+                            for (int j = 0; j < d; ++j) unit.values[(slot + i) * d + j] = C::number(v[j]);
                         }
                     });
         for (int i = 0; i < sequence.num_tokens; ++i) {
-            const int visible = std::min(end, int(sequence.start) + i + 1);
-            if (begin >= visible) continue;
+            const int visible = std::min(unit.begin + kPart, int(sequence.start) + i + 1);
+            if (unit.begin >= visible) continue;
             const int token = sequence.first_token + i;
             for (int g = 0; g < group_; g += kQueries) {
-                const int first = kv_head * group_ + g;
+                const int first = unit.kv_head * group_ + g;
                 const auto attend_with = [&](auto count) {
                     constexpr int G = count();
                     Partial out[G];
@@ -179,10 +228,10 @@ class Context : public Job {
                     for (int query = 0; query < G; ++query) {
                         rotated(layer, token, first + query, q + query * head_stride_);
                         reorder<C>(q + query * head_stride_);
-                        out[query] = partial(token, first + query, part);
+                        out[query] = partial(token, first + query, unit.part);
                     }
-                    attend<C, G>(q, head_stride_, keys, values, ranges, begin, ends, d, 1.0f / std::sqrt(float(d)),
-                                 scratch.scores.data(), out);
+                    attend<C, G>(q, head_stride_, unit.keys, unit.values, unit.ranges, unit.begin, ends, d,
+                                 1.0f / std::sqrt(float(d)), scratch.scores.data(), out);
                 };
                 up_to_queries(group_ - g, attend_with);
             }
@@ -266,6 +315,7 @@ class Context : public Job {
         const int64_t hidden = model_.hidden;
         rows_of(hidden, chunk, begin, end);
         const Output out{gated_.data(), 2 * hidden, false};
+        fetch_rows(layer.w13, hidden + begin);
         multiply_rows(layer.w13, begin, end, scratch, out);
         multiply_rows(layer.w13, hidden + begin, hidden + end, scratch, out);
         for (int token = 0; token < step_.num_tokens; ++token) {
@@ -310,7 +360,7 @@ class Context : public Job {
     const std::vector<Layer> layers_;
     Model model_;
     const int head_stride_, group_;
-    std::vector<float> qkv_, gated_, partial_values_, partial_sums_;
+    Buffer<float> qkv_, gated_, partial_values_, partial_sums_;
     const int threads_;
     std::vector<Scratch> scratch_;
     Step step_{};

@@ -1,5 +1,8 @@
 // A team of threads that computes a sequence of phases, each a number of independent chunks.
 //
+// Each thread has a range of a phase's chunks, which it computes in their order, as memory is read fastest; then it
+// takes chunks from the ends of the others' ranges.
+//
 // A phase is over once all its chunks are, not once all threads have arrived: a thread that the kernel has descheduled
 // between two chunks delays nobody, and the others compute what it would have. Nothing waits without bound: after some
 // microseconds a thread yields its core, and after some more without a step it sleeps.
@@ -7,6 +10,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -20,11 +24,14 @@ class Job {
     virtual int num_chunks(int phase) const = 0;
     // `is_first`: of this phase in this thread. Chunks come in no particular order.
     virtual void compute(int phase, int chunk, int thread, bool is_first) = 0;
+    // Bring into the cache what the calling thread needs first for the chunk that it will probably compute next.
+    virtual void fetch_ahead(int phase, int chunk, bool is_first) const {}
 };
 
 class Team {
   public:
-    explicit Team(int num_threads) : num_threads_(num_threads), unclaimed_(kMaxPhases), unfinished_(kMaxPhases) {
+    explicit Team(int num_threads)
+        : num_threads_(num_threads), ranges_(size_t(kMaxPhases) * num_threads), unfinished_(kMaxPhases) {
         try {
             for (int thread = 1; thread < num_threads; ++thread) {
                 workers_.emplace_back([this, thread] { work(thread); });
@@ -43,12 +50,15 @@ class Team {
     void run(Job& job, int first, int end) {
         const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
         for (int phase = first; phase < end; ++phase) {
-            const uint64_t all = uint64_t(epoch) << 32 | uint32_t(job.num_chunks(phase));
-            unclaimed_[phase].value.store(all, std::memory_order_relaxed);
-            unfinished_[phase].value.store(all, std::memory_order_relaxed);
+            const int64_t chunks = job.num_chunks(phase);
+            for (int thread = 0; thread < num_threads_; ++thread) {
+                const Range own{int(chunks * thread / num_threads_), int(chunks * (thread + 1) / num_threads_)};
+                range_of(phase, thread).store(own.packed(epoch), std::memory_order_relaxed);
+            }
+            unfinished_[phase].value.store(uint64_t(epoch) << 32 | uint32_t(chunks), std::memory_order_relaxed);
         }
         job_.store(&job, std::memory_order_relaxed);
-        range_.store(uint64_t(first) << 32 | uint32_t(end), std::memory_order_relaxed);
+        phases_.store(uint64_t(first) << 32 | uint32_t(end), std::memory_order_relaxed);
         epoch_.store(epoch);  // sequentially consistent: notify_all() must see who waits
         if (!workers_.empty()) epoch_.notify_all();
         compute(job, epoch, first, end, 0);
@@ -63,11 +73,28 @@ class Team {
     }
 
     struct alignas(64) Counter {
-        std::atomic<uint64_t> value{
-            0};  // the run's number, then that of chunks: a late thread cannot claim a later run's
+        std::atomic<uint64_t> value{0};
     };
 
-    static constexpr int kMaxPhases = 8192;
+    // Chunks that nobody has claimed yet. Stored with the run's number: a late thread cannot claim a later run's.
+    struct Range {
+        static constexpr int kBits = 20;  // no phase has more chunks than this can count
+        static constexpr uint64_t kMask = (1 << kBits) - 1;
+        int begin, end;
+
+        explicit Range(uint64_t packed) : begin(int(packed >> kBits & kMask)), end(int(packed & kMask)) {}
+        Range(int begin, int end) : begin(begin), end(end) {}
+        uint64_t packed(uint32_t epoch) const {
+            return uint64_t(epoch) << 2 * kBits | uint64_t(begin) << kBits | uint64_t(end);
+        }
+        static bool is_of(uint64_t packed, uint32_t epoch) {
+            return packed >> 2 * kBits == (epoch & (1u << (64 - 2 * kBits)) - 1);
+        }
+    };
+
+    std::atomic<uint64_t>& range_of(int phase, int thread) { return ranges_[phase * num_threads_ + thread].value; }
+
+    static constexpr int kMaxPhases = 2048;
     static constexpr int kSpins = 200;   // some microseconds
     static constexpr int kYields = 100;  // before a thread without work sleeps
 
@@ -86,8 +113,8 @@ class Team {
             seen = epoch_.load(std::memory_order_acquire);
             Job* job = job_.load(std::memory_order_relaxed);
             if (job == nullptr) return;
-            const uint64_t range = range_.load(std::memory_order_relaxed);
-            compute(*job, seen, int(range >> 32), int(uint32_t(range)), thread);
+            const uint64_t phases = phases_.load(std::memory_order_relaxed);
+            compute(*job, seen, int(phases >> 32), int(uint32_t(phases)), thread);
         }
     }
 
@@ -95,9 +122,10 @@ class Team {
         for (int phase = first; phase < end; ++phase) {
             // A chunk that could be claimed keeps the run from ending, so `job` is what it was when it began.
             for (bool is_first = true;; is_first = false) {
-                const int chunk = claim(phase, epoch);
+                const int chunk = claim(phase, epoch, thread);
                 if (chunk == kOver) return;
                 if (chunk == kNone) break;
+                fetch_ahead(job, phase, end, thread);
                 job.compute(phase, chunk, thread, is_first);
                 unfinished_[phase].value.fetch_sub(1, std::memory_order_acq_rel);
             }
@@ -108,14 +136,28 @@ class Team {
     static constexpr int kNone = -1;
     static constexpr int kOver = -2;
 
-    int claim(int phase, uint32_t epoch) {
-        auto& unclaimed = unclaimed_[phase].value;
-        uint64_t value = unclaimed.load(std::memory_order_acquire);
-        for (;;) {
-            if (uint32_t(value >> 32) != epoch) return kOver;
-            if (uint32_t(value) == 0) return kNone;
-            if (unclaimed.compare_exchange_weak(value, value - 1, std::memory_order_acq_rel))
-                return int(uint32_t(value)) - 1;
+    int claim(int phase, uint32_t epoch, int thread) {
+        for (int offset = 0; offset < num_threads_; ++offset) {
+            const int owner = (thread + offset) % num_threads_;
+            auto& unclaimed = range_of(phase, owner);
+            uint64_t value = unclaimed.load(std::memory_order_acquire);
+            for (;;) {
+                if (!Range::is_of(value, epoch)) return kOver;
+                Range range(value);
+                if (range.begin == range.end) break;
+                const int chunk = owner == thread ? range.begin++ : --range.end;
+                if (unclaimed.compare_exchange_weak(value, range.packed(epoch), std::memory_order_acq_rel))
+                    return chunk;
+            }
+        }
+        return kNone;
+    }
+
+    // The first chunk that is left of the thread's range of this phase, or else of the next.
+    void fetch_ahead(const Job& job, int phase, int end, int thread) {
+        for (int next = phase; next < std::min(end, phase + 2); ++next) {
+            const Range own(range_of(next, thread).load(std::memory_order_relaxed));
+            if (own.begin < own.end) return job.fetch_ahead(next, own.begin, next > phase);
         }
     }
 
@@ -135,9 +177,9 @@ class Team {
 
     const int num_threads_;
     std::atomic<uint32_t> epoch_{0};
-    std::atomic<uint64_t> range_{0};
+    std::atomic<uint64_t> phases_{0};
     std::atomic<Job*> job_{nullptr};
-    std::vector<Counter> unclaimed_, unfinished_;
+    std::vector<Counter> ranges_, unfinished_;
     std::vector<std::thread> workers_;
 };
 
