@@ -25,7 +25,7 @@ from llama_tp.model.cpu.library import (
     ModelStruct,
     StepStruct,
 )
-from llama_tp.model.cpu.linear import WidenedLinear
+from llama_tp.model.cpu.linear import KernelLinear, WidenedLinear
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.linear import Linear
 from llama_tp.model.norm import Norm
@@ -59,7 +59,8 @@ class CompiledTransformer(nn.Module):
         self, model: Transformer, cache: KVCache, kernels: Kernels, *, max_seq_len: int, deterministic: bool
     ) -> None:
         super().__init__()
-        _replace_linears(model, lambda layer: _widened(layer, kernels))
+        may_round = cache.dtype == torch.bfloat16 and not deterministic
+        _replace_linears(model, lambda layer: _for_many_tokens(layer, kernels, may_round))
         self.args = model.args
         self._model = model
         self._kernels = kernels
@@ -84,7 +85,7 @@ class CompiledTransformer(nn.Module):
             max_tokens=max_tokens(cache.dtype),
             max_parts=-(-max_seq_len // kernels.library.keys_per_part),
             is_bfloat16_cache=cache.dtype == torch.bfloat16,
-            may_round=cache.dtype == torch.bfloat16 and not deterministic,
+            may_round=may_round,
             eps=model.args.norm_eps,
             team=kernels.team,
             layer=layers,
@@ -207,6 +208,9 @@ def _fused(block: TransformerBlock) -> tuple[FusedAttention, FusedFeedForward]:
     return cast(FusedAttention, block.attention), cast(FusedFeedForward, block.feed_forward)
 
 
-def _widened(layer: Linear, kernels: Kernels) -> Linear:
+def _for_many_tokens(layer: Linear, kernels: Kernels, may_round: bool) -> Linear:
     weight = layer.stored()
+    assert weight is not None
+    if may_round and KernelLinear.supports(weight, kernels):
+        return KernelLinear(weight, layer.bias, kernels)
     return WidenedLinear(weight, layer.bias, kernels) if isinstance(weight, QuantizedWeight) else layer

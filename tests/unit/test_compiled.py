@@ -15,7 +15,7 @@ from llama_tp.engine.step import Chunk, StepPlan
 from llama_tp.model.cpu.attention import max_tokens
 from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model.cpu.kernels import Kernels
-from llama_tp.model.cpu.linear import WidenedLinear
+from llama_tp.model.cpu.linear import KernelLinear, WidenedLinear
 from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_model import MODELS, UNEVEN, VARIANTS, compiled_runner_of, kernels, random_model, runner_of
@@ -251,6 +251,21 @@ def test_many_tokens_are_multiplied_with_widened_weights(any_kernels, form):
     wide = torch.empty(300, 576, dtype=torch.bfloat16)
     any_kernels.widen(layer._struct, slice(0, 300), wide)
     assert torch.equal(wide, dequantize(weight, torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("shape", [(300, 576), (48, 32), (7, 96), (100, 1088)])
+def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape):
+    weight = weight_of(form, *shape)
+    if not KernelLinear.supports(weight, kernels()):
+        pytest.skip("this CPU has no instructions for bfloat16, or better ones that PyTorch uses")
+    bias = torch.randn(shape[0]).bfloat16()
+    layer = KernelLinear(weight, bias, kernels())
+    for num_tokens in (1, 5, 8, 64, 79):
+        x = torch.randn(num_tokens, shape[1]).bfloat16()
+        expected = x.float() @ dense(weight).bfloat16().float().t() + bias.float()
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.05 * shape[1] ** 0.5)
+    assert torch.equal(layer.dense_weight().float(), dense(weight))
 
 
 class Float32Sums(SingleComm):

@@ -56,6 +56,23 @@ void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* 
     threads.run(product, 0, 1);
 }
 
+// Whether this library multiplies many tokens in bfloat16 faster than PyTorch does, which uses AMX.
+int32_t llama_tp_multiplies_batches() {
+#if defined(__AMX_BF16__)
+    return false;
+#else
+    return llama_tp::kHasBatchProduct;
+#endif
+}
+
+// The same for many tokens in bfloat16. The number of columns is a multiple of 32.
+void llama_tp_multiply_batch(void* team, const llama_tp::Linear* linear, const uint16_t* x, int32_t tokens,
+                             uint16_t* y) {
+    auto& threads = *static_cast<llama_tp::Team*>(team);
+    llama_tp::BatchProduct product(*linear, x, tokens, y, threads.num_threads());
+    threads.run(product, 0, 1);
+}
+
 // The following work on T tokens whose activations are bfloat16 or float32.
 
 // x (T, dim) += y, if there is one; then to = RMSNorm(x).

@@ -40,6 +40,11 @@ class Kernels:
         self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), may_round, y.data_ptr())
         return y
 
+    def multiply_batch(self, weight: LinearStruct, x: Tensor, out: Tensor) -> None:
+        """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T is large, in a multiple of 32."""
+        assert x.is_contiguous()
+        self.library.multiply_batch(self.team, weight, x.data_ptr(), x.size(0), out.data_ptr())
+
     def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:
         """x (T, D) in float32 += y, if given, which is bfloat16 or float32; then its norm, in the norm's dtype.
 

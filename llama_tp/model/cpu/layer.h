@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "bfloat16.h"
+#include "batch.h"
 #include "integers.h"
 #include "team.h"
 
@@ -111,6 +111,43 @@ class Product : public Job {
     const bool may_round_;
     float* const y_;
     std::vector<LayerScratch> scratch_;
+};
+
+// y = x W^T + b for many tokens; x (tokens, columns), y (tokens, rows) in bfloat16.
+class BatchProduct : public Job {
+  public:
+    BatchProduct(const Linear& linear, const uint16_t* x, int tokens, uint16_t* y, int threads)
+        : linear_(linear), x_(x), tokens_(tokens), y_(y), scratch_(threads) {
+        for (BatchScratch& one : scratch_) one.resize(linear);
+    }
+
+    int num_chunks(int) const override { return int((linear_.rows + kBatchRows - 1) / kBatchRows); }
+
+    void fetch_ahead(int, int chunk, bool) const override {
+        int64_t row, end;
+        rows_of(chunk, row, end);
+        const int64_t size = bytes_per_row(linear_);
+        fetch((const char*)linear_.weight + row * size, (end - row) * size);
+        fetch_scales(linear_, row, end - row);
+    }
+
+    void compute(int, int chunk, int thread, bool) override {
+        int64_t row, end;
+        rows_of(chunk, row, end);
+        multiply_batch(linear_, row, end, x_, tokens_, scratch_[thread], y_);
+    }
+
+  private:
+    void rows_of(int chunk, int64_t& begin, int64_t& end) const {
+        begin = int64_t(chunk) * kBatchRows;
+        end = std::min(linear_.rows, begin + kBatchRows);
+    }
+
+    const Linear linear_;
+    const uint16_t* const x_;
+    const int tokens_;
+    uint16_t* const y_;
+    std::vector<BatchScratch> scratch_;
 };
 
 // Rows of a quantized matrix in bfloat16.

@@ -9,9 +9,41 @@ from torch import Tensor
 from llama_tp.model.cpu.kernels import Kernels, linear_struct
 from llama_tp.model.linear import Linear
 from llama_tp.model.quantization import QuantizedWeight, dequantize
+from llama_tp.model.weights import GROUP
 
 _PIECE = 1 << 21
 """Elements widened at a time: few enough for the last-level cache."""
+
+
+class KernelLinear(Linear):
+    """A layer for inputs in bfloat16 of many tokens, which kernels multiply with the weight as it is stored."""
+
+    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, kernels: Kernels) -> None:
+        rows, columns = weight.shape
+        super().__init__(rows, columns, bias)
+        self._weight = weight
+        self._kernels = kernels
+        self._struct, self._kept = linear_struct(weight, None if bias is None else bias.float())
+
+    @staticmethod
+    def supports(weight: Tensor | QuantizedWeight, kernels: Kernels) -> bool:
+        is_float32 = isinstance(weight, Tensor) and weight.dtype != torch.bfloat16
+        return kernels.library.multiplies_batches and not is_float32 and weight.shape[1] % GROUP == 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        self._kernels.multiply_batch(self._struct, x.view(-1, self.in_features), out)
+        return out
+
+    def stored(self) -> Tensor | QuantizedWeight:
+        return self._weight
+
+    def dense_weight(self) -> Tensor:
+        return self._weight if isinstance(self._weight, Tensor) else dequantize(self._weight, torch.float32)
 
 
 class WidenedLinear(Linear):
