@@ -536,6 +536,7 @@ def test_after_a_kill_streams_end_and_what_was_queued_is_served_or_ends_with_the
         assert ends == ["cut off"] * NUM_SLOTS
         assert left_of([*ranks.values(), agent]) == []
 
+        wait_until(lambda: not server.is_ready(), 5)  # TorchServe may say so for a moment longer
         server.wait_ready()
         # TorchServe may hand it to a rank that lives for another moment: then it ends with that rank, as streams do.
         with suppress(*CUT_OFF):
