@@ -53,7 +53,7 @@ MAX_SEQ_LEN = VERY_LONG_SEQ_LEN
 DEFAULTS = {"max_new_tokens": 24, "temperature": 1.9, "top_p": 0.95, "manual_seed": 40, "mode": "chat"}
 ABANDON_AFTER_S = 3.0
 NUM_TOGETHER = 500
-"""Tokens of a stream: more than a client may have left unread, and a fraction of LONG_REQUEST's."""
+"""Tokens of a stream: more than a client may have left unread."""
 MAX_N = 16
 """Outputs of a request."""
 CUT_OFF_WITHIN_S = 0.5 * CONFIG["responseTimeout"]
@@ -434,7 +434,7 @@ def run_at_once(server: TorchServe, num_requests: int, request: Mapping[str, Any
 
     def tokens_together(index: int) -> int:
         together = 0
-        with server.stream(request) as stream:
+        with server.stream(request, timeout=5 * PATIENCE_S) as stream:  # one may wait for the end of another
             for number, (_, chunk) in enumerate(stream):
                 if number == 0:
                     begun.append(index)
@@ -454,7 +454,7 @@ def run_at_once(server: TorchServe, num_requests: int, request: Mapping[str, Any
 
 def test_as_many_requests_as_there_are_slots_run_at_once_and_no_more(server: TorchServe) -> None:
     assert run_at_once(server, NUM_SLOTS)
-    assert not run_at_once(server, NUM_SLOTS + 1, LONG_REQUEST)
+    assert not run_at_once(server, NUM_SLOTS + 1, {**LONG_REQUEST, "max_new_tokens": 3 * NUM_TOGETHER})
 
 
 def num_abandonments(server: TorchServe) -> int:
