@@ -23,7 +23,7 @@ from llama_tp.torchserve.processes import descendants, environment_of
 from llama_tp.torchserve.server import TorchServe, free_port_range
 from tests.e2e.torchserve_rig import CONFIG, READY_WITHIN_S
 from tests.exposition import Exposition, queries, used_by
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -97,7 +97,7 @@ def settled(server: TorchServe) -> Exposition:
         num_open = sum(seen[-1].value(f"llama_tp_num_requests_{state}") for state in ("running", "waiting"))
         return num_open == 0 and ours(seen[-1]) == ours(seen[-2])
 
-    assert wait_until(is_settled)
+    assert wait_until(is_settled, 3 * PATIENCE_S)
     return seen[-1]
 
 
