@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from llama_tp.model.cpu.build import build_kernels
 from llama_tp.threads import bound_spinning
@@ -23,7 +24,11 @@ LIGHT = "tests/e2e/test_chat_page.py"
 
 def pytest_configure() -> None:
     """Bound spinning: threads that spin while they wait would take the cores from pytest-xdist's other process. And
-    compile the kernels: an engine that switches to them during a test would be another one in each run."""
+    compile the kernels: an engine that switches to them during a test would be another one in each run. Property tests
+    have no time limits of their own: a machine that stalls for 0.2 s is no counterexample."""
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=slow)
+    settings.load_profile("untimed")
     if "PYTEST_XDIST_WORKER" in os.environ:
         bound_spinning(os.environ)
     else:

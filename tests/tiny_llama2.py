@@ -58,7 +58,12 @@ REST_OF_PASSAGE = PASSAGE.removeprefix(passage_prompt(3))
 """Its answer."""
 
 LONG_REQUEST = {"prompt": ENDLESS, "max_new_tokens": 4000, "temperature": 0, "stream": True}
-"""Streams for as long as a test needs it to."""
+"""Streams for a second or more."""
+
+VERY_LONG_REQUEST = {**LONG_REQUEST, "max_new_tokens": 16_000}
+"""Streams until its client leaves, however fast the machine is. What comes after LONG_REQUEST's tokens may be wrong."""
+VERY_LONG_SEQ_LEN = 16_384
+"""The context that it needs."""
 
 
 def make_tiny_llama2(folder: Path, *, model_parallel_size: int = 2) -> Path:

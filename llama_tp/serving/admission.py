@@ -73,6 +73,7 @@ class Admission:
         check_outputs(request, limits.max_waiting)
         prompts, stop_ids = self._encode(request)
         lengths = [len(prompt) for prompt in prompts]
+        check_not_empty(request, lengths)
         check_scores(request, lengths)
         fitting = [fit_context(request, length, limits.max_seq_len, index) for index, length in enumerate(lengths)]
         most = fit_answer(request, max(fitting))
@@ -251,6 +252,15 @@ def check_outputs(request: GenerationRequest, max_waiting: int) -> None:
             "may wait (handler.max_waiting); send fewer"
         )
     raise ApiError(400, "invalid_value", message, name)
+
+
+def check_not_empty(request: GenerationRequest, lengths: Sequence[int]) -> None:
+    """ApiError if one of the prompts, which have these lengths, has no tokens: vocabularies may lack control
+    characters, and then encode a text of nothing else to nothing."""
+    if 0 in lengths:
+        name = request.prompt_name(lengths.index(0))
+        message = f"{name} has no tokens: the model's vocabulary has none of its characters; send another text"
+        raise ApiError(400, "empty_prompt", message, name)
 
 
 def check_scores(request: GenerationRequest, lengths: Sequence[int]) -> None:

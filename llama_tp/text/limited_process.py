@@ -91,8 +91,11 @@ class LimitedProcess:
                     pipe.close()
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's exit, modules may be gone
+        # At the interpreter's exit, modules may be gone, and `suppress` with them.
+        try:  # noqa: SIM105
             self.close()
+        except Exception:
+            pass
 
     def _why_silent(self, process: subprocess.Popen[bytes]) -> str:
         if process.poll() is None:

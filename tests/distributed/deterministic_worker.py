@@ -46,7 +46,7 @@ def run(group: Group, comm: Comm, dtype: torch.dtype, settings: dict, others: li
 def main() -> None:
     group = join("cpu", deterministic=True)
     assert isinstance(group.comm, SharedMemoryComm)
-    for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20, ordered=True)):
+    for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=60, ordered=True)):
         for dtype in (torch.float32, torch.bfloat16):
             alone = run(group, comm, dtype, {"deterministic": True}, [])
             is_equal, changes = [], []

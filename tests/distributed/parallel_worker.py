@@ -38,7 +38,7 @@ def main() -> None:
     for name, args in {**MODELS, **VARIANTS, **UNEVEN}.items():
         if group.comm.size > args.n_heads:
             continue
-        for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=20)):
+        for comm in (group.comm, GroupComm("gloo", leader=0, timeout_s=60)):
             model = parallelize(random_model(args), group.mesh)
             options = {"dtype": torch.float32, "device": torch.device("cpu")}
             options["num_kv_heads"] = local_kv_heads(args, comm.size, comm.rank)

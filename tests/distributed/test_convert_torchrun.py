@@ -20,7 +20,7 @@ from llama_tp.checkpoint.store.manifest import write_manifest
 from llama_tp.checkpoint.store.reading import StoredFiles, load
 from llama_tp.checkpoint.store.stored import StoredReader
 from llama_tp.checkpoint.store.verify import verify
-from tests.distributed.torchrun import check, torchrun
+from tests.distributed.torchrun import TIMEOUT_S, check, torchrun
 from tests.hub_stand_in import serving, variables
 from tests.paths import ROOT, names_in
 from tests.tiny_checkpoint import ARGS, flip_bit, meta_tensors, write_checklist, write_meta
@@ -61,7 +61,9 @@ def run_script(nproc, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(nproc)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "scripts/convert_checkpoints.py", *args]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
 
 def bytes_by_file(folder):
@@ -193,7 +195,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_succeeds(originals, t
     start = time.monotonic()
     done = torchrun(2, WORKER, f"kill rank {rank}", *arguments(originals, tmp_path))
     assert done.returncode != 0
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200, "it has waited for the one that was killed"
     assert not (tmp_path / "converted").exists()
     convert(**settings(originals, tmp_path))
     verify(tmp_path / "converted")

@@ -13,15 +13,17 @@ import time
 import psutil
 import pytest
 
-from tests.distributed.torchrun import check, torchrun
+from tests.distributed.torchrun import TIMEOUT_S, check, torchrun
+from tests.e2e.torchserve_rig import is_gone
 from tests.paths import ROOT
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.distributed
 
 
 def results(case: str, folder: object = "") -> list[dict]:
     """What each of two ranks heard."""
-    done = torchrun(2, "tests.distributed.meet_worker", case, str(folder), timeout_s=90)
+    done = torchrun(2, "tests.distributed.meet_worker", case, str(folder))
     check(done)
     found = [json.loads(line) for line in re.findall(r"RESULT (\{.*?\})", done.stdout)]
     assert sorted(one["rank"] for one in found) == [0, 1]
@@ -61,7 +63,9 @@ def test_ranks_meet_behind_scripts_that_start_them(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1", "--no-python", str(script)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     check(done)
     assert done.stdout.count('"heard": ["127.0.0.1", "lo"]') == 2
 
@@ -76,15 +80,12 @@ def test_a_rank_that_waits_in_a_collective_ends_at_sigterm(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "pid0").exists() or not (tmp_path / "pid0").read_text():
-            assert time.monotonic() < deadline, "the ranks did not start"
-            time.sleep(0.1)
+        file = tmp_path / "pid0"
+        assert wait_until(lambda: file.exists() and file.read_text(), TIMEOUT_S), "the ranks did not start"
         rank = psutil.Process(int((tmp_path / "pid0").read_text()))
         time.sleep(1)  # until it waits in the collective
         rank.send_signal(signal.SIGTERM)
-        psutil.wait_procs([rank], timeout=30)
-        assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+        assert wait_until(lambda: is_gone(rank))
     finally:
         agent.terminate()
-        agent.wait(60)
+        agent.wait(PATIENCE_S)

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from llama_tp.serving.page.assembly import chat_page
+from tests.waiting import PATIENCE_S
 
 PATH = "/predictions/llama/1.0"
 MODEL = {"id": "llama", "object": "model", "max_model_len": 2048}
@@ -125,7 +126,7 @@ def serve_stub() -> Iterator[Stub]:
             try:
                 for piece in answer.pieces:
                     if isinstance(piece, threading.Event):
-                        piece.wait(30)
+                        piece.wait(PATIENCE_S)
                     elif isinstance(piece, float):
                         time.sleep(piece)
                     else:

@@ -100,7 +100,7 @@ def test_a_row_of_the_table(
 ) -> None:
     body = api.body(row)
     for content_type in (None, "application/json"):
-        response = server.post(body, content_type, path=PREDICT + api.route, timeout=20)
+        response = server.post(body, content_type, path=PREDICT + api.route)
         assert response.status == row.status, response.body
         if row.code is not None:
             assert_refused(api, row, body, response)

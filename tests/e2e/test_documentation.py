@@ -79,7 +79,7 @@ def run(folder: Path, *arguments: str) -> str:
         input=f"{QUESTION}\n",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,21 +17,28 @@ import psutil
 import pytest
 
 from tests.e2e.torchserve_rig import PREDICT, TorchServe, convert, package, serve
-from tests.tiny_llama2 import LONG_REQUEST, PASSAGE_REQUEST, REST_OF_PASSAGE
+from tests.tiny_llama2 import (
+    ENDLESS,
+    LONG_REQUEST,
+    PASSAGE_REQUEST,
+    REST_OF_PASSAGE,
+    VERY_LONG_REQUEST,
+    VERY_LONG_SEQ_LEN,
+)
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
 NUM_SLOTS = 4
 QUEUE_SIZE = 40
-LONG_WHOLE = {**LONG_REQUEST, "stream": False}
+VERY_LONG_WHOLE = {**VERY_LONG_REQUEST, "stream": False}
 
 
 @pytest.fixture(scope="module")
 def server(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     work = tmp_path_factory.mktemp("model")
     convert(tiny_llama2, work)
-    limits = {"max_seq_len": 4096, "max_batch_size": NUM_SLOTS}
+    limits = {"max_seq_len": VERY_LONG_SEQ_LEN, "max_batch_size": NUM_SLOTS}
     store = package(work, config={"batchSize": NUM_SLOTS, "jobQueueSize": QUEUE_SIZE}, handler=limits)
     with serve(store, tmp_path_factory.mktemp("torchserve")) as running:
         yield running
@@ -120,7 +127,7 @@ def test_over_grpc_what_cannot_be_served_is_refused_and_touches_nobody(server: T
 
 def test_a_grpc_client_that_leaves_touches_nobody(server: TorchServe, call: Call, protos: Any) -> None:
     messages, services = protos
-    request = messages.PredictionsRequest(model_name="llama", input={"data": json.dumps(LONG_WHOLE).encode()})
+    request = messages.PredictionsRequest(model_name="llama", input={"data": json.dumps(VERY_LONG_WHOLE).encode()})
     with a_neighbour(server):
         with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
             stub = services.InferenceAPIsServiceStub(channel)
@@ -147,8 +154,8 @@ def send(server: TorchServe, payload: object) -> http.client.HTTPConnection:
 
 
 def test_a_new_request_does_not_wait_for_those_whose_clients_have_left(server: TorchServe) -> None:
-    """To generate for them all would take several times PATIENCE_S."""
-    connections = [send(server, {**LONG_WHOLE, "n": NUM_SLOTS}) for _ in range(QUEUE_SIZE - 10)]
+    """To generate for them all would take many times PATIENCE_S."""
+    connections = [send(server, {**VERY_LONG_WHOLE, "n": NUM_SLOTS}) for _ in range(QUEUE_SIZE - 10)]
     for connection in connections:
         connection.close()
 
@@ -160,7 +167,7 @@ def test_every_client_of_a_full_queue_gets_an_answer_in_json(server: TorchServe)
     with ThreadPoolExecutor(3 * QUEUE_SIZE) as pool:
         with ExitStack() as running:
             for _ in range(NUM_SLOTS):
-                next(iter(running.enter_context(server.stream(LONG_REQUEST))))
+                next(iter(running.enter_context(server.stream(VERY_LONG_REQUEST))))
             asked = [pool.submit(server.post, request) for _ in range(3 * QUEUE_SIZE)]
             assert wait_until(lambda: sum(one.done() for one in asked) >= 2 * QUEUE_SIZE, PATIENCE_S)
         answers = [one.result() for one in asked]
@@ -174,11 +181,12 @@ def test_every_client_of_a_full_queue_gets_an_answer_in_json(server: TorchServe)
 
 def test_answers_are_the_same_when_all_places_are_taken(server: TorchServe) -> None:
     """Then they begin with their first token, so that the frontend says whose client has gone."""
-    connections = [send(server, PASSAGE_REQUEST) for _ in range(2 * NUM_SLOTS)]
+    request = {"prompt": ENDLESS, "max_new_tokens": 500, "temperature": 0}
+    connections = [send(server, request) for _ in range(2 * NUM_SLOTS)]
     responses = [connection.getresponse() for connection in connections]
     answers = [json.loads(response.read()) for response in responses]
 
-    assert {answer["text"] for answer in answers} == {REST_OF_PASSAGE}
+    assert {answer["text"] for answer in answers} == {" tick tock" * 250}
     assert {response.status for response in responses} == {200}
     assert {response.headers.get_content_type() for response in responses} == {"application/json"}
     assert "chunked" in {response.headers["transfer-encoding"] for response in responses}

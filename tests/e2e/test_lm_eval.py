@@ -51,7 +51,7 @@ def evaluate(server: TorchServe, tokenizer: Path, work: Path, *arguments: str) -
         env={**os.environ, **offline, "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,15 +18,19 @@ import yaml
 
 from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
 from llama_tp.torchserve.archive import build_archive
-from llama_tp.torchserve.processes import descendants
+from llama_tp.torchserve.metrics import PERIOD_S
+from llama_tp.torchserve.processes import descendants, environment_of
 from llama_tp.torchserve.server import TorchServe, free_port_range
-from tests.e2e.torchserve_rig import CONFIG
+from tests.e2e.torchserve_rig import CONFIG, READY_WITHIN_S
 from tests.exposition import Exposition, queries, used_by
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
 MODEL = "llama"
+NUM_TOKENS = 24
+NUM_LEAVING = 400
+"""Tokens for which a client asks that then leaves."""
 
 
 @dataclass
@@ -66,7 +70,7 @@ def server(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     try:
         server.start()
-        server.wait_until_ready(180)
+        server.wait_until_ready(READY_WITHIN_S)
         yield server
     finally:
         server.stop()
@@ -84,9 +88,21 @@ def scrape(server: TorchServe) -> Exposition:
 
 
 def settled(server: TorchServe) -> Exposition:
-    """The metrics once two periods of publishing have passed without requests."""
-    time.sleep(2.5)
-    return scrape(server)
+    """The metrics once no request is open, and nothing has changed for two periods of publishing."""
+    seen = [scrape(server)]
+
+    def is_settled() -> bool:
+        time.sleep(2.5 * PERIOD_S)
+        seen.append(scrape(server))
+        num_open = sum(seen[-1].value(f"llama_tp_num_requests_{state}") for state in ("running", "waiting"))
+        return num_open == 0 and ours(seen[-1]) == ours(seen[-2])
+
+    assert wait_until(is_settled, 3 * PATIENCE_S)
+    return seen[-1]
+
+
+def ours(metrics: Exposition) -> dict[str, Any]:
+    return {name: series for name, series in metrics.series.items() if name.startswith("llama_tp_")}
 
 
 def ask(server: TorchServe, body: bytes, *, leave_after: int | None = None) -> Seen:
@@ -110,7 +126,7 @@ def ask(server: TorchServe, body: bytes, *, leave_after: int | None = None) -> S
 
 
 def body(**fields: object) -> bytes:
-    return json.dumps({"max_new_tokens": 24, **fields}).encode()
+    return json.dumps({"max_new_tokens": NUM_TOKENS, **fields}).encode()
 
 
 def test_a_model_that_has_loaded_says_what_it_is_before_any_request(server: TorchServe) -> None:
@@ -120,7 +136,7 @@ def test_a_model_that_has_loaded_says_what_it_is_before_any_request(server: Torc
     assert (info["model_name"], info["model_version"], info["tp_size"]) == (MODEL, "1.0", "2")
     assert info["quantization"] == "none"
     assert info["dtype"] in ("float32", "bfloat16")
-    assert 0 < metrics.value("llama_tp_model_load_time_seconds") < 180
+    assert 0 < metrics.value("llama_tp_model_load_time_seconds") < READY_WITHIN_S
     assert abs(metrics.value("llama_tp_start_time_seconds") - time.time()) < 600
 
 
@@ -131,7 +147,9 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
     bad = [b"{", body(prompt="Hi", temperature=-1), body(prompt="Hi", nonsense=1), body(prompt="x " * 5000)]
     start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
-        leaving = pool.submit(ask, server, body(prompt="A long story:", stream=True, max_new_tokens=400), leave_after=3)
+        leaving = pool.submit(
+            ask, server, body(prompt="A long story:", stream=True, max_new_tokens=NUM_LEAVING), leave_after=3
+        )
         answers = list(pool.map(lambda one: ask(server, one), good + bad))
     lasted = time.monotonic() - start
     left = leaving.result()
@@ -147,7 +165,7 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
     usage = [seen.body[-1]["usage"] for seen in accepted]
     seen_generated = sum(one["completion_tokens"] for one in usage)
     num_left = grown("llama_tp_generation_tokens_total") - seen_generated
-    assert 1 <= num_left <= 400, "tokens for the client that left"
+    assert 1 <= num_left <= NUM_LEAVING, "tokens for the client that left"
     assert grown("llama_tp_prompt_tokens_total") - sum(one["prompt_tokens"] for one in usage) in range(1, 10)
 
     reasons = [reason for seen in accepted for reason in reasons_in(seen.body)]
@@ -174,7 +192,7 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
     outputs = len(reasons) + 1
     # The engine computes a few tokens that no client sees: after a stop string, or once a client has left.
     extra = count_of("inter_token_latency") - (grown("llama_tp_generation_tokens_total") - outputs)
-    assert 0 <= extra <= 10
+    assert 0 <= extra <= NUM_LEAVING + NUM_TOKENS
     assert grown("llama_tp_prefix_cache_queries_total") >= grown("llama_tp_prompt_tokens_total")
     assert 0 <= after.value("llama_tp_kv_cache_usage_perc") <= 1
     assert before.value("llama_tp_num_preemptions_total") == 0
@@ -183,6 +201,16 @@ def test_the_sums_are_those_that_the_clients_have_seen(server: TorchServe) -> No
 def reasons_in(chunks: list[dict[str, Any]]) -> list[str]:
     found = [choice for chunk in chunks for choice in chunk.get("choices", [chunk])]
     return [one["finish_reason"] for one in found if one.get("finish_reason")]
+
+
+def test_every_token_of_an_output_but_the_first_has_a_latency(server: TorchServe) -> None:
+    """Where nothing is computed for nobody."""
+    before = settled(server)
+    answers = [ask(server, body(prompt="A fork:", n=n, temperature=1.0)) for n in (1, 3)]
+    after = settled(server)
+    tokens = sum(seen.body[-1]["usage"]["completion_tokens"] for seen in answers)
+    name = "llama_tp_inter_token_latency_seconds_count"
+    assert after.value(name) - before.value(name) == tokens - 4
 
 
 def test_histograms_are_those_of_prometheus(server: TorchServe) -> None:
@@ -202,8 +230,8 @@ def test_histograms_are_those_of_prometheus(server: TorchServe) -> None:
 
 def test_nothing_that_a_client_has_written_is_in_the_metrics(server: TorchServe) -> None:
     ask(server, body(prompt="xyzzy", plugh="[METRICS]plover.count:1|#a:b|#hostname:x,1"))
+    settled(server)
     connection = http.client.HTTPConnection("127.0.0.1", server.listeners.metrics.port, timeout=30)
-    time.sleep(2.5)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
@@ -213,12 +241,13 @@ def test_nothing_that_a_client_has_written_is_in_the_metrics(server: TorchServe)
 def test_counters_go_on_and_the_restart_is_seen_when_the_ranks_are_restarted(server: TorchServe) -> None:
     before = settled(server)
     assert server.pid is not None
-    ranks = [pid for pid in descendants(server.pid) if b"\0LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    ranks = [pid for pid in descendants(server.pid) if "LOCAL_RANK" in environment_of(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
     assert wait_until(
-        lambda: scrape(server).value("llama_tp_start_time_seconds") > before.value("llama_tp_start_time_seconds"), 120
+        lambda: scrape(server).value("llama_tp_start_time_seconds") > before.value("llama_tp_start_time_seconds"),
+        READY_WITHIN_S,
     )
-    server.wait_until_ready(120)
+    server.wait_until_ready(READY_WITHIN_S)
     after = settled(server)
     grown = after.value("llama_tp_generation_tokens_total") - before.value("llama_tp_generation_tokens_total")
     assert 1 <= grown < 10, "those of the check that it is ready"

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,8 @@ from tests.e2e.torchserve_rig import (
     BIN,
     CONFIG,
     MARK,
+    READY_WITHIN_S,
+    STOPPED_WITHIN_S,
     command_of,
     convert,
     free_ports,
@@ -31,7 +34,7 @@ from tests.e2e.torchserve_rig import (
 )
 from tests.paths import CONFIGS, ROOT, SCRIPTS
 from tests.tiny_llama2 import PASSAGE_REQUEST, REST_OF_PASSAGE
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -45,14 +48,14 @@ def store(tiny_llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package(work)
 
 
-def run(*argv: str, env: dict[str, str], cwd: Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [*LLAMA_TP, *argv]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def serve_arguments(store: Path, run_dir: Path, properties: Path) -> list[str]:
     arguments = ["serve", "--model_store", str(store), "--run_dir", str(run_dir), "--properties", str(properties)]
-    return [*arguments, "--log_config", str(CONFIGS / "log4j2.xml"), "--timeout_s", "120"]
+    return [*arguments, "--log_config", str(CONFIGS / "log4j2.xml"), "--timeout_s", str(READY_WITHIN_S)]
 
 
 def ask(port: int, token: str | None = None) -> tuple[int, bytes]:
@@ -68,12 +71,13 @@ def ask(port: int, token: str | None = None) -> tuple[int, bytes]:
 
 def open_to_the_network(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Who listens on more than loopback, once for each socket."""
-    return [
-        process
-        for process in processes
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and not re.match(r"(::ffff:)?127\.", connection.laddr.ip)
-    ]
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):  # it has just ended
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and not re.match(r"(::ffff:)?127\.", connection.laddr.ip):
+                    found.append(process)
+    return found
 
 
 def unresolvable_name(folder: Path) -> dict[str, str]:
@@ -117,7 +121,7 @@ def test_serve_does_not_mind_proxies_host_names_locales_and_temporary_folders(st
             elsewhere = {**env, "TMPDIR": str(tmp_path)}
             assert run("health", f"--port={port}", env=elsewhere, cwd=tmp_path).returncode == 0
             (agent,) = open_to_the_network(processes_marked(env[MARK]))  # torchrun's rendezvous
-            assert any(word.endswith("/torchrun") for word in agent.cmdline())
+            assert any(word.endswith("/torchrun") for word in command_of(agent))
         finally:
             stopped = run("stop", f"--port={port}", env={**env, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
         assert stopped.stdout == "stopped\n"
@@ -150,16 +154,20 @@ def test_in_production_tokens_that_expire_are_renewed_and_sigterm_ends_the_serve
         assert ask(port)[0] == 400
         assert run("health", f"--port={port}", env=env, cwd=tmp_path).returncode == 0
         expired = inference_token(run_dir)
-        assert wait_until(lambda: ask(port, expired)[0] == 400, timeout_s=40)
-        assert run("health", f"--port={port}", env=env, cwd=tmp_path).returncode == 0
-        renewed = inference_token(run_dir)
-        assert renewed != expired
-        status, body = ask(port, renewed)
-        assert (status, json.loads(body)["text"]) == (200, REST_OF_PASSAGE)
+        assert wait_until(lambda: ask(port, expired)[0] == 400)
+
+        def ask_with_a_renewed_token() -> tuple[int, bytes]:
+            assert run("health", f"--port={port}", env=env, cwd=tmp_path).returncode == 0
+            return ask(port, inference_token(run_dir))
+
+        # On a busy machine, 12 s may pass before it is used.
+        answers = (ask_with_a_renewed_token() for _ in range(3))
+        assert any(status == 200 and json.loads(body)["text"] == REST_OF_PASSAGE for status, body in answers)
+        assert inference_token(run_dir) != expired
 
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 128 + signal.SIGTERM
-        assert not processes_marked(env[MARK])
+        assert server.wait(PATIENCE_S) == 128 + signal.SIGTERM
+        assert wait_until(lambda: not processes_marked(env[MARK]), STOPPED_WITHIN_S)
 
 
 def inference_token(run_dir: Path) -> str:
@@ -212,14 +220,15 @@ def test_the_commands_of_the_readme_can_be_pasted_one_after_the_other(tiny_llama
                 input="Hello\n\n",
                 capture_output=True,
                 text=True,
-                timeout=180,
+                timeout=480,
                 check=False,
             )
         finally:
             for process in processes_marked(env[MARK]):
                 if "org.pytorch.serve.ModelServer" in command_of(process):
-                    process.terminate()
-            wait_until(lambda: not processes_marked(env[MARK]), timeout_s=20)
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
+            wait_until(lambda: not processes_marked(env[MARK]), timeout_s=15)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count('"finish_reason"') == 2
     assert " tokens, first after " in done.stderr

@@ -23,7 +23,7 @@ import pytest
 import llama_tp
 from llama_tp.torchserve.server import free_port_range
 from tests.e2e.demo_answers import ANSWER, QUESTION
-from tests.e2e.torchserve_rig import MARK, processes_marked
+from tests.e2e.torchserve_rig import MARK, STOPPED_WITHIN_S, kill_all, processes_marked, variable_of
 from tests.fresh_environment import bare_variables, install_alone
 from tests.paths import CONFIGS, ROOT
 from tests.waiting import wait_until
@@ -102,9 +102,8 @@ def server(user: User, demo: Path) -> Iterator[http.client.HTTPConnection]:
         yield http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     finally:
         user.run("llama-tp", "stop", f"--port={port}")
-        is_clean = wait_until(lambda: not processes_marked(user.variables[MARK]), 20)
-        for process in processes_marked(user.variables[MARK]):
-            process.kill()
+        is_clean = wait_until(lambda: not processes_marked(user.variables[MARK]), STOPPED_WITHIN_S)
+        kill_all(processes_marked(user.variables[MARK]))
     assert is_clean, "stopped, but not gone"
 
 
@@ -208,7 +207,7 @@ def test_the_example_with_curl_asks_it(server: http.client.HTTPConnection) -> No
 def test_the_ranks_run_the_handler_and_the_library_of_the_wheel(user: User, server: http.client.HTTPConnection) -> None:
     packaged = user.folder / "model_store" / "llama" / "llama_handler.py"
     assert packaged.read_bytes() == (ROOT / "handler" / "llama_handler.py").read_bytes()
-    ranks = [process for process in processes_marked(user.variables[MARK]) if "LOCAL_RANK" in process.environ()]
+    ranks = [process for process in processes_marked(user.variables[MARK]) if variable_of(process, "LOCAL_RANK")]
     assert len(ranks) == 2
     for rank in ranks:
         command = [rank.cmdline()[0], "-c", WHERE]

@@ -27,9 +27,14 @@ import psutil
 import yaml
 
 from tests.paths import CONFIGS, ROOT, SCRIPTS
+from tests.waiting import PATIENCE_S, wait_until
 
 BIN = Path(sys.executable).parent
 PREDICT = "/predictions/llama"
+READY_WITHIN_S = 240.0
+"""Longer than a start takes on the busiest machine, which is some 10 s."""
+STOPPED_WITHIN_S = 10.0
+"""How long the last processes may take to end once the command that ended them has returned."""
 MARK = "LLAMA_TP_TEST_RIG"
 CUT_OFF = (http.client.HTTPException, ConnectionError)
 """What a client sees of a response that breaks off."""
@@ -96,7 +101,7 @@ def package_demo(demo_folder: Path, work: Path, **handler: Any) -> Path:
 
 
 @contextmanager
-def serve(store: Path, work: Path, *, timeout_s: float = 120, wait: bool = True) -> Iterator[TorchServe]:
+def serve(store: Path, work: Path, *, timeout_s: float = READY_WITHIN_S, wait: bool = True) -> Iterator[TorchServe]:
     """The running server, READY unless `wait` is False.
 
     On exit all of its processes are gone; AssertionError if some had to be killed for that.
@@ -175,7 +180,7 @@ class TorchServe:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the model, by local rank."""
-        found = ((_variable(process, "LOCAL_RANK"), process) for process in self.processes())
+        found = ((variable_of(process, "LOCAL_RANK"), process) for process in self.processes())
         return {int(rank): process for rank, process in found if rank is not None}
 
     def frontend(self) -> psutil.Process:
@@ -194,7 +199,7 @@ class TorchServe:
         workers = described.json()[0]["workers"] if described.status == 200 else []
         return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
-    def wait_ready(self, timeout_s: float = 60) -> None:
+    def wait_ready(self, timeout_s: float = READY_WITHIN_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             ended = self._process.poll()
@@ -211,7 +216,7 @@ class TorchServe:
                 shown += [f"--- {name}", *(line[:400] for line in end)]
         return "\n".join(shown)
 
-    def stop(self, grace_s: float = 20) -> list[str]:
+    def stop(self, grace_s: float = 25) -> list[str]:
         """End the server; what it started has to follow by itself. What had to be killed after grace_s, as text.
 
         As `torchserve --stop` does, this tells Java alone. A torchrun agent that were told at the same time could end
@@ -225,11 +230,8 @@ class TorchServe:
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
         killed = [f"{process.pid} {' '.join(command_of(process))[:200]}" for process in left]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=20)
-        self._process.wait(20)
+        kill_all(left)
+        self._process.wait(PATIENCE_S)
         assert not self.processes()
         return killed
 
@@ -241,7 +243,7 @@ class TorchServe:
         content_type: str | None = None,
         *,
         port: int | None = None,
-        timeout: float = 60,
+        timeout: float = PATIENCE_S,
     ) -> Response:
         connection = http.client.HTTPConnection("127.0.0.1", port or self.inference_port, timeout=timeout)
         try:
@@ -252,12 +254,12 @@ class TorchServe:
             connection.close()
 
     def post(
-        self, payload: object, content_type: str | None = None, *, path: str = PREDICT, timeout: float = 60
+        self, payload: object, content_type: str | None = None, *, path: str = PREDICT, timeout: float = PATIENCE_S
     ) -> Response:
         """POST bytes as they are, anything else as JSON; without a content type unless one is given."""
         return self.request("POST", path, _body(payload), content_type, timeout=timeout)
 
-    def stream(self, payload: object, *, timeout: float = 60) -> Stream:
+    def stream(self, payload: object, *, timeout: float = PATIENCE_S) -> Stream:
         """POST and read the response as it comes."""
         return Stream(self.inference_port, _body(payload), timeout)
 
@@ -304,7 +306,7 @@ class Stream:
 
 def processes_marked(mark: str) -> list[psutil.Process]:
     """Everything alive that has this MARK in its environment."""
-    return [process for process in psutil.process_iter() if _variable(process, MARK) == mark]
+    return [process for process in psutil.process_iter() if variable_of(process, MARK) == mark]
 
 
 @contextmanager
@@ -314,11 +316,11 @@ def variables(**changes: str) -> Iterator[dict[str, str]]:
     try:
         yield {**environment(), "PYTHONUNBUFFERED": "1", **changes, MARK: mark}
     finally:
+        wait_until(lambda: not processes_marked(mark), STOPPED_WITHIN_S)
         left = processes_marked(mark)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=20)
-    assert not left
+        commands = [command_of(process) for process in left]
+        kill_all(left)
+    assert not left, commands
 
 
 def free_ports(count: int) -> list[int]:
@@ -328,6 +330,14 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """Kill those that are still there, and wait for their end."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=PATIENCE_S)
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -346,7 +356,7 @@ def environment() -> dict[str, str]:
 
 def _run(command: list[str], cwd: Path) -> None:
     command = [str(BIN / command[0]), *command[1:]]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
@@ -368,7 +378,8 @@ def _body(payload: object) -> bytes:
     return payload if isinstance(payload, bytes) else json.dumps(payload).encode()
 
 
-def _variable(process: psutil.Process, name: str) -> str | None:
+def variable_of(process: psutil.Process, name: str) -> str | None:
+    """A variable of its environment; None once it has ended."""
     try:
         return process.environ().get(name)
     except (psutil.Error, OSError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +20,9 @@ from llama_tp.serving.admission import (
 )
 from llama_tp.serving.errors import ApiError
 from llama_tp.serving.generation import FieldNames, GenerationRequest
+from llama_tp.text import load_tokenizer
 from llama_tp.text.dialog import Message
-from tests.unit.text_fixtures import tiny
+from tests.unit.text_fixtures import file_of, tiny
 
 HI = (Message("user", "Hi"),)
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -29,7 +32,7 @@ def request_for(max_new_tokens: int, explicit: bool, **fields: Any) -> Generatio
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
     others = {name: value for name, value in fields.items() if name not in _SAMPLING}
     params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
-    if "dialog" not in others:
+    if "dialog" not in others and "prompts" not in others:
         prompt = others.pop("prompt", "x")
         others.setdefault("prompts", (prompt,))
     return GenerationRequest(**others, sampling=params, max_new_tokens_explicit=explicit)
@@ -151,6 +154,26 @@ def test_an_admitted_request_keeps_its_sampling_but_for_what_admission_decides(a
     stop_ids = tiny("sentencepiece").stop_ids
     assert admitted.prompt == [1, 2, 3]
     assert admitted.params == request.sampling.but(max_new_tokens=97, stop_ids=stop_ids)
+
+
+@pytest.mark.parametrize(("prompts", "param"), [(("\x04",), "prompt"), (("fox", "\x04\x04"), "prompt[1]")])
+def test_a_prompt_without_any_character_of_the_vocabulary_is_refused(
+    tmp_path: Path, prompts: tuple[str, ...], param: str
+) -> None:
+    """As SmolLM2's vocabulary, which lacks some control characters. It reached the engine, and ended in a 500."""
+    definition = json.loads(file_of("tokenizer.json").read_text())
+    vocab = definition["model"]["vocab"]
+    vocab["unused"] = vocab.pop("Ą")  # byte 4
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("\x04fox") == tokenizer.encode("fox")
+    limits = Limits(vocab_size=tokenizer.vocab_size, max_seq_len=100, max_waiting=8)
+    admission = Admission(tokenizer, "it has none", limits, longest_token=16)
+    assert len(admission.admit(request_for(1, True, prompts=("fox", "\x04fox")))) == 2
+    with pytest.raises(ApiError) as caught:
+        admission.admit(request_for(1, True, prompts=prompts))
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "empty_prompt", param)
+    assert caught.value.message.startswith(f"{param} has no tokens")
 
 
 @pytest.mark.parametrize(

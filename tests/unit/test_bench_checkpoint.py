@@ -75,7 +75,7 @@ def test_the_memory_of_every_step_is_bounded_by_the_largest_tensor_not_by_the_mo
 
 def test_memory_that_a_process_holds_for_a_moment_is_seen(tmp_path):
     """Allocated and touched, not mapped from a file."""
-    program = "import mmap, pathlib, sys, time; {}; time.sleep(0.1)"
+    program = "import mmap, pathlib, sys, time; {}; time.sleep(0.5)"
     file = tmp_path / "file"
     file.write_bytes(bytes(80 * MB))
     reading = f"f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); sum(m[::4096])"

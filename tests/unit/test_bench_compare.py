@@ -30,7 +30,7 @@ from llama_tp.cli.bench_compare import compare
 from llama_tp.model_args import ModelArgs
 from tests.paths import ROOT
 from tests.tiny_gguf import META_TO_GGUF, write_gguf
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=160, ffn_hidden_dim=96)
 ILL = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
@@ -41,7 +41,7 @@ def process(tmp_path):
     """Starts a contender's process that runs a program instead of the worker; ends it at last."""
     started = []
 
-    def start(program, limit_s=20.0):
+    def start(program, limit_s=PATIENCE_S):
         command = [sys.executable, "-c", textwrap.dedent(program)]
         started.append(ContenderProcess(os.environ, tmp_path / "log", limit_s, command))
         return started[-1]
@@ -71,7 +71,7 @@ def test_a_contender_is_asked_line_by_line_and_stopped_in_between(process):
     assert contender.load("any", {}) == "1.0"
     timing = contender.run([[1]], 4)
     assert (timing.decoded, timing.steps_s, timing.first_tokens) == (3, (1, 1), (7,))
-    assert wait_until(lambda: state_of(contender) == "T", timeout_s=5)
+    assert wait_until(lambda: state_of(contender) == "T")
     assert contender.cpu_s >= 0
 
 
@@ -85,7 +85,7 @@ def test_a_contender_is_asked_line_by_line_and_stopped_in_between(process):
     ],
 )
 def test_a_contender_that_fails_is_gone_and_its_reason_is_one_line(process, program, words):
-    contender = process(program, limit_s=0.5 if "sleep" in program else 20.0)
+    contender = process(program, limit_s=0.5 if "sleep" in program else PATIENCE_S)
     with pytest.raises(ContenderFailed, match=f"^{words}$"):
         contender.load("any", {})
     assert contender._process.returncode is not None

@@ -28,8 +28,8 @@ def state_of(pid):
 def test_it_computes_while_it_is_let_and_only_then():
     with Neighbour() as neighbour:
         with neighbour.busy():
-            assert wait_until(lambda: neighbour.cpu_s > 0.1, timeout_s=30)
-        assert wait_until(lambda: state_of(neighbour._process.pid) == "T", timeout_s=5)
+            assert wait_until(lambda: neighbour.cpu_s > 0.1)
+        assert wait_until(lambda: state_of(neighbour._process.pid) == "T")
         before = neighbour.cpu_s
         time.sleep(0.3)
         assert neighbour.cpu_s == before
@@ -44,10 +44,10 @@ def test_conditions_are_idle_alone_or_both():
         assert found.names == (IDLE, BESIDE)
         pid = found._neighbour._process.pid
         with found.under(BESIDE):
-            assert wait_until(lambda: state_of(pid) != "T", timeout_s=5)
+            assert wait_until(lambda: state_of(pid) != "T")
         with pytest.raises(ZeroDivisionError), found.under(BESIDE):
             raise ZeroDivisionError
-        assert wait_until(lambda: state_of(pid) == "T", timeout_s=5)
+        assert wait_until(lambda: state_of(pid) == "T")
     assert state_of(pid) is None
 
 
@@ -61,6 +61,6 @@ def test_it_does_not_outlive_a_parent_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert wait_until(lambda: state_of(pid) == "T", timeout_s=5)
+        assert wait_until(lambda: state_of(pid) == "T")
         os.kill(parent.pid, signal.SIGKILL)
-    assert wait_until(lambda: state_of(pid) in (None, "Z"), timeout_s=20)
+    assert wait_until(lambda: state_of(pid) in (None, "Z"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from llama_tp.bench.running_server import target_of
 from llama_tp.cli.bench_serve import serve
+from tests.waiting import PATIENCE_S
 
 KEY = "secret"
 
@@ -20,8 +20,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.prompts, self.active, self.most_after_warm_up, self.delay_s = [], 0, 0, 0.0
-        self.lock = threading.Lock()
+        self.prompts, self.active, self.most_after_warm_up, self.at_once = [], 0, 0, 1
+        """at_once: after the warm-up, no request is answered before so many have been open, or for PATIENCE_S."""
+        self.changed = threading.Condition()
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/tiny"
 
 
@@ -39,17 +40,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         assert self.headers["X-Api-Key"] == KEY
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.prompts.append(request["prompt"])
-            self.server.active += 1
-            if len(self.server.prompts) > 4:
-                self.server.most_after_warm_up = max(self.server.most_after_warm_up, self.server.active)
-        time.sleep(self.server.delay_s)
+        server = self.server
+        with server.changed:
+            server.prompts.append(request["prompt"])
+            server.active += 1
+            if len(server.prompts) > 4:
+                server.most_after_warm_up = max(server.most_after_warm_up, server.active)
+                server.changed.notify_all()
+                server.changed.wait_for(lambda: server.most_after_warm_up >= server.at_once, PATIENCE_S)
         lines = [json.dumps({"ids": [7]}) for _ in range(request["max_new_tokens"])]
         self._answer(200, "".join(f"{line}\n" for line in lines).encode(), before=self._leave)
 
     def _leave(self):
-        with self.server.lock:
+        with self.server.changed:
             self.server.active -= 1
 
     def _answer(self, status, body, before=lambda: None):
@@ -93,14 +96,14 @@ def test_every_request_is_answered_in_full_and_fits_the_served_context(server, k
 
 
 def test_a_closed_loop_keeps_no_more_requests_in_flight_than_it_should(server, key_file, capsys):
-    server.delay_s = 0.1
+    server.at_once = 2
     serve(url=server.url, requests=8, runs=1, concurrency=2, vocab_size=50, api_key_file=key_file)
     assert figures(capsys)["concurrency"] == 2
     assert server.most_after_warm_up == 2
 
 
 def test_an_open_loop_sends_what_arrives_however_slow_the_server_is(server, key_file, capsys):
-    server.delay_s = 1.0
+    server.at_once = 8
     serve(url=server.url, requests=8, runs=1, rate=200, vocab_size=50, api_key_file=key_file)
     assert figures(capsys)["rate"] == 200
     assert server.most_after_warm_up == 8

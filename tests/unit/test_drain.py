@@ -14,8 +14,9 @@ import pytest
 from llama_tp.torchserve import foreground
 from llama_tp.torchserve.drain import ANSWER_FOLDER, drain, drain_on_demand, forget_drain
 from llama_tp.torchserve.processes import MARK, is_alive
+from llama_tp.torchserve.server import free_ports
 from llama_tp.torchserve.watchdog import Watchdog
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 
 class Service:
@@ -46,13 +47,13 @@ def test_a_drained_server_has_refused_new_requests_and_finished_the_open_ones(se
     assert wait_until(lambda: service.is_draining and meanwhile)
     assert not found
     service.is_idle = True
-    asking.join(20)
+    asking.join(PATIENCE_S)
     assert found == [True]
 
 
 def test_a_drain_does_not_take_longer_than_it_may(service, tmp_path):
     assert not drain(tmp_path, 0.5)
-    assert service.is_draining
+    assert wait_until(lambda: service.is_draining)
 
 
 def test_a_server_that_still_loads_is_not_waited_for(tmp_path):
@@ -131,7 +132,7 @@ time.sleep(120)
 
 
 def test_a_server_ends_with_its_command_even_if_that_is_killed():
-    port = 18398
+    (port,) = free_ports(1)
     server = subprocess.Popen(FRONTEND, env={**os.environ, MARK: str(port), "TEMP": "/nowhere"})
     command = subprocess.Popen([sys.executable, "-c", COMMAND, str(port)], stdout=subprocess.PIPE, text=True)
     try:
@@ -139,14 +140,14 @@ def test_a_server_ends_with_its_command_even_if_that_is_killed():
         assert server.poll() is None
         command.send_signal(signal.SIGKILL)
         command.wait()
-        assert server.wait(30) == -signal.SIGTERM
+        assert server.wait(PATIENCE_S) == -signal.SIGTERM
     finally:
         server.kill()
         command.kill()
 
 
 def test_a_watchdog_that_is_dismissed_is_gone_and_leaves_the_server_alone():
-    port = 18397
+    (port,) = free_ports(1)
     server = subprocess.Popen(FRONTEND, env={**os.environ, MARK: str(port), "TEMP": "/nowhere"})
     try:
         watchdog = Watchdog(port)

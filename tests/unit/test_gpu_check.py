@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,17 +76,22 @@ def test_a_section_ends_when_its_time_is_up_whatever_it_catches(harness, tmp_pat
 def test_a_section_that_no_signal_reaches_is_left_behind_by_a_fresh_process(harness, tmp_path, monkeypatch):
     """A kernel that never ends: Python runs signal handlers between two of its own instructions only."""
     commands = []
+    ended, end = os.pipe()
 
     def stuck(_):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # which would wake usleep
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # which would wake read
         try:
-            ctypes.CDLL(None).usleep(2_500_000)
+            ctypes.CDLL(None).read(ended, ctypes.create_string_buffer(1), 1)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
+    def begin_afresh(_, command):
+        commands.append(command)
+        os.write(end, b"x")
+
     monkeypatch.setattr(harness, "_LEAST_S", 0.0)
     monkeypatch.setattr(harness, "_HUNG_S", 0.0)
-    monkeypatch.setattr(harness.os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(harness.os, "execv", begin_afresh)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--sections", "stuck,next", "--skip=x", "--budget", "60"])
     report = harness.Report(tmp_path / "out.json", 60)
     sections = [("stuck", stuck, 0.2), ("next", lambda r: r.put("x", 1), 30)]

@@ -610,7 +610,7 @@ def test_stop_touches_neither_other_users_processes_nor_folders_that_only_a_proc
     """As root it deleted whatever folder a process of anybody's said was its TEMP."""
     victim = tmp_path / "victim"
     victim.mkdir()
-    port = 18399
+    port = free_port()
     command = [sys.executable, "-c", "import time; time.sleep(60)", "org.pytorch.serve.ModelServer"]
     process = subprocess.Popen(command, env={"TEMP": str(victim), MARK: str(port)})
     try:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import threading
 import time
 
 import pytest
@@ -73,6 +74,20 @@ def make_service(model, tokenizer):
 @pytest.fixture
 def service(make_service):
     return make_service()
+
+
+def pause_after(service, num_steps):
+    """Further steps wait for the event that this returns: what is open stays open, however fast the machine is."""
+    runner, numbers, go_on = service._loop.engine.runner, itertools.count(), threading.Event()
+    execute = runner.execute
+
+    def execute_or_wait(plan):
+        if plan.chunks and next(numbers) >= num_steps:
+            go_on.wait(PATIENCE_S)
+        return execute(plan)
+
+    runner.execute = execute_or_wait
+    return go_on
 
 
 _counter = itertools.count()
@@ -519,11 +534,13 @@ def test_where_no_stream_is_possible_a_stream_is_refused_and_a_whole_answer_is_n
 
 
 def test_a_request_generates_from_its_first_token_to_its_last_reply(service):
+    go_on = pause_after(service, 3)
     assert not service.is_generating("one")
-    open_one(service, "one", prompt=PROMPT, max_new_tokens=400)
+    open_one(service, "one", prompt=PROMPT, max_new_tokens=10)
     assert not service.is_generating("one")
     assert wait_until(lambda: service.poll(0.001) or service.is_generating("one"))
     assert service.is_generating("one"), "it has replied before it was seen to generate"
+    go_on.set()
     collect(service, "one")
     assert not service.is_generating("one")
     service.open("refused", b"")
@@ -610,11 +627,12 @@ def test_the_metrics_are_the_sums_of_what_clients_were_told(service):
     usage = [ask(service, **one)[1]["usage"] for one in asked]
     refusal(service, prompt=PROMPT, temperature=-1)
     refusal(service, prompt=PROMPT, temperature=-2)
+    go_on = pause_after(service, 3)
     open_one(service, "left", prompt=PROMPT, max_new_tokens=400, n=2, stream=True)
-    while not service.is_generating("left"):
-        service.poll(0.1)
+    assert wait_until(lambda: service.poll(0.1) and service.is_generating("left"))
     before = service.metrics.snapshot()
     service.close("left")
+    go_on.set()
     stats = service.metrics.snapshot()
     prompts = [one["prompt_tokens"] for one in usage]
     assert stats.prompt_tokens == sum(prompts) + prompts[0]
@@ -629,9 +647,11 @@ def test_the_metrics_are_the_sums_of_what_clients_were_told(service):
 
 def test_an_output_that_has_ended_is_not_cancelled_when_its_request_is(service):
     poison(service, 1)
+    go_on = pause_after(service, 20)
     open_one(service, "left", prompt=[1, 2, 3], n=2, stream=True, **{**SAMPLED, "max_new_tokens": 400})
     assert wait_until(lambda: service.poll(0.01) and service.metrics.snapshot().finished[FinishReason.ERROR])
     service.close("left")
+    go_on.set()
     finished = {reason: count for reason, count in service.metrics.snapshot().finished.items() if count}
     assert finished == {FinishReason.ERROR: 1, FinishReason.CANCELLED: 1}
 
@@ -1290,10 +1310,12 @@ def test_every_request_is_logged_once_with_how_it_ended(make_service, caplog):
     caplog.set_level(logging.INFO)
     service = make_service()
     ask(service, "v1/completions", prompt=PROMPT, max_tokens=5, temperature=0)
+    go_on = pause_after(service, 3)
     open_one(service, "gone", prompt=PROMPT, max_new_tokens=400)
     assert wait_until(lambda: not service.poll(0.05) and service.is_generating("gone"))
     service.close("gone")
     service.close("gone")
+    go_on.set()
     service.open("models", b"", "v1/models")
     service.open("secret", b"{}", "secret/route")
     collect(service, "models", "secret")
@@ -1306,12 +1328,14 @@ def test_every_request_is_logged_once_with_how_it_ended(make_service, caplog):
 
 def test_while_it_drains_open_requests_go_on_and_new_ones_are_refused(service):
     assert service.is_idle
+    go_on = pause_after(service, 3)
     open_one(service, "a", prompt=PROMPT, max_new_tokens=40)
     service.drain()
     assert not service.is_idle
     status, error = ask(service, "v1/completions", prompt=PROMPT)
     assert (status, error["error"]["code"], error["error"]["type"]) == (503, "shutting_down", "server_error")
     assert ask(service, "v1/models")[0] == 503
+    go_on.set()
     (reply,) = collect(service, "a")["a"]
     assert json.loads(reply.body)["usage"]["completion_tokens"] == 40
     assert service.is_idle

@@ -98,8 +98,11 @@ class Build:
                 temporary.cleanup()
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's exit, modules may be gone
+        # At the interpreter's exit, modules may be gone, and `suppress` with them.
+        try:  # noqa: SIM105
             self.close()
+        except Exception:
+            pass
 
     def _begin(self) -> None:
         compilers = find_compilers()
