@@ -343,6 +343,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
     ({"audio": {"voice": "alloy"}}, "unsupported_value", "audio"),
     ({"reasoning_effort": "high"}, "unsupported_value", "reasoning_effort"),
+    ({"verbosity": "low"}, "unsupported_value", "verbosity"),
 ]
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HI}, "unknown_field", "messages"),
@@ -412,6 +413,9 @@ HARMLESS_IN_CHAT: dict[str, Any] = {
     "tool_choice": "none",
     "parallel_tool_calls": True,
     "modalities": ["text"],
+    "reasoning_effort": "none",
+    "verbosity": "medium",
+    "top_logprobs": 0,
     "prediction": {"type": "content", "content": "x"},
     "add_special_tokens": False,
     "chat_template_kwargs": {},

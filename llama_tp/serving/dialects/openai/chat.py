@@ -215,7 +215,7 @@ def _check_pairs(given: Given) -> None:
     if newer is not None and older is not None and newer != older:
         message = f"max_tokens={older} contradicts max_completion_tokens={newer}; send one of them"
         raise ApiError(400, "conflicting_fields", message, "max_tokens")
-    if "top_logprobs" in given and not given.get("logprobs"):
+    if given.get("top_logprobs") and not given.get("logprobs"):
         message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
         raise ApiError(400, "conflicting_fields", message, "top_logprobs")
     check_continuation(given)

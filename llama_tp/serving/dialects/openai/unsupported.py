@@ -34,8 +34,8 @@ CHAT: dict[str, Any] = {
     "modalities": only(["text"]),
     "audio": only(),
     "prediction": IGNORED,  # a way to the same answer
-    "reasoning_effort": only(),
-    "verbosity": only(),
+    "reasoning_effort": only("none"),
+    "verbosity": only("medium"),  # OpenAI's default
     "web_search_options": only(),
     # vLLM's
     "echo": only(False),
