@@ -101,7 +101,7 @@ ACROSS_FIELDS = (
     Rule("unsupported_value", "add_special_tokens", "with prompt only"),
     *(
         Rule("conflicting_fields", name, "needs messages")
-        for name in ("tools", "add_generation_prompt", "continue_final_message")
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
     ),
 )
 
@@ -127,7 +127,7 @@ class _Prompts:
     tokenizer: Tokenizer = tiny("sentencepiece")
     max_seq_len = MAX_SEQ_LEN
 
-    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
         return [5, 6, 7]
 
 

@@ -271,6 +271,7 @@ SAYS: dict[str, Meaning] = {
     "ignore_eos": (lambda request: request.ignore_eos, _same),
     "include_stop_str_in_output": (lambda request: request.keep_stop, _same),
     "skip_special_tokens": (lambda request: not request.special_text, _same),
+    "add_special_tokens": (lambda request: request.special_tokens, _same),
     "truncate_prompt_tokens": (lambda request: request.truncate_prompt_tokens, _same),
     "timeout_s": (lambda request: request.timeout_s, _same),
     "stream": (lambda request: request.stream, _same),

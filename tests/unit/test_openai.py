@@ -191,6 +191,7 @@ def test_vllm_s_extensions_have_their_effect() -> None:
         assert not parse(route, stream=True, stream_options={}).reply.continuous_usage
     variables = {"enable_thinking": False, "date": {"of": ["today"]}}
     assert parse(CHAT, chat_template_kwargs=variables).template_variables == variables
+    assert not parse(COMPLETIONS, add_special_tokens=False).special_tokens
 
 
 @pytest.mark.parametrize(
@@ -295,6 +296,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"include_stop_str_in_output": 1}, "invalid_type", "include_stop_str_in_output"),
     ({"skip_special_tokens": "no"}, "invalid_type", "skip_special_tokens"),
     ({"priority": 1}, "unsupported_value", "priority"),
+    ({"vllm_xargs": {"a": 1}}, "unsupported_value", "vllm_xargs"),
+    ({"guided_whitespace_pattern": " "}, "unsupported_value", "guided_whitespace_pattern"),
     ({"bad_words": "x"}, "invalid_type", "bad_words"),
     ({"bad_words": ["x", ""]}, "invalid_value", "bad_words[1]"),
     ({"bad_words": ["x"] * 65}, "invalid_value", "bad_words"),
@@ -403,6 +406,9 @@ HARMLESS: dict[str, Any] = {
     "include_stop_str_in_output": False,
     "return_tokens_as_token_ids": False,
     "prompt_logprobs": None,
+    "request_id": "mine",
+    "vllm_xargs": {},
+    "guided_whitespace_pattern": None,
     "allowed_token_ids": None,
     "truncate_prompt_tokens": None,
     "priority": 0,

@@ -176,6 +176,17 @@ def test_an_answer_cut_by_max_tokens_ends_with_length(service):
         ({"structured_outputs": {"json": 3}}, "invalid_type", "structured_outputs.json"),
         ({"structured_outputs": {"json_object": 1}}, "invalid_type", "structured_outputs.json_object"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "conflicting_fields", "structured_outputs"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " "}},
+            "unsupported_value",
+            "structured_outputs.whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "unsupported_value",
+            "structured_outputs.disable_any_whitespace",
+        ),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "unsupported_value", "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "(a"}}, "invalid_grammar", "structured_outputs"),
         ({"guided_regex": ""}, "invalid_value", "guided_regex"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "conflicting_fields", "guided_regex"),
@@ -188,9 +199,10 @@ def test_a_form_that_cannot_be_followed_is_refused_by_name(fields, code, param, 
 
 
 def test_fields_that_ask_for_nothing_are_accepted(service):
-    status, body = ask(
-        service, response_format={"type": "text"}, structured_outputs={"json_object": False}, max_tokens=2
-    )
+    """vLLM's own client sends all of its fields."""
+    nothing = {"json_object": False, "disable_any_whitespace": False, "disable_additional_properties": False}
+    nothing |= dict.fromkeys(("json", "regex", "whitespace_pattern", "structural_tag"))
+    status, body = ask(service, response_format={"type": "text"}, structured_outputs=nothing, max_tokens=2)
     assert status == 200, body
 
 

@@ -111,13 +111,23 @@ _KINDS: dict[str, Callable[[object], Grammar | None]] = {
 }
 _SETTINGS = ("disable_fallback", "backend")
 """Which library vLLM uses, and what it does if that fails: without effect on a valid answer."""
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+}
+"""vLLM's other fields, and the values besides null that ask for nothing."""
 
 
 def _structured_outputs(value: object) -> Grammar | None:
-    fields = _object(value, (*_KINDS, *_SETTINGS))
+    fields = _object(value, (*_KINDS, *_SETTINGS, *_UNSUPPORTED))
     grammars = []
     for name, item in fields.items():
         if name in _SETTINGS:
+            continue
+        if name in _UNSUPPORTED:
+            _ask_for_nothing(name, item)
             continue
         try:
             grammars.append(_KINDS[name](item))
@@ -127,6 +137,11 @@ def _structured_outputs(value: object) -> Grammar | None:
     if len(given) > 1:
         raise _wrong("conflicting_fields", f"must have only one of {', '.join(_KINDS)}")
     return given[0] if given else None
+
+
+def _ask_for_nothing(name: str, item: object) -> None:
+    if not any(item is harmless for harmless in _UNSUPPORTED[name]):
+        raise _wrong("unsupported_value", "is not supported; leave it out", name)
 
 
 def _closed(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
@@ -171,6 +186,7 @@ _CONSTRAINTS = _closed(
         "grammar": _or_null(_SOME_TEXT),
         "json_object": {"type": ["boolean", "null"]},
         **{name: {} for name in _SETTINGS},
+        **{name: {"enum": [*harmless, None]} for name, harmless in _UNSUPPORTED.items()},
     }
 )
 

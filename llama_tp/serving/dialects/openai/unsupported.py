@@ -22,9 +22,12 @@ EVERYWHERE: dict[str, Any] = {
     "spaces_between_special_tokens": IGNORED,  # there are none in the text
     "logits_processors": only([]),
     "guided_decoding_backend": IGNORED,
+    "guided_whitespace_pattern": only(),
     "priority": only(0),
     "cache_salt": only(),
     "kv_transfer_params": only(),
+    "request_id": IGNORED,  # X-Request-Id is TorchServe's
+    "vllm_xargs": only({}),
 }
 """Name and type of fields of both completion routes."""
 
@@ -49,7 +52,6 @@ CHAT: dict[str, Any] = {
 
 COMPLETIONS: dict[str, Any] = {
     "suffix": only(""),
-    "add_special_tokens": only(True),
     "prompt_embeds": only(),
 }
 """Those of v1/completions."""
