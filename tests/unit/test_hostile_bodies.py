@@ -208,7 +208,7 @@ def _form(form: Any) -> Grammar | None:
     if kind in (None, "text"):
         return None
     named = form.get("json_schema") or {}
-    schema = {"type": "object"} if kind == "json_object" else form.get("schema", named.get("schema"))
+    schema = form["schema"] if form.get("schema") is not None else named.get("schema")
     return Grammar.json_schema({"type": "object"} if schema is None else schema)
 
 
@@ -243,6 +243,8 @@ GRAMMARS: dict[str, Callable[[Any], Grammar | None]] = {
     "guided_regex": _CONSTRAINTS["regex"],
     "guided_choice": _CONSTRAINTS["choice"],
     "guided_grammar": _CONSTRAINTS["grammar"],
+    "json_schema": _schema,
+    "grammar": _CONSTRAINTS["grammar"],
     "output_format": _form,
     "output_config": lambda value: _form(value.get("format")),
     "text": lambda value: _form(value.get("format")),

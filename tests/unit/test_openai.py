@@ -296,6 +296,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"include_stop_str_in_output": 1}, "invalid_type", "include_stop_str_in_output"),
     ({"skip_special_tokens": "no"}, "invalid_type", "skip_special_tokens"),
     ({"priority": 1}, "unsupported_value", "priority"),
+    ({"repeat_penalty": 1.1}, "unsupported_value", "repeat_penalty"),
+    ({"mirostat": 2}, "unsupported_value", "mirostat"),
+    ({"samplers": ["top_k"]}, "unsupported_value", "samplers"),
+    ({"timings_per_token": True}, "unsupported_value", "timings_per_token"),
+    ({"n_predict": 5}, "unknown_field", "n_predict"),
     ({"vllm_xargs": {"a": 1}}, "unsupported_value", "vllm_xargs"),
     ({"guided_whitespace_pattern": " "}, "unsupported_value", "guided_whitespace_pattern"),
     ({"bad_words": "x"}, "invalid_type", "bad_words"),
@@ -414,6 +419,38 @@ HARMLESS: dict[str, Any] = {
     "priority": 0,
     "bad_words": [],
 }
+LLAMA_CPPS_OWN = {
+    "cache_prompt": True,
+    "id_slot": -1,
+    "n_keep": 0,
+    "n_probs": 0,
+    "min_keep": 0,
+    "typical_p": 1.0,
+    "mirostat": 0,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "dynatemp_range": 0,
+    "dynatemp_exponent": 1,
+    "xtc_probability": 0,
+    "xtc_threshold": 0.1,
+    "dry_multiplier": 0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "top_n_sigma": -1,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ["\n"],
+    "repeat_penalty": 1.0,
+    "repeat_last_n": -1,
+    "lora": [],
+    "timings_per_token": False,
+    "return_progress": False,
+    "return_tokens": False,
+    "post_sampling_probs": False,
+    "samplers": None,
+    "grammar": None,
+    "json_schema": None,
+}
+"""As its clients send them."""
 HARMLESS_IN_CHAT: dict[str, Any] = {
     "tools": [],
     "tool_choice": "none",
@@ -431,6 +468,7 @@ HARMLESS_IN_CHAT: dict[str, Any] = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_would_change_nothing_is_accepted(route: str) -> None:
     assert parse(route, **HARMLESS) == parse(route)
+    assert parse(route, **LLAMA_CPPS_OWN) == parse(route)
     assert parse(CHAT, **HARMLESS_IN_CHAT) == parse(CHAT)
     assert parse(COMPLETIONS, suffix="", add_special_tokens=True) == parse(COMPLETIONS)
     options = {"include_usage": False, "include_obfuscation": True}

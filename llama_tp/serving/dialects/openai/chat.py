@@ -183,6 +183,7 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "prompt": 'send it as messages, as in {"messages": [{"role": "user", "content": "Hi"}]}',
         "dialog": "send it as messages",
+        "n_predict": "did you mean max_tokens?",
         "max_new_tokens": "did you mean max_completion_tokens?",
         "min_new_tokens": "did you mean min_tokens?",
     }

@@ -101,6 +101,7 @@ _PROMPTS = {"anyOf": [*TEXT_OR_IDS["anyOf"], _SEVERAL]}
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "messages": "it is a field of v1/chat/completions; here, send the text as prompt",
+        "n_predict": "did you mean max_tokens?",
         "max_new_tokens": "did you mean max_tokens?",
         "max_completion_tokens": "did you mean max_tokens?",
         "min_new_tokens": "did you mean min_tokens?",
