@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.checkpoint.load_progress import READ
 from llama_tp.torchserve import environment
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, private_folder
@@ -571,6 +572,9 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         lines.flush()
         progress.update()
         progress.update()
+        lines.write(f"2026 [INFO ] {READ.format(percent=35)}\n")
+        lines.flush()
+        progress.update()
         lines.write("loaded in 0.6 s: 2 ranks\n")
         lines.flush()
         progress.update()
@@ -585,6 +589,7 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
     assert told == [
         "TorchServe is starting",
         "the ranks are loading the model",
+        "the ranks are loading the model: 35 %",
         "generating the first token",
         "the ranks are loading the model again, after 1 exited",
     ]
