@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -557,6 +558,29 @@ def test_the_exit_code_of_health_tells_wrong_arguments_from_a_sick_server(argv):
     command = [sys.executable, "-m", "llama_tp", "health", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "asked"),
+    [([], 1, 1), (["--wait", "60"], 0, 3), (["--wait"], 0, 3), (["--wait", "0.01"], 1, None)],
+    ids=str,
+)
+def test_health_waits_for_a_server_as_long_as_it_is_told(argv, code, asked, monkeypatch, run):
+    """The third answer is good, if anybody asks for it in time."""
+    answers = iter(["Connection refused", "the ranks are loading", None])
+    given = []
+
+    def why_unhealthy(*_):
+        given.append(next(answers))
+        return given[-1]
+
+    monkeypatch.setattr("llama_tp.torchserve.server.why_unhealthy", why_unhealthy)
+    monkeypatch.setattr("llama_tp.cli.serve.sleep", lambda seconds: time.sleep(0.02))
+    found, out, err = run("health", *argv)
+    assert found == code
+    assert out == ("llama on port 8080 is healthy\n" if code == 0 else "")
+    assert ("not healthy: " in err) == (code == 1)
+    assert asked is None or len(given) == asked
 
 
 # --- progress
