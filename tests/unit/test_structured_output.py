@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import threading
 
 import jsonschema
 import pytest
@@ -266,6 +267,36 @@ def test_a_request_that_rules_out_all_tokens_ends_as_the_users_error(more, gramm
     while engine.num_requests:
         engine.step()
     assert engine.sampler.is_idle
+
+
+def test_masks_are_computed_while_the_model_computes():
+    """Each meets a step of the model: neither is ever done before the other has begun."""
+    meeting = threading.Barrier(2)
+
+    class Meeting(AnyText):
+        def start(self):
+            return Meeting()
+
+        def fill_mask(self, address, num_bytes):
+            super().fill_mask(address, num_bytes)
+            meeting.wait(5)
+
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
+    engine = engine_of(random_model(args, seed=3), max_seq_len=64)
+    execute = engine.runner.execute
+    num_met = 0
+
+    def meet(*args):
+        nonlocal num_met
+        meeting.wait(5)
+        num_met += 1
+        return execute(*args)
+
+    engine.runner.execute = meet
+    engine.add(Request("one", (1, 2, 3), SamplingParams(max_new_tokens=6, temperature=0), Meeting()))
+    events = [event for _ in range(6) for event in engine.step()]
+    meeting.abort()
+    assert ([event.error for event in events], num_met) == ([None] * 6, 6)
 
 
 def test_a_grammar_that_becomes_too_complex_ends_its_own_output_only():
