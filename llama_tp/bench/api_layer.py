@@ -26,6 +26,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "": {"prompt": TEXT * 8},
     "v1/completions": {"prompt": TEXT * 8},
     "v1/chat/completions": {"messages": [{"role": "user", "content": TEXT * 8}]},
+    "v1/responses": {"input": [{"role": "user", "content": TEXT * 8}]},
+    "v1/messages": {"messages": [{"role": "user", "content": TEXT * 8}], "max_tokens": 1024},
 }
 """By route: prompts of about 200 tokens."""
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from llama_tp.engine.engine import Engine
+from llama_tp.engine.grammar import TokenGrammar
 from llama_tp.engine.request import Request, TokenEvent
 from llama_tp.engine.sampling_params import SamplingParams
 
@@ -69,9 +70,11 @@ class OurEngine:
 
     name = "llama_tp"
 
-    def __init__(self, engine: Engine, name: str = name) -> None:
+    def __init__(self, engine: Engine, name: str = name, *, grammar: TokenGrammar | None = None) -> None:
+        """`grammar`: what all sequences must match; it should not end within a run."""
         self.engine = engine
         self.name = name
+        self._grammar = grammar
         self._ids = count()
 
     def run(self, prompts: Prompts, new: int) -> Timing:
@@ -79,7 +82,7 @@ class OurEngine:
         names = [f"bench {next(self._ids)}" for _ in prompts]
         for name, prompt in zip(names, prompts, strict=True):
             params = SamplingParams(max_new_tokens=engine.config.max_seq_len - len(prompt), temperature=0)
-            engine.add(Request(name, tuple(prompt), params))
+            engine.add(Request(name, tuple(prompt), params, self._grammar))
         waiting, events = set(names), list[TokenEvent]()
         before = engine.stats()
         start = perf_counter()

@@ -24,6 +24,7 @@ from llama_tp.bench.machine import device_name, forget_peak_memory, last_level_c
 from llama_tp.bench.neighbour import Conditions, conditions
 from llama_tp.bench.peers import dense_weights, transformers_model
 from llama_tp.bench.report import finish
+from llama_tp.bench.structured import endless_records
 from llama_tp.bench.subject import EngineOptions, Subject, join_group, kernels_of
 from llama_tp.bench.work import Work
 from llama_tp.config import EngineConfig
@@ -36,7 +37,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "no_speculation": {"speculative_tokens": 0},
 }
 """Contenders that are our own engine in a different configuration."""
-CONTENDERS = ("transformers", *_SETTINGS)
+CONTENDERS = ("transformers", "structured", *_SETTINGS)
 _TURN_S = 600.0
 """How long the other ranks wait while another contender has its turn."""
 
@@ -181,6 +182,8 @@ def _check_against(subject: Subject, against: str | None) -> None:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if against == "transformers" and find_spec("transformers") is None:
         raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
+    if against == "structured" and subject.checkpoint is None:
+        raise ValueError("against=structured needs a tokenizer; give a converted checkpoint")
     if against == "transformers" and subject.formats:
         raise ValueError("against=transformers needs dense weights; leave --quantization out")
 
@@ -192,6 +195,10 @@ def _contenders(
     if against in _SETTINGS:
         other = subject.load(replace(config, **_SETTINGS[against]), group)
         contenders.append(OurEngine(other, name=against))
+    elif against == "structured":
+        assert subject.checkpoint is not None, "checked above"
+        grammar = endless_records(subject.checkpoint, subject.args.vocab_size)
+        contenders.append(OurEngine(engine, name=against, grammar=grammar))
     elif against:
         weights = dense_weights(subject.args, subject.checkpoint)
         model = transformers_model(subject.args, weights, engine.runner.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from llama_tp.checkpoint.load_progress import LoadProgress
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
 from llama_tp.model.linear import is_packed
@@ -87,7 +88,10 @@ class _Loader:
         # Packing copies a matrix. One that is not packed stays where it is read to.
         self._packs = layout == PACKED and is_packed(group.device, dtype)
         self._spare = deque([self._fresh(0), self._fresh(0)])
-        self._parts = iter(parts_of(model))
+        parts = parts_of(model)
+        self._sizes = {name: sum(one.nbytes for one in part.parameters()) for name, part in parts}
+        self._progress = LoadProgress(sum(self._sizes.values())) if group.comm.rank == 0 else None
+        self._parts = iter(parts)
         self._start_next()
 
     def __call__(self, part: nn.Module) -> None:
@@ -95,13 +99,15 @@ class _Loader:
         assert part is self._part
         for future in self._reading:
             future.result()
+        if self._progress is not None:
+            self._progress.advance(self._sizes[self._name])
         self._start_next()
 
     def _start_next(self) -> None:
         if (one := next(self._parts, None)) is not None:
-            name, self._part = one
-            self._materialize(self._part, name)
-            self._reading = self._files.start(self._slices(self._part, name))
+            self._name, self._part = one
+            self._materialize(self._part, self._name)
+            self._reading = self._files.start(self._slices(self._part, self._name))
 
     def _materialize(self, part: nn.Module, prefix: str) -> None:
         """Give a part local tensors on the device, with matrices that become one linear layer next to each other."""

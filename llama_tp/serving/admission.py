@@ -87,13 +87,13 @@ class Admission:
             for prompt, fits in zip(prompts, fitting, strict=True)
         ]
 
-    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """Ids of the only prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot
-        read it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        read it."""
         check_vocabulary(request, self._limits.vocab_size)
         if request.dialog is not None:
             return self._encode_dialog(request.dialog, request)[0]
-        return self._encode_prompt(request, 0, special_tokens=special_tokens)
+        return self._encode_prompt(request, 0)
 
     def _encode(self, request: GenerationRequest) -> tuple[list[list[int]], frozenset[int]]:
         """Ids of each prompt, and the ids that end the answer."""
@@ -107,7 +107,7 @@ class Admission:
             prompts = [prompt[-most:] for prompt in prompts]
         return prompts, stop_ids
 
-    def _encode_prompt(self, request: GenerationRequest, index: int, *, special_tokens: bool = True) -> list[int]:
+    def _encode_prompt(self, request: GenerationRequest, index: int) -> list[int]:
         prompt, tokenizer = request.prompts[index], self.tokenizer
         if isinstance(prompt, tuple):
             return list(prompt)
@@ -115,7 +115,7 @@ class Admission:
             prompt = prompt[-self._limits.max_seq_len * self._longest_token :]
         else:
             self._check_length([prompt], request.prompt_name(index))
-        return tokenizer.encode(prompt, bos=special_tokens and tokenizer.adds_bos)
+        return tokenizer.encode(prompt, bos=request.special_tokens and tokenizer.adds_bos)
 
     def _encode_dialog(self, dialog: Sequence[Message], request: GenerationRequest) -> tuple[list[int], frozenset[int]]:
         names = request.names

@@ -84,6 +84,8 @@ class GenerationRequest:
     """Whether the dialog's prompt ends with the beginning of an answer."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the chat template."""
+    special_tokens: bool = True
+    """Whether a prompt of text begins with BOS, if the vocabulary wants that."""
     truncate_prompt_tokens: int | None = None
     """Keep only this many of the prompt's tokens, the last ones."""
     sampling: SamplingParams

@@ -3,10 +3,13 @@ step."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
+
+from llama_tp.checkpoint.load_progress import READ
 
 _STAGES = (
     ("Listening on port: ", "the ranks are starting"),
@@ -14,6 +17,7 @@ _STAGES = (
     ("loaded in ", "generating the first token"),
 )
 """Text in the ranks' log, and the stage that it begins."""
+_READ = re.compile(READ.format(percent=r"(\d+)"))
 
 _NO_CHAT = "chat format: none"
 _REFUSAL = "the model was not loaded: "
@@ -90,7 +94,9 @@ class StartupProgress:
             self.can_chat = False
         if _DIED in line:
             self._num_deaths += 1
+        again = f" again, after {self._num_deaths} exited" if self._num_deaths else ""
         for sign, stage in _STAGES:
             if sign in line:
-                again = f" again, after {self._num_deaths} exited" if self._num_deaths else ""
                 self._stage = stage + again
+        if found := _READ.search(line):
+            self._stage = f"the ranks are loading the model{again}: {found[1]} %"

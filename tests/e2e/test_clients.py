@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pydantic
 import pytest
 
+from llama_tp.cli.bench_serve import serve as bench_serve
+from llama_tp.text import Tokenizer
 from tests.e2e.demo_answers import ANSWER, QUESTION
 from tests.e2e.torchserve_rig import PREDICT, TorchServe
 from tests.optional import imported
@@ -73,6 +76,16 @@ def test_langchain_invokes_and_streams(chat_openai: Any) -> None:
     )
     assert "".join(chunk.content for chunk in chunks) == ANSWER
     assert chunks[0].id == chunks[-1].id
+
+
+def test_a_load_of_many_clients_is_answered_in_full(
+    demo_server: TorchServe, demo_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `llama-tp bench serve`, which sends what `vllm bench serve` sends: three times as many as there are slots."""
+    url = f"http://127.0.0.1:{demo_server.inference_port}{PREDICT}"
+    bench_serve(url=url, requests=24, runs=1, vocab_size=demo_tokenizer.vocab_size, api="openai")
+    (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert run["openai"]["completed"] == 24
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -127,11 +127,12 @@ def test_the_asynchronous_client_gets_the_same(server: TorchServe, client: Any) 
             whole = await chat(made, **SAMPLED)
             parts = [chunk.choices[0].delta.content async for chunk in await chat(made, **SAMPLED, stream=True)]
             text = await complete(made, **SAMPLED)
-            return [whole.choices[0].message.content, "".join(parts), text.choices[0].text]
+            texts = [chunk.choices[0].text async for chunk in await complete(made, **SAMPLED, stream=True)]
+            return [whole.choices[0].message.content, "".join(parts), text.choices[0].text, "".join(texts)]
 
-    whole, streamed, text = asyncio.run(ask())
+    whole, streamed, text, streamed_text = asyncio.run(ask())
     assert whole == streamed == chat(client, **SAMPLED).choices[0].message.content
-    assert text == complete(client, **SAMPLED).choices[0].text
+    assert text == streamed_text == complete(client, **SAMPLED).choices[0].text
 
 
 def test_an_echoed_prompt_comes_with_its_log_probabilities(client: Any, tokenizer: Tokenizer) -> None:
@@ -239,6 +240,58 @@ def test_stop_strings_biases_and_echo(client: Any, tokenizer: Tokenizer) -> None
     plain, echoed = (complete(client, temperature=0, max_tokens=9, echo=echo).choices[0].text for echo in (False, True))
     assert echoed == PROMPT + plain
     assert complete(client, prompt=[PROMPT], temperature=0, max_tokens=9).choices[0].text == plain
+
+
+def test_filters_that_leave_one_token_make_any_seed_greedy(client: Any) -> None:
+    greedy = complete(client, temperature=0, max_tokens=9).choices[0].text
+    assert complete(client, temperature=2, seed=1, max_tokens=9).choices[0].text != greedy
+    for narrow in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1.0}}):
+        assert complete(client, temperature=2, seed=1, max_tokens=9, **narrow).choices[0].text == greedy, narrow
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 10}}],
+    ids=lambda penalty: str(penalty),
+)
+def test_penalties_change_the_text(client: Any, penalty: dict[str, Any]) -> None:
+    plain, penalized = (complete(client, temperature=0, max_tokens=40, **one).choices[0].text for one in ({}, penalty))
+    assert penalized != plain
+
+
+def test_an_answer_ends_at_its_length_by_either_name_and_at_tokens_of_one_s_own(
+    client: Any, tokenizer: Tokenizer
+) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = chat(client, temperature=0, **{name: 3})
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+    (paris,) = tokenizer.encode(" Paris")
+    (choice,) = chat(client, temperature=0, extra_body={"stop_token_ids": [paris]}).choices
+    assert (choice.message.content, choice.finish_reason) == ("The capital of France is", "stop")
+
+
+def test_messages_have_roles_names_and_parts(client: Any) -> None:
+    parts = [{"type": "text", "text": "What is the capital"}, {"type": "text", "text": "of France?"}]
+    joined = "What is the capital\nof France?"
+
+    def prompt(*messages: dict[str, Any]) -> list[int]:
+        return chat(client, messages=messages, max_tokens=1, extra_body={"return_token_ids": True}).prompt_token_ids
+
+    assert prompt({"role": "user", "content": parts}) == prompt({"role": "user", "content": joined})
+    briefly, other = ({"role": role, "content": "Be brief."} for role in ("developer", "system"))
+    assert prompt(briefly, *ASKED) == prompt(other, *ASKED) != prompt(*ASKED)
+    assert chat(client, messages=[{**ASKED[0], "name": "alice"}], temperature=0).choices[0].message.content == ANSWER
+
+
+def test_what_could_not_change_the_answer_is_accepted_and_what_could_is_refused(client: Any) -> None:
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "verbosity": "medium"}
+    harmless |= {"reasoning_effort": "none", "extra_body": {"cache_prompt": True, "request_id": "mine", "mirostat": 0}}
+    assert chat(client, temperature=0, **harmless).choices[0].message.content == ANSWER
+    for refused in ({"store": True}, {"reasoning_effort": "low"}, {"extra_body": {"mirostat": 2}}):
+        (name,) = refused.get("extra_body", refused)
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, **refused)
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_value")
 
 
 def test_the_client_raises_its_own_errors(client: Any) -> None:

@@ -80,7 +80,7 @@ def settled(value: Any) -> Any:
 DROPPED = {
     *("model", "mode", "dialog", "stream_options", "continue_final_message", "add_generation_prompt", "timeout_s"),
     *("max_completion_tokens", "min_tokens", "min_new_tokens", "echo", "bad_words", "truncate_prompt_tokens"),
-    *("response_format", "structured_outputs", "text", "output_config", "output_format"),
+    *("response_format", "structured_outputs", "json_schema", "grammar", "text", "output_config", "output_format"),
     *(f"guided_{name}" for name in ("json", "regex", "choice", "grammar")),
     *("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_special_tokens"),
 }

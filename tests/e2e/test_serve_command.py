@@ -33,6 +33,7 @@ from tests.e2e.torchserve_rig import (
     processes_marked,
     variables,
 )
+from tests.optional import imported
 from tests.paths import CONFIGS
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -207,6 +208,21 @@ def test_only_requests_with_the_key_are_answered(served: Command) -> None:
     command = [sys.executable, "-m", "llama_tp", "health"]  # finds the port in LLAMA_TP_PORT, and the key
     done = subprocess.run(command, env=served.env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_official_clients_raise_their_own_error_without_the_key(served: Command) -> None:
+    openai, anthropic = imported("openai"), imported("anthropic")
+    url = f"http://127.0.0.1:{served.port}/predictions/llama/1.0"
+    asked: dict[str, Any] = {"model": "smol", "messages": ASKED["messages"], "max_tokens": 1}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+        assert client.chat.completions.create(**asked).model == "smol"
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.with_options(api_key="wrong").chat.completions.create(**asked, stream=True)
+    assert refused.value.code == "invalid_api_key"
+    with anthropic.Anthropic(base_url=url, api_key=KEY) as client:
+        assert client.messages.create(**asked).model == "smol"
+        with pytest.raises(anthropic.AuthenticationError):
+            client.with_options(api_key="wrong").messages.create(**asked)
 
 
 def test_nobody_else_sees_the_key(served: Command, folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -21,6 +21,7 @@ from tests.e2e.chromium import executable, launched
 from tests.e2e.demo_answers import ANSWER, QUESTION
 from tests.e2e.torchserve_rig import CONFIG, READY_WITHIN_S
 from tests.exposition import Exposition
+from tests.optional import imported
 from tests.waiting import PATIENCE_S, wait_until
 
 if TYPE_CHECKING:
@@ -138,6 +139,19 @@ def test_the_page_is_sent_as_it_is_with_its_policy_to_who_has_a_token(server: To
     assert response.headers["content-type"] == document.content_type
     assert {name: response.headers[name] for name in document.headers} == document.headers
     connection.close()
+
+
+def test_the_official_clients_send_the_token_as_their_key(server: TorchServe, token: str) -> None:
+    openai, anthropic = imported("openai"), imported("anthropic")
+    url = f"http://127.0.0.1:{server.port}/predictions/llama/1.0"
+    asked: dict[str, Any] = {"model": "llama", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 20}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=token) as client:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks) == ANSWER
+        with pytest.raises(openai.BadRequestError):  # TorchServe's own status
+            client.with_options(api_key="wrong").models.list()
+    with anthropic.Anthropic(base_url=url, auth_token=token) as client:
+        assert client.messages.create(**asked).content[0].text == ANSWER
 
 
 def test_a_question_is_answered_once_the_token_is_entered(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -94,6 +96,54 @@ def test_completions_follow_vllm_s_fields(client: Any) -> None:
     assert len(done.choices[0].text) == 9
 
 
+REGEX = "[0-9]{3}-[0-9]{4}"
+DIGITS = 'root ::= "No. " [0-9] [0-9]'
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"extra_body": {"structured_outputs": {"regex": REGEX}}}, REGEX),
+        ({"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, "yes|no"),
+        ({"extra_body": {"structured_outputs": {"grammar": DIGITS}}}, "No. [0-9]{2}"),
+        ({"extra_body": {"structured_outputs": {"json": {"enum": [1, 2]}}}}, "[12]"),
+        ({"extra_body": {"guided_json": {"enum": [1, 2]}}}, "[12]"),
+        ({"extra_body": {"grammar": DIGITS}}, "No. [0-9]{2}"),
+        ({"response_format": {"type": "json_object", "schema": {"enum": [1, 2]}}}, "[12]"),
+    ],
+    ids=str,
+)
+def test_chats_have_the_form_by_whatever_name_it_is_asked_for(
+    client: Any, fields: dict[str, Any], pattern: str
+) -> None:
+    whole = client.chat.completions.create(messages=QUESTION, seed=1, **SAMPLED, **fields)
+    stream = client.chat.completions.create(messages=QUESTION, seed=1, stream=True, **SAMPLED, **fields)
+    text = whole.choices[0].message.content
+    assert re.fullmatch(pattern, text), text
+    assert "".join(chunk.choices[0].delta.content for chunk in stream) == text
+
+
+def test_an_object_without_a_schema_is_an_object(client: Any) -> None:
+    """A small model may not come to its end."""
+    form = {"type": "json_object"}
+    done = client.chat.completions.create(messages=QUESTION, response_format=form, n=8, seed=1, **SAMPLED)
+    for choice in done.choices:
+        assert choice.message.content.lstrip().startswith("{")
+        assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+
+
+def test_the_other_dialects_have_the_form(client: Any, claude: Any) -> None:
+    form = {"format": {"type": "json_schema", "schema": PARAMETERS}}
+    whole = claude.messages.create(
+        model="llama", max_tokens=120, messages=QUESTION, extra_body={"output_config": form, "seed": 2}
+    )
+    jsonschema.validate(json.loads(whole.content[0].text), PARAMETERS)
+    named = {"format": {**form["format"], "name": "weather"}}
+    with client.responses.stream(model="llama", input="The weather in Paris?", text=named, temperature=1) as stream:
+        text = stream.get_final_response().output_text
+    jsonschema.validate(json.loads(text), PARAMETERS)
+
+
 def test_a_tool_is_called_and_its_result_goes_back(client: Any) -> None:
     first = client.chat.completions.create(
         messages=QUESTION, tools=[WEATHER, NOW], tool_choice="required", parallel_tool_calls=False, seed=3, **SAMPLED
@@ -132,6 +182,43 @@ def test_streamed_calls_are_those_of_the_whole_answer(client: Any) -> None:
     assert len(pieces) > 3, "the arguments arrive as they are generated"
 
 
+def test_parallel_calls_are_streamed_one_after_the_other(client: Any) -> None:
+    """As many as the model likes, which is more than one for some seed."""
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    fields = {**SAMPLED, "messages": QUESTION, "tools": [strict], "tool_choice": "required", "max_tokens": 150}
+    for seed in range(20):
+        (choice,) = client.chat.completions.create(**fields, seed=seed).choices
+        calls = choice.message.tool_calls
+        if choice.finish_reason == "tool_calls" and len(calls) > 1:
+            break
+    for call in calls:
+        jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+    assert len({call.id for call in calls}) == len(calls) > 1
+
+    async def streamed() -> Any:
+        async with (
+            openai.AsyncOpenAI(base_url=client.base_url, api_key="none", timeout=PATIENCE_S, max_retries=0) as made,
+            made.chat.completions.stream(**fields, seed=seed) as stream,
+        ):
+            return (await stream.get_final_completion()).choices[0]
+
+    choice = asyncio.run(streamed())
+    assert choice.finish_reason == "tool_calls"
+    assert [call.function.arguments for call in choice.message.tool_calls] == [
+        call.function.arguments for call in calls
+    ]
+
+
+def test_a_model_may_be_left_to_decide_or_be_kept_from_calling(client: Any) -> None:
+    fields = {**SAMPLED, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
+    plain = client.chat.completions.create(**fields)
+    kept = client.chat.completions.create(**fields, tools=[WEATHER], tool_choice="none")
+    assert kept.choices[0].message.content == plain.choices[0].message.content
+    assert kept.choices[0].message.tool_calls is None
+    (choice,) = client.chat.completions.create(**fields, tools=[WEATHER], tool_choice="auto").choices
+    assert choice.message.content or choice.message.tool_calls
+
+
 def test_responses_call_functions(client: Any) -> None:
     tool = {"type": "function", **WEATHER["function"]}
     response = client.responses.create(
@@ -140,6 +227,23 @@ def test_responses_call_functions(client: Any) -> None:
     (item,) = response.output
     assert (item.type, item.name) == ("function_call", "get_weather")
     jsonschema.validate(json.loads(item.arguments), PARAMETERS)
+    fields = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    with client.responses.stream(model="llama", input="The weather in Rome?", **fields) as stream:
+        kinds = {event.type for event in stream}
+        (streamed,) = stream.get_final_response().output
+    assert {"response.function_call_arguments.delta", "response.function_call_arguments.done"} <= kinds
+    jsonschema.validate(json.loads(streamed.arguments), PARAMETERS)
+    asked = {"role": "user", "content": "The weather in Rome?"}
+    result = {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+    again = client.responses.create(
+        model="llama",
+        input=[asked, item, result],
+        temperature=0,
+        max_output_tokens=10,
+        tools=[tool],
+        tool_choice="none",
+    )
+    assert again.output_text
 
 
 def test_claude_s_client_uses_a_tool(claude: Any) -> None:
@@ -152,6 +256,8 @@ def test_claude_s_client_uses_a_tool(claude: Any) -> None:
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     }
     message = claude.messages.create(**fields)
+    counted = claude.messages.count_tokens(model="llama", messages=QUESTION, tools=[tool])
+    assert counted.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
     assert message.stop_reason == "tool_use"
     (block,) = message.content
     jsonschema.validate(block.input, PARAMETERS)

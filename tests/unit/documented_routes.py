@@ -47,7 +47,12 @@ class Rule:
 
 _CONTRADICTS = "contradict each other"
 _BOTH = "both prescribe the answer's form"
-_FORMS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_FORMS = (
+    "structured_outputs",
+    *(f"guided_{name}" for name in ("json", "regex", "choice", "grammar")),
+    "json_schema",
+    "grammar",
+)
 ACROSS_FIELDS = (
     # the native route
     *(Rule("missing_field", name, "is missing; send a prompt, or a dialog") for name in ("prompt", "dialog")),
@@ -65,7 +70,7 @@ ACROSS_FIELDS = (
     Rule("conflicting_fields", "structured_outputs", "must have only one of"),
     *(
         Rule("invalid_value", name, "must be a JSON schema, or its text")
-        for name in ("guided_json", "structured_outputs.json")
+        for name in ("guided_json", "structured_outputs.json", "json_schema")
     ),
     # OpenAI's completion routes
     Rule("conflicting_fields", "stream_options", "needs stream=true"),
@@ -101,7 +106,7 @@ ACROSS_FIELDS = (
     Rule("unsupported_value", "add_special_tokens", "with prompt only"),
     *(
         Rule("conflicting_fields", name, "needs messages")
-        for name in ("tools", "add_generation_prompt", "continue_final_message")
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
     ),
 )
 
@@ -127,7 +132,7 @@ class _Prompts:
     tokenizer: Tokenizer = tiny("sentencepiece")
     max_seq_len = MAX_SEQ_LEN
 
-    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
         return [5, 6, 7]
 
 

@@ -550,7 +550,7 @@ class Prompts:
     tokenizer = TOKENIZER
     max_seq_len = 512
 
-    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
         assert request.dialog is not None
         return [0] * sum(len(message.content.split()) for message in request.dialog)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from llama_tp.bench import contenders
 from llama_tp.bench import engine as bench
 from llama_tp.bench.ceilings import Ceilings
+from llama_tp.bench.engine import CONTENDERS
 from llama_tp.bench.peers import transformers_model
+from llama_tp.bench.structured import endless_records
 from llama_tp.bench.subject import EngineOptions, choose_subject, kernels_of
 from llama_tp.bench.work import Work
 from llama_tp.cli.bench import engine as bench_engine
@@ -19,6 +22,7 @@ from llama_tp.engine.prompt_lookup import PromptLookup
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
+from llama_tp.text import load_tokenizer
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
 
@@ -36,7 +40,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "measure_ceilings", lambda _device, _dtype: Ceilings(1e9, 1e12, "float32"))
 
 
-@pytest.mark.parametrize("against", [None, "transformers", "deterministic", "no_prefix_cache", "no_speculation"])
+@pytest.mark.parametrize("against", [None, *CONTENDERS])
 def test_every_contender_has_a_row_for_each_batch_size(checkpoint, capsys, against):
     bench_engine(checkpoint, batch=(1, 2), prompt=24, prefix=16, new=3, runs=1, against=against, dtype="float32")
     *table, last = capsys.readouterr().out.splitlines()
@@ -206,10 +210,26 @@ def test_without_transformers_it_is_said_how_to_get_it_before_anything_is_loaded
         bench_engine(random_weights=True, model="llama2-7b", against="transformers")
 
 
+def test_structured_answers_are_the_beginning_of_a_list_of_records(checkpoint):
+    subject = choose_subject(checkpoint)
+    group = Group(SingleComm(), torch.device("cpu"), None)
+    engine = subject.load(EngineOptions(dtype="float32").config(max_seq_len=64, max_batch_size=2), group)
+    grammar = endless_records(checkpoint, subject.args.vocab_size)
+    timing = contenders.OurEngine(engine, "structured", grammar=grammar).run([[5, 6, 7], [8, 9, 10]], 32)
+    text = load_tokenizer(checkpoint).decode(timing.first_tokens)
+    assert re.match(r'\s*\[\s*\{\s*"id"\s*:\s*\d', text), text
+    assert (len(timing.first_tokens), timing.decoded) == (32, 62)
+
+
+def test_structured_answers_need_a_tokenizer():
+    with pytest.raises(ValueError, match="against=structured needs a tokenizer; give a converted checkpoint"):
+        bench_engine(random_weights=True, model="llama2-7b", against="structured")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"against": "vllm"}, "against='vllm' must be one of transformers, deterministic, no_prefix_cache"),
+        ({"against": "vllm"}, "against='vllm' must be one of transformers, structured, deterministic"),
         ({"batch": "a"}, "batch=a must be integers of at least 1"),
         ({"batch": (1, 0)}, "batch=1,0 must be integers of at least 1"),
         ({"runs": 0}, "runs=0 must be an integer of at least 1"),

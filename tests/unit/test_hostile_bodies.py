@@ -208,7 +208,7 @@ def _form(form: Any) -> Grammar | None:
     if kind in (None, "text"):
         return None
     named = form.get("json_schema") or {}
-    schema = {"type": "object"} if kind == "json_object" else form.get("schema", named.get("schema"))
+    schema = form["schema"] if form.get("schema") is not None else named.get("schema")
     return Grammar.json_schema({"type": "object"} if schema is None else schema)
 
 
@@ -243,6 +243,8 @@ GRAMMARS: dict[str, Callable[[Any], Grammar | None]] = {
     "guided_regex": _CONSTRAINTS["regex"],
     "guided_choice": _CONSTRAINTS["choice"],
     "guided_grammar": _CONSTRAINTS["grammar"],
+    "json_schema": _schema,
+    "grammar": _CONSTRAINTS["grammar"],
     "output_format": _form,
     "output_config": lambda value: _form(value.get("format")),
     "text": lambda value: _form(value.get("format")),
@@ -271,6 +273,7 @@ SAYS: dict[str, Meaning] = {
     "ignore_eos": (lambda request: request.ignore_eos, _same),
     "include_stop_str_in_output": (lambda request: request.keep_stop, _same),
     "skip_special_tokens": (lambda request: not request.special_text, _same),
+    "add_special_tokens": (lambda request: request.special_tokens, _same),
     "truncate_prompt_tokens": (lambda request: request.truncate_prompt_tokens, _same),
     "timeout_s": (lambda request: request.timeout_s, _same),
     "stream": (lambda request: request.stream, _same),

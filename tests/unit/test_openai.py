@@ -191,6 +191,7 @@ def test_vllm_s_extensions_have_their_effect() -> None:
         assert not parse(route, stream=True, stream_options={}).reply.continuous_usage
     variables = {"enable_thinking": False, "date": {"of": ["today"]}}
     assert parse(CHAT, chat_template_kwargs=variables).template_variables == variables
+    assert not parse(COMPLETIONS, add_special_tokens=False).special_tokens
 
 
 @pytest.mark.parametrize(
@@ -295,6 +296,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"include_stop_str_in_output": 1}, "invalid_type", "include_stop_str_in_output"),
     ({"skip_special_tokens": "no"}, "invalid_type", "skip_special_tokens"),
     ({"priority": 1}, "unsupported_value", "priority"),
+    ({"repeat_penalty": 1.1}, "unsupported_value", "repeat_penalty"),
+    ({"mirostat": 2}, "unsupported_value", "mirostat"),
+    ({"samplers": ["top_k"]}, "unsupported_value", "samplers"),
+    ({"timings_per_token": True}, "unsupported_value", "timings_per_token"),
+    ({"n_predict": 5}, "unknown_field", "n_predict"),
+    ({"vllm_xargs": {"a": 1}}, "unsupported_value", "vllm_xargs"),
+    ({"guided_whitespace_pattern": " "}, "unsupported_value", "guided_whitespace_pattern"),
     ({"bad_words": "x"}, "invalid_type", "bad_words"),
     ({"bad_words": ["x", ""]}, "invalid_value", "bad_words[1]"),
     ({"bad_words": ["x"] * 65}, "invalid_value", "bad_words"),
@@ -343,6 +351,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
     ({"audio": {"voice": "alloy"}}, "unsupported_value", "audio"),
     ({"reasoning_effort": "high"}, "unsupported_value", "reasoning_effort"),
+    ({"verbosity": "low"}, "unsupported_value", "verbosity"),
 ]
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HI}, "unknown_field", "messages"),
@@ -402,16 +411,54 @@ HARMLESS: dict[str, Any] = {
     "include_stop_str_in_output": False,
     "return_tokens_as_token_ids": False,
     "prompt_logprobs": None,
+    "request_id": "mine",
+    "vllm_xargs": {},
+    "guided_whitespace_pattern": None,
     "allowed_token_ids": None,
     "truncate_prompt_tokens": None,
     "priority": 0,
     "bad_words": [],
 }
+LLAMA_CPPS_OWN = {
+    "cache_prompt": True,
+    "id_slot": -1,
+    "n_keep": 0,
+    "n_probs": 0,
+    "min_keep": 0,
+    "typical_p": 1.0,
+    "mirostat": 0,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "dynatemp_range": 0,
+    "dynatemp_exponent": 1,
+    "xtc_probability": 0,
+    "xtc_threshold": 0.1,
+    "dry_multiplier": 0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "top_n_sigma": -1,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ["\n"],
+    "repeat_penalty": 1.0,
+    "repeat_last_n": -1,
+    "lora": [],
+    "timings_per_token": False,
+    "return_progress": False,
+    "return_tokens": False,
+    "post_sampling_probs": False,
+    "samplers": None,
+    "grammar": None,
+    "json_schema": None,
+}
+"""As its clients send them."""
 HARMLESS_IN_CHAT: dict[str, Any] = {
     "tools": [],
     "tool_choice": "none",
     "parallel_tool_calls": True,
     "modalities": ["text"],
+    "reasoning_effort": "none",
+    "verbosity": "medium",
+    "top_logprobs": 0,
     "prediction": {"type": "content", "content": "x"},
     "add_special_tokens": False,
     "chat_template_kwargs": {},
@@ -421,6 +468,7 @@ HARMLESS_IN_CHAT: dict[str, Any] = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_would_change_nothing_is_accepted(route: str) -> None:
     assert parse(route, **HARMLESS) == parse(route)
+    assert parse(route, **LLAMA_CPPS_OWN) == parse(route)
     assert parse(CHAT, **HARMLESS_IN_CHAT) == parse(CHAT)
     assert parse(COMPLETIONS, suffix="", add_special_tokens=True) == parse(COMPLETIONS)
     options = {"include_usage": False, "include_obfuscation": True}

@@ -261,8 +261,10 @@ def test_what_cannot_be_served_is_one_line_and_exit_code_1(run, started, checkpo
 def test_a_source_that_is_none_is_one_line(run, started, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    (tmp_path / "other.gguf").write_bytes(b"<!DOCTYPE html>")
     assert "there is no no/such/path; give a folder, a GGUF file, or a repository" in refusal(run, "no/such/path")[1]
-    assert "empty" in refusal(run, "empty")[1]
+    assert "empty holds no model: there are neither consolidated.*.pth" in refusal(run, "empty")[1]
+    assert "other.gguf is not a GGUF file" in refusal(run, "other.gguf")[1]
     assert "broken.gguf" in refusal(run, "broken.gguf")[1]
     assert not started
 

@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from llama_tp.checkpoint.load_progress import READ
 from llama_tp.torchserve import environment
 from llama_tp.torchserve.client import Client
 from llama_tp.torchserve.environment import frontend_environment, private_folder
@@ -558,6 +560,29 @@ def test_the_exit_code_of_health_tells_wrong_arguments_from_a_sick_server(argv):
     assert done.returncode == 2, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "asked"),
+    [([], 1, 1), (["--wait", "60"], 0, 3), (["--wait"], 0, 3), (["--wait", "0.01"], 1, None)],
+    ids=str,
+)
+def test_health_waits_for_a_server_as_long_as_it_is_told(argv, code, asked, monkeypatch, run):
+    """The third answer is good, if anybody asks for it in time."""
+    answers = iter(["Connection refused", "the ranks are loading", None])
+    given = []
+
+    def why_unhealthy(*_):
+        given.append(next(answers))
+        return given[-1]
+
+    monkeypatch.setattr("llama_tp.torchserve.server.why_unhealthy", why_unhealthy)
+    monkeypatch.setattr("llama_tp.cli.serve.sleep", lambda seconds: time.sleep(0.02))
+    found, out, err = run("health", *argv)
+    assert found == code
+    assert out == ("llama on port 8080 is healthy\n" if code == 0 else "")
+    assert ("not healthy: " in err) == (code == 1)
+    assert asked is None or len(given) == asked
+
+
 # --- progress
 
 
@@ -570,6 +595,9 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
         lines.write("2026 [INFO ] model_name: llama, batchSize: 8\n")
         lines.flush()
         progress.update()
+        progress.update()
+        lines.write(f"2026 [INFO ] {READ.format(percent=35)}\n")
+        lines.flush()
         progress.update()
         lines.write("loaded in 0.6 s: 2 ranks\n")
         lines.flush()
@@ -585,6 +613,7 @@ def test_what_the_ranks_are_doing_is_told_line_by_line_where_there_is_no_termina
     assert told == [
         "TorchServe is starting",
         "the ranks are loading the model",
+        "the ranks are loading the model: 35 %",
         "generating the first token",
         "the ranks are loading the model again, after 1 exited",
     ]

@@ -1267,6 +1267,14 @@ def test_a_truncated_prompt_is_its_end(service, tokenizer, prompt):
     assert answer["usage"]["prompt_tokens"] == 3
 
 
+def test_a_prompt_may_be_read_without_a_beginning_of_its_own(service, tokenizer):
+    """As by vLLM: BOS is in a text that another program has rendered."""
+    body = {"prompt": PROMPT, "max_tokens": 1, "return_token_ids": True}
+    for adds, bos in ((True, True), (False, False)):
+        _, answer = ask(service, COMPLETIONS, **body, add_special_tokens=adds)
+        assert answer["choices"][0]["prompt_token_ids"] == tokenizer.encode(PROMPT, bos=bos)
+
+
 def test_a_dialog_may_be_sent_without_a_place_for_an_answer(service, tokenizer):
     messages = [*DIALOG, {"role": "assistant", "content": "In the sea"}]
     body = {"messages": messages, "add_generation_prompt": False, "max_tokens": 0, "prompt_logprobs": 0}

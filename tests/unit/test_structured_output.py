@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import threading
 
 import jsonschema
 import pytest
@@ -88,6 +89,10 @@ def test_every_answer_that_ends_with_stop_is_valid_under_its_schema(name, servic
         ("v1/completions", {"guided_choice": [" a", " b"], "max_tokens": 20}, " a| b"),
         ("v1/completions", {"guided_json": {"const": 7}, "max_tokens": 20}, "7"),
         ("v1/completions", {"guided_grammar": 'start: "q"', "max_tokens": 20}, "q"),
+        (CHAT, {"response_format": {"type": "json_object", "schema": {"enum": [1, 2]}}}, "1|2"),
+        (CHAT, {"response_format": {"type": "json_schema", "schema": {"const": 5}}}, "5"),
+        (CHAT, {"json_schema": {"const": 8}}, "8"),
+        (CHAT, {"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
         ("", {"structured_outputs": {"choice": [" sits", " runs"]}}, " sits| runs"),
         ("", {"response_format": schema_format({"const": True})}, "true"),
     ],
@@ -101,7 +106,7 @@ def test_each_way_to_prescribe_the_form_of_an_answer(route, fields, pattern, ser
     if choice["finish_reason"] == "stop":
         assert re.fullmatch(pattern, text, re.DOTALL)
     else:
-        assert "json_object" in str(fields), "only an unbounded form may reach the limit"
+        assert pattern.startswith(r"\s*\{"), "only an unbounded form may reach the limit"
 
 
 def test_the_model_chooses_among_what_the_grammar_allows(service):
@@ -161,6 +166,15 @@ def test_an_answer_cut_by_max_tokens_ends_with_length(service):
         ({"response_format": {"type": "json_schema"}}, "invalid_type", "response_format"),
         ({"response_format": {"type": "text", "json_schema": {}}}, "conflicting_fields", "response_format.json_schema"),
         ({"response_format": {"type": "text", "x": 1}}, "unknown_field", "response_format.x"),
+        ({"response_format": {"type": "text", "schema": {}}}, "conflicting_fields", "response_format.schema"),
+        (
+            {"response_format": {**schema_format({}), "schema": {}}},
+            "conflicting_fields",
+            "response_format.schema",
+        ),
+        ({"response_format": {"type": "json_object", "schema": 1}}, "invalid_type", "response_format.schema"),
+        ({"grammar": ""}, "invalid_value", "grammar"),
+        ({"grammar": 'root ::= "a"', "json_schema": {}}, "conflicting_fields", "grammar"),
         ({"response_format": schema_format(3)}, "invalid_type", "response_format.json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"nam": "a"}}},
@@ -176,6 +190,17 @@ def test_an_answer_cut_by_max_tokens_ends_with_length(service):
         ({"structured_outputs": {"json": 3}}, "invalid_type", "structured_outputs.json"),
         ({"structured_outputs": {"json_object": 1}}, "invalid_type", "structured_outputs.json_object"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "conflicting_fields", "structured_outputs"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " "}},
+            "unsupported_value",
+            "structured_outputs.whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "unsupported_value",
+            "structured_outputs.disable_any_whitespace",
+        ),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "unsupported_value", "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "(a"}}, "invalid_grammar", "structured_outputs"),
         ({"guided_regex": ""}, "invalid_value", "guided_regex"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "conflicting_fields", "guided_regex"),
@@ -188,9 +213,10 @@ def test_a_form_that_cannot_be_followed_is_refused_by_name(fields, code, param, 
 
 
 def test_fields_that_ask_for_nothing_are_accepted(service):
-    status, body = ask(
-        service, response_format={"type": "text"}, structured_outputs={"json_object": False}, max_tokens=2
-    )
+    """vLLM's own client sends all of its fields."""
+    nothing = {"json_object": False, "disable_any_whitespace": False, "disable_additional_properties": False}
+    nothing |= dict.fromkeys(("json", "regex", "whitespace_pattern", "structural_tag"))
+    status, body = ask(service, response_format={"type": "text"}, structured_outputs=nothing, max_tokens=2)
     assert status == 200, body
 
 
@@ -241,6 +267,36 @@ def test_a_request_that_rules_out_all_tokens_ends_as_the_users_error(more, gramm
     while engine.num_requests:
         engine.step()
     assert engine.sampler.is_idle
+
+
+def test_masks_are_computed_while_the_model_computes():
+    """Each meets a step of the model: neither is ever done before the other has begun."""
+    meeting = threading.Barrier(2)
+
+    class Meeting(AnyText):
+        def start(self):
+            return Meeting()
+
+        def fill_mask(self, address, num_bytes):
+            super().fill_mask(address, num_bytes)
+            meeting.wait(5)
+
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
+    engine = engine_of(random_model(args, seed=3), max_seq_len=64)
+    execute = engine.runner.execute
+    num_met = 0
+
+    def meet(*args):
+        nonlocal num_met
+        meeting.wait(5)
+        num_met += 1
+        return execute(*args)
+
+    engine.runner.execute = meet
+    engine.add(Request("one", (1, 2, 3), SamplingParams(max_new_tokens=6, temperature=0), Meeting()))
+    events = [event for _ in range(6) for event in engine.step()]
+    meeting.abort()
+    assert ([event.error for event in events], num_met) == ([None] * 6, 6)
 
 
 def test_a_grammar_that_becomes_too_complex_ends_its_own_output_only():

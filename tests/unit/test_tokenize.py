@@ -17,7 +17,7 @@ from llama_tp.serving.generation import RequestDefaults
 from llama_tp.serving.reply_size import MAX_ANSWER_BYTES
 from llama_tp.text.chat import chat_format
 from llama_tp.text.dialog import Message
-from tests.unit.text_fixtures import KINDS, texts, tiny
+from tests.unit.text_fixtures import KINDS, texts, tiny, tokenizer_with_template
 
 DEFAULTS = RequestDefaults(
     mode="chat", max_new_tokens=100, seed=None, sampling={knob.name: knob.default for knob in KNOBS}
@@ -71,6 +71,19 @@ def test_a_chat_has_the_tokens_of_its_prompt() -> None:
     continued = ask(TOKENIZE, messages=begun, continue_final_message=True, add_generation_prompt=False)
     assert continued["tokens"][: len(expected)] == expected
     assert continued["count"] == ask(COUNT, messages=begun)["input_tokens"] > len(expected)
+
+
+def test_a_chat_is_counted_with_the_variables_of_its_template() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinks %} and think{% endif %}"
+    tokenizer = tokenizer_with_template(template, "tokenizer.json")
+    reader = Admission(tokenizer, chat_format("jinja", tokenizer), Limits(512, MAX_SEQ_LEN, 8), longest_token=64)
+
+    def tokens(**fields: Any) -> list[int]:
+        body = json.dumps({"messages": HI, **fields}).encode()
+        return json.loads(QUERIES[TOKENIZE].answer(body, reader))["tokens"]
+
+    assert tokens() == tokenizer.encode("Where is the fox?")
+    assert tokens(chat_template_kwargs={"thinks": True}) == tokenizer.encode("Where is the fox? and think")
 
 
 def test_the_texts_of_the_tokens_are_returned_on_request() -> None:
@@ -129,6 +142,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
         "tools",
     ),
     (TOKENIZE, {"prompt": "a", "continue_final_message": True}, "conflicting_fields", "continue_final_message"),
+    (TOKENIZE, {"prompt": "a", "chat_template_kwargs": {"b": 1}}, "conflicting_fields", "chat_template_kwargs"),
+    (TOKENIZE, {"messages": HI, "chat_template_kwargs": 1}, "invalid_type", "chat_template_kwargs"),
     (TOKENIZE, {"prompt": "a", "add_special_tokens": 1}, "invalid_type", "add_special_tokens"),
     (TOKENIZE, {"prompt": "a", "temperature": 1}, "unknown_field", "temperature"),
     (TOKENIZE, {"messages": []}, "empty_messages", "messages"),

@@ -43,8 +43,11 @@ class FairscaleReader:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder: it should hold Meta's params.json and consolidated.*.pth")
         is_there = (self.folder / PARAMS).exists() or any(self.folder.glob("consolidated.*.pth"))
-        if not is_there and (found := describe_model_folder(self.folder)):
-            raise ValueError(f"{self.folder} has no params.json: it {found}")
+        if not is_there:
+            if found := describe_model_folder(self.folder):
+                raise ValueError(f"{self.folder} has no params.json: it {found}")
+            forms = "consolidated.*.pth with params.json, *.safetensors with config.json, nor a GGUF file"
+            raise ValueError(f"{self.folder} holds no model: there are neither {forms}")
         check_link(self.folder, self.folder / PARAMS)
         check_original(self.folder / PARAMS)
         args = read_params(self.folder / PARAMS)

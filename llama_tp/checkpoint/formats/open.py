@@ -43,6 +43,8 @@ def open_checkpoint(
         _refuse_shards(model_parallel_size, f"{path} holds a Hugging Face model")
         reader = HuggingFaceReader(path, dequantized)
         return reader if keep_quantized else dense(reader, dequantized)
+    if path.is_file():
+        raise ValueError(f"{path} is not a GGUF file; give one, or the folder with a model's weights")
     return FairscaleReader(path, model_parallel_size)
 
 

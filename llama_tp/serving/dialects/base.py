@@ -74,9 +74,9 @@ class Prompts(Protocol):
     @property
     def max_seq_len(self) -> int: ...
 
-    def prompt_ids(self, request: GenerationRequest, *, special_tokens: bool = True) -> list[int]:
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """Ids of a request's prompt, however long. ApiError if it certainly exceeds the context, or if the model cannot
-        read it. `special_tokens`: whether a text begins with BOS where the vocabulary wants it."""
+        read it."""
         ...
 
 

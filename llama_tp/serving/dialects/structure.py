@@ -1,4 +1,4 @@
-"""The fields that prescribe the form of an answer: OpenAI's response_format and vLLM's structured_outputs.
+"""The fields that prescribe the form of an answer: OpenAI's response_format, vLLM's structured_outputs, llama.cpp's.
 
 {"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": {"type": "object", ...}}}}
 {"structured_outputs": {"choice": ["yes", "no"]}}
@@ -34,16 +34,35 @@ def _object(value: object, known: Collection[str]) -> Mapping[str, Any]:
 
 
 def _response_format(value: object) -> Grammar | None:
-    fields = _object(value, ("type", "json_schema"))
+    fields = _object(value, ("type", "json_schema", "schema"))
     kind = fields.get("type")
     if kind not in ("text", "json_object", "json_schema"):
         code = "invalid_value" if isinstance(kind, str) else "invalid_type"
         raise _wrong(code, 'must have "text", "json_object" or "json_schema" as its type')
+    if "schema" in fields:  # llama.cpp's place for it
+        if kind == "text" or "json_schema" in fields:
+            problem = 'belongs to the types "json_object" and "json_schema", without a json_schema beside it'
+            raise _wrong("conflicting_fields", problem, "schema")
+        return _at("schema", _schema_object, fields["schema"])
     if kind == "json_schema":
         return _named_schema(fields.get("json_schema"))
     if "json_schema" in fields:
         raise _wrong("conflicting_fields", 'belongs to the type "json_schema"', "json_schema")
     return None if kind == "text" else Grammar.json_object()
+
+
+def _schema_object(value: object) -> Grammar:
+    if not isinstance(value, (dict, bool)):
+        raise PydanticCustomError("invalid_type", "must be a JSON schema")
+    return Grammar.json_schema(value)
+
+
+def _at(name: str, read: Callable[[object], Grammar | None], value: object) -> Grammar | None:
+    """What `read` makes of the part of a field that has this name."""
+    try:
+        return read(value)
+    except PydanticCustomError as error:
+        raise _wrong(error.type, error.message(), name) from None
 
 
 def _named_schema(value: object) -> Grammar:
@@ -111,22 +130,34 @@ _KINDS: dict[str, Callable[[object], Grammar | None]] = {
 }
 _SETTINGS = ("disable_fallback", "backend")
 """Which library vLLM uses, and what it does if that fails: without effect on a valid answer."""
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+}
+"""vLLM's other fields, and the values besides null that ask for nothing."""
 
 
 def _structured_outputs(value: object) -> Grammar | None:
-    fields = _object(value, (*_KINDS, *_SETTINGS))
+    fields = _object(value, (*_KINDS, *_SETTINGS, *_UNSUPPORTED))
     grammars = []
     for name, item in fields.items():
         if name in _SETTINGS:
             continue
-        try:
-            grammars.append(_KINDS[name](item))
-        except PydanticCustomError as error:
-            raise _wrong(error.type, error.message(), name) from None
+        if name in _UNSUPPORTED:
+            _ask_for_nothing(name, item)
+            continue
+        grammars.append(_at(name, _KINDS[name], item))
     given = [grammar for grammar in grammars if grammar is not None]
     if len(given) > 1:
         raise _wrong("conflicting_fields", f"must have only one of {', '.join(_KINDS)}")
     return given[0] if given else None
+
+
+def _ask_for_nothing(name: str, item: object) -> None:
+    if not any(item is harmless for harmless in _UNSUPPORTED[name]):
+        raise _wrong("unsupported_value", "is not supported; leave it out", name)
 
 
 def _closed(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
@@ -151,13 +182,20 @@ _NAMED_SCHEMA = _closed(
         "strict": {"type": ["boolean", "null"]},
     }
 )
+_SCHEMA = {"type": ["object", "boolean"]}
+_NULL = {"type": "null"}
 _FORMATS = {
     "anyOf": [
-        _closed({"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}, "type"),
-        _closed({"type": {"const": "json_schema"}, "json_schema": _NAMED_SCHEMA}, "type", "json_schema"),
+        _closed({"type": {"enum": ["text", "json_object"]}, "json_schema": _NULL, "schema": _NULL}, "type"),
+        _closed(
+            {"type": {"const": "json_schema"}, "json_schema": _NAMED_SCHEMA, "schema": _NULL}, "type", "json_schema"
+        ),
+        _closed(
+            {"type": {"enum": ["json_object", "json_schema"]}, "json_schema": _NULL, "schema": _SCHEMA},
+            *("type", "schema"),
+        ),
     ]
 }
-_SCHEMA = {"type": ["object", "boolean"]}
 _SCHEMA_OR_TEXT = {
     "anyOf": [_SCHEMA, {"type": "string", "contentMediaType": "application/json", "contentSchema": _SCHEMA}]
 }
@@ -171,6 +209,7 @@ _CONSTRAINTS = _closed(
         "grammar": _or_null(_SOME_TEXT),
         "json_object": {"type": ["boolean", "null"]},
         **{name: {} for name in _SETTINGS},
+        **{name: {"enum": [*harmless, None]} for name, harmless in _UNSUPPORTED.items()},
     }
 )
 
@@ -187,6 +226,9 @@ FIELDS: dict[str, Any] = {
     "guided_regex": _field(_text(Grammar.regex), _SOME_TEXT, "A regular expression that matches the whole answer."),
     "guided_choice": _field(_choice, _CHOICES, "The texts of which the answer is one."),
     "guided_grammar": _field(_text(Grammar.of_notation), _SOME_TEXT, "The answer's grammar, in Lark or GBNF."),
+    # llama.cpp's names
+    "json_schema": _field(_schema, _SCHEMA_OR_TEXT, "A JSON schema, or its text, that the answer must match."),
+    "grammar": _field(_text(Grammar.of_notation), _SOME_TEXT, "The answer's grammar, in Lark or GBNF."),
 }
 """Name and type of the fields; parsed, each is a `Grammar` or None."""
 

@@ -183,6 +183,7 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "prompt": 'send it as messages, as in {"messages": [{"role": "user", "content": "Hi"}]}',
         "dialog": "send it as messages",
+        "n_predict": "did you mean max_tokens?",
         "max_new_tokens": "did you mean max_completion_tokens?",
         "min_new_tokens": "did you mean min_tokens?",
     }
@@ -215,7 +216,7 @@ def _check_pairs(given: Given) -> None:
     if newer is not None and older is not None and newer != older:
         message = f"max_tokens={older} contradicts max_completion_tokens={newer}; send one of them"
         raise ApiError(400, "conflicting_fields", message, "max_tokens")
-    if "top_logprobs" in given and not given.get("logprobs"):
+    if given.get("top_logprobs") and not given.get("logprobs"):
         message = f"top_logprobs={given['top_logprobs']} needs logprobs=true, which is not given"
         raise ApiError(400, "conflicting_fields", message, "top_logprobs")
     check_continuation(given)

@@ -52,7 +52,12 @@ class CompletionsDialect:
         given = given_in(self._route.validate(_Body, body))
         names = _NAMES if "prompt_logprobs" in given else _ECHO_NAMES
         return self._route.request(
-            given, names, logprobs=given.get("logprobs"), echo=given.get("echo", False), prompts=given["prompt"]
+            given,
+            names,
+            logprobs=given.get("logprobs"),
+            echo=given.get("echo", False),
+            prompts=given["prompt"],
+            special_tokens=given.get("add_special_tokens", True),
         )
 
     def replies(self, accepted: Accepted, tokenizer: Tokenizer, longest_token: int) -> CompletionReplies:
@@ -96,6 +101,7 @@ _PROMPTS = {"anyOf": [*TEXT_OR_IDS["anyOf"], _SEVERAL]}
 class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
     hints: ClassVar[Mapping[str, str]] = {
         "messages": "it is a field of v1/chat/completions; here, send the text as prompt",
+        "n_predict": "did you mean max_tokens?",
         "max_new_tokens": "did you mean max_tokens?",
         "max_completion_tokens": "did you mean max_tokens?",
         "min_new_tokens": "did you mean min_tokens?",
@@ -103,6 +109,8 @@ class _Fields(SharedFields):  # type: ignore[valid-type,misc]  # it is a class
 
     prompt: Annotated[Any, AfterValidator(_prompts), WithJsonSchema(_PROMPTS)]
     """Text to continue, or its token ids; or a list of these, each of which is continued."""
+    add_special_tokens: bool = True
+    """Whether a text begins with BOS, if the model's prompts do."""
     echo: bool = False
     """Begin the answer with the prompt's text."""
     logprobs: TopLogprobs = ABSENT

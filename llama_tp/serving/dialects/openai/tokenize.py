@@ -29,7 +29,7 @@ from llama_tp.serving.strict_model import StrictModel
 from llama_tp.text.detokenizer import bytes_with_specials
 from llama_tp.text.tokenizer import Tokenizer
 
-_OF_CHATS = ("tools", "add_generation_prompt", "continue_final_message")
+_OF_CHATS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _NAMES = FieldNames(dialog="messages")
 _OF_TOKENS = FieldNames(prompt="tokens")
 
@@ -51,8 +51,9 @@ class TokenizeRequest(StrictModel):
     """Whether a chat's prompt ends with the beginning of an answer."""
     continue_final_message: bool = False
     """Whether a chat's last message, which is the assistant's, is left open."""
+    chat_template_kwargs: dict[str, Any] = ABSENT
+    """Further variables of the chat template."""
     chat_template: only() = ABSENT  # type: ignore[valid-type]
-    chat_template_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
     mm_processor_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
     media_io_kwargs: only({}) = ABSENT  # type: ignore[valid-type]
 
@@ -80,7 +81,7 @@ class TokenizeQuery:
     def answer(self, body: object, prompts: Prompts) -> bytes:
         given = given_in(self._route.validate(TokenizeRequest, body))
         request = _request(given)
-        ids = prompts.prompt_ids(request, special_tokens=given.get("add_special_tokens", True))
+        ids = prompts.prompt_ids(request)
         strings = _texts(prompts.tokenizer, ids) if given.get("return_token_strs") else None
         answer = {"count": len(ids), "max_model_len": prompts.max_seq_len, "tokens": ids, "token_strs": strings}
         encoded = to_json(answer) + b"\n"
@@ -122,6 +123,8 @@ def _request(given: Given) -> GenerationRequest:
         continue_final_message=given.get("continue_final_message", False),
         add_generation_prompt=given.get("add_generation_prompt", True),
         tools=given.get("tools", ()),
+        template_variables=given.get("chat_template_kwargs", {}),
+        special_tokens=given.get("add_special_tokens", True),
         sampling=SamplingParams(),
         names=_NAMES,
     )
