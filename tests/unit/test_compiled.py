@@ -17,6 +17,7 @@ from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.cpu.linear import KernelLinear, WidenedLinear
 from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
+from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from tests.tiny_model import MODELS, UNEVEN, VARIANTS, compiled_runner_of, kernels, random_model, runner_of
 
@@ -85,16 +86,43 @@ def plan_tokens(plan):
     return sum(len(chunk.tokens) for chunk in plan.chunks)
 
 
+def assert_as_close_to_float32_as_eager(model, config, plans):
+    """In bfloat16."""
+    exact = logits_of(runner_of(model, config), plans)
+    error = {}
+    for make in (runner_of, compiled_runner_of):
+        logits = logits_of(make(model, config, dtype=torch.bfloat16), plans)
+        error[make] = torch.cat([(one - two).abs().flatten() for one, two in zip(logits, exact, strict=True)]).mean()
+    assert error[compiled_runner_of] < 1.1 * error[runner_of]
+
+
 @pytest.mark.parametrize("name", ["gqa", "biases everywhere", "head norms, wide heads"])
 def test_in_bfloat16_logits_are_as_close_to_float32_as_eager_pytorchs(name):
     model = random_model(ALL[name])
-    plans = plans_for(model.args)
-    exact = logits_of(runner_of(model, CONFIG), plans)
-    error = {}
-    for make in (runner_of, compiled_runner_of):
-        logits = logits_of(make(model, CONFIG, dtype=torch.bfloat16), plans)
-        error[make] = torch.cat([(one - two).abs().flatten() for one, two in zip(logits, exact, strict=True)]).mean()
-    assert error[compiled_runner_of] < 1.1 * error[runner_of]
+    assert_as_close_to_float32_as_eager(model, CONFIG, plans_for(model.args))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 96, 160])
+def test_in_bfloat16_long_prompts_are_as_close_to_float32_as_eager_pytorchs(head_dim):
+    """Their attention is computed in tiles, if heads have a multiple of 32 numbers."""
+    config = EngineConfig(max_seq_len=1200, max_batch_size=3, max_batched_tokens=1024, page_size=16)
+    model = random_model(
+        ModelArgs(
+            dim=96, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=128, multiple_of=32, attention_head_dim=head_dim
+        )
+    )
+    with torch.no_grad():  # attention that prefers some keys, and matters
+        for layer in model.layers:
+            layer.attention.wq.weight *= 4
+            layer.attention.wo.weight *= 4
+    sequences = Sequences(config, model.args.vocab_size)
+    plans = [
+        sequences.step(70, 0, 5),
+        sequences.step(13, 500, 0),
+        sequences.step(1, 531, 3),  # crosses the 512th and the 1024th key
+        sequences.step(300, 20, 1),
+    ]
+    assert_as_close_to_float32_as_eager(model, config, plans)
 
 
 def test_only_steps_of_many_tokens_run_layer_by_layer(monkeypatch):

@@ -73,23 +73,31 @@ inline void pack_rows(const Linear& linear, int64_t row, int64_t end, BatchScrat
     }
 }
 
+// sums[v][t] = products of vector v of the packed numbers with x[t], for pairs of columns; `stride` numbers from one
+// pair to the next.
+template <int V, int T>
+inline __attribute__((always_inline)) void pair_tile(const uint16_t* packed, int64_t stride, int pairs,
+                                                     const uint16_t* const (&x)[T], vf (&sums)[V][T]) {
+    LLAMA_TP_UNROLL for (int v = 0; v < V; ++v) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) sums[v][t] = vf{};
+    for (int pair = 0; pair < pairs; ++pair, packed += stride) {
+        __m512bh w[V];
+        LLAMA_TP_UNROLL for (int v = 0; v < V; ++v) w[v] = load<__m512bh>(packed + v * 2 * W);
+        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
+            const __m512bh of_token = (__m512bh)_mm512_set1_epi32(load<int32_t>(x[t] + 2 * pair));
+            LLAMA_TP_UNROLL for (int v = 0; v < V; ++v) sums[v][t] = _mm512_dpbf16_ps(sums[v][t], w[v], of_token);
+        }
+    }
+}
+
 // A block of rows for T tokens; x (T, columns), y (T, linear.rows).
 template <int T>
 inline void batch_tile(const Linear& linear, int64_t row, int64_t end, const uint16_t* packed, const uint16_t* x,
                        uint16_t* y) {
     const int columns = int(linear.columns);
-    vf acc[kVectors][T];
-    LLAMA_TP_UNROLL for (int v = 0; v < kVectors; ++v) LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) acc[v][t] = vf{};
     const uint16_t* of[T];
     LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) of[t] = x + int64_t(t) * columns;
-    for (int k = 0; k < columns; k += 2, packed += kBatchRows * 2) {
-        __m512bh w[kVectors];
-        LLAMA_TP_UNROLL for (int v = 0; v < kVectors; ++v) w[v] = load<__m512bh>(packed + v * 2 * W);
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(of[t] + k));
-            LLAMA_TP_UNROLL for (int v = 0; v < kVectors; ++v) acc[v][t] = _mm512_dpbf16_ps(acc[v][t], w[v], pair);
-        }
-    }
+    vf acc[kVectors][T];
+    pair_tile<kVectors, T>(packed, kBatchRows * 2, columns / 2, of, acc);
     LLAMA_TP_UNROLL for (int v = 0; v < kVectors; ++v) {
         const int64_t first = row + v * W;
         const int count = int(std::clamp<int64_t>(end - first, 0, W));

@@ -7,6 +7,7 @@
 
 #include "elementwise.h"
 #include "layer.h"
+#include "tiled.h"
 
 namespace llama_tp {
 
@@ -46,9 +47,12 @@ struct Step {
     uint8_t* is_finite;   // (T)
 };
 
-constexpr int kBlock = 16;  // tokens of a prompt that are computed together
-
 enum Phase { kQKV, kAttention, kWO, kW13, kW2, kPhases };
+
+// Whether attention of many tokens may round its weights to bfloat16, and does.
+inline bool has_tiled_attention(const Model& model) {
+    return kHasTiledAttention && model.is_bfloat16_cache && model.may_round && model.head_dim % (2 * W) == 0;
+}
 
 // One thread's memory.
 struct Scratch {
@@ -60,10 +64,12 @@ struct Scratch {
         queries.resize(int64_t(kQueries) * head);
         scores.resize(int64_t(kQueries) * kScoreStride);
         sums.resize(int64_t(2 * kQueries) * head);
+        if (has_tiled_attention(model)) tiles.resize(model.heads / model.kv_heads, model.head_dim);
     }
 
     Buffer<float> row, queries, scores, sums, weights;
     LayerScratch layer;
+    TileScratch tiles;
 };
 
 // Calls work with min(count, kQueries) as a constant.

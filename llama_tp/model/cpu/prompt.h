@@ -65,6 +65,21 @@ class PromptAttention : public Job {
     void attend_block(const int32_t* block, int kv_head, Scratch& scratch) {
         const Sequence& sequence = step_.sequences[block[0]];
         const int count = std::min(kBlock, sequence.num_tokens - block[1]);
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<C, BFloat16Cache>) {
+            if (has_tiled_attention(model_)) {
+                const uint16_t *keys = keys_ + kv_head * size_, *values = keys + model_.kv_heads * size_;
+                const int token = sequence.first_token + block[1], d = model_.head_dim;
+                TiledAttention attention(keys, values, step_.ranges + sequence.first_range, d, scratch.tiles);
+                return attention.attend(
+                    sequence.start + block[1], count, group_,
+                    [&](int index, int i) { return head(token + i, kv_head * group_ + index); },
+                    [&](int index, int i) {
+                        return out_ + (int64_t(token + i) * model_.heads + kv_head * group_ + index) * d;
+                    });
+            }
+        }
+#endif
         for (int i = 0; i < count * group_; i += kQueries) {
             up_to_queries(count * group_ - i, [&](auto size) {
                 constexpr int G = size();
