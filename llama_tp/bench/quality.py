@@ -32,8 +32,8 @@ from llama_tp.text.tokenizer import load_tokenizer
 
 TEXT = "quality.txt"
 WINDOW = 512
-_PIECE = 64
-"""Positions computed at a time: the float32 logits of a large vocabulary are megabytes for each."""
+MAX_STEP = 512
+"""Positions computed at a time, at most: the float32 logits of a large vocabulary are megabytes for each."""
 _PROMPTS, _PROMPT_TOKENS = 8, 64
 
 Windows = list[list[int]]
@@ -68,11 +68,13 @@ class Agreement:
 
 
 def bench_quality(
-    checkpoint: str, options: EngineOptions, *, against: str | None, new: int, plot: str | None = None
+    checkpoint: str, options: EngineOptions, *, against: str | None, new: int, step: int, plot: str | None = None
 ) -> None:
     """Implements `llama-tp bench quality`."""
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise ValueError(f"new={new!r} must be an integer of at least 1")
+    if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= MAX_STEP:
+        raise ValueError(f"step={step!r} must be an integer from 1 to {MAX_STEP}")
     config = options.config(
         max_seq_len=max(WINDOW, _PROMPT_TOKENS + new), max_batch_size=_PROMPTS, max_batched_tokens=WINDOW
     )
@@ -84,15 +86,15 @@ def bench_quality(
     if group.comm.size > 1:
         raise ValueError(f"bench quality runs on a single rank, not on {group.comm.size}; start it without torchrun")
     engines = [Subject(path, one, path).load(config, group) for path, one in zip(paths, args, strict=True)]
-    quality, agreement = measure(engines, windows, new)
+    quality, agreement = measure(engines, windows, new, step)
     _show(paths, engines[0], quality, agreement)
     group.comm.close()
-    finish("quality", _figures(paths, quality, agreement), plot)
+    finish("quality", {"step": step, **_figures(paths, quality, agreement)}, plot)
 
 
-def measure(engines: list[Engine], windows: Windows, new: int) -> tuple[Quality, Agreement | None]:
-    """engines: of the checkpoint, and of the second one if there is one."""
-    totals = _compare(engines, windows)
+def measure(engines: list[Engine], windows: Windows, new: int, step: int = 64) -> tuple[Quality, Agreement | None]:
+    """engines: of the checkpoint, and of the second one if there is one. step: tokens computed at a time."""
+    totals = _compare(engines, windows, step)
     tokens = sum(len(window) - 1 for window in windows)
     perplexities = [math.exp(total / tokens) for total in totals.negative_log_probs]
     quality = Quality(tokens, perplexities[0])
@@ -123,11 +125,11 @@ class _Totals:
     same_top_token: int = 0
 
 
-def _compare(engines: list[Engine], windows: Windows) -> _Totals:
+def _compare(engines: list[Engine], windows: Windows, step: int) -> _Totals:
     totals = _Totals([0.0] * len(engines))
     screen = Console(stderr=True)
     for window in track(windows, console=screen, transient=True, disable=not screen.is_terminal):
-        for pieces in zip(*(_log_probs(engine, window) for engine in engines), strict=True):
+        for pieces in zip(*(_log_probs(engine, window, step) for engine in engines), strict=True):
             targets = pieces[0].targets
             for index, piece in enumerate(pieces):
                 totals.negative_log_probs[index] -= piece.log_probs.gather(1, targets).sum(dtype=torch.float64).item()
@@ -149,14 +151,14 @@ class _Piece:
 
 
 @torch.inference_mode()
-def _log_probs(engine: Engine, window: list[int]) -> Iterator[_Piece]:
+def _log_probs(engine: Engine, window: list[int], step: int) -> Iterator[_Piece]:
     """Of all tokens of a window but the first. Uses a table row and pages of an engine that has no requests."""
     runner = engine.runner
     assert not engine.num_requests
     for page in range(-(-len(window) // runner.config.page_size)):
         runner.page_table[0].set(page, page)
-    for start in range(0, len(window) - 1, _PIECE):
-        tokens = window[start : min(start + _PIECE, len(window) - 1)]
+    for start in range(0, len(window) - 1, step):
+        tokens = window[start : min(start + step, len(window) - 1)]
         batch = runner.prepare([Chunk(0, start, tuple(tokens), num_logits=len(tokens))]).batch
         logits, is_finite = runner.model(batch, runner.cache)
         if not is_finite.all():

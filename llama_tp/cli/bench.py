@@ -284,6 +284,7 @@ def quality(
     checkpoint: str,
     against: str | None = None,
     new: int = 64,
+    step: int = 64,
     dtype: str = "auto",
     compile: bool | str = "auto",
     device: str = "auto",
@@ -300,6 +301,8 @@ def quality(
         against: the same model in another form, such as the one it was quantized from: adds the mean KL divergence from
             it, the share of positions with the same most probable token, and how long greedy outputs are the same
         new: tokens generated for each of 8 prompts; only with `against`
+        step: tokens of the text computed at a time, 1 to 512; few are computed as in decoding, where inputs of
+            quantized layers may be rounded in another way than for many
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether compiled kernels compute, which are waited for
         device: auto, cpu or cuda
@@ -312,4 +315,4 @@ def quality(
 
     check_plot(plot)
     options = EngineOptions(dtype=dtype, compile=compile, device=device, threads=threads)
-    bench_quality(checkpoint, options, against=against, new=new, plot=plot)
+    bench_quality(checkpoint, options, against=against, new=new, step=step, plot=plot)

@@ -46,6 +46,8 @@ def test_perplexity_is_that_of_transformers(name):
     assert quality.tokens == len(targets) == 464
     assert quality.perplexity == pytest.approx(expected, rel=1e-5)
     assert agreement is None
+    few, _ = bench.measure([engine_of(model, **LONG)], WINDOWS, new=4, step=3)
+    assert (few.tokens, few.perplexity) == (464, pytest.approx(expected, rel=1e-5))
 
 
 def test_agreement_is_that_of_transformers_distributions():
@@ -120,6 +122,8 @@ def test_a_model_that_computes_nan_is_refused():
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint):
     with pytest.raises(ValueError, match="new=0 must be an integer of at least 1"):
         bench_quality(checkpoint, new=0)
+    with pytest.raises(ValueError, match="step=513 must be an integer from 1 to 512"):
+        bench_quality(checkpoint, step=513)
     sizes = [ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=size) for size in (64, 65)]
     with pytest.raises(ValueError, match="a has vocab_size=64 and b has vocab_size=65: only checkpoints with the same"):
         bench._check_vocabulary(["a", "b"], sizes)
