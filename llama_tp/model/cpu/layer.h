@@ -44,10 +44,7 @@ class LayerScratch {
     // For layers of up to this many columns.
     void resize(int tokens, int64_t columns) {
         const int64_t stride = round_up(columns, kCodes);
-        values_.resize(tokens * stride);
-        halves_.resize(tokens * stride);
-        codes_.resize(tokens * stride);
-        scales_.resize(tokens * stride / 8);
+        inputs_.resize(tokens * stride * sizeof(float));
         sums_.resize(tokens * int64_t(round_up(stride / kGroup, W)));
         widened_.resize(kHalfRows * stride);
     }
@@ -59,10 +56,10 @@ class LayerScratch {
         in_.tokens = tokens;
         in_.stride = round_up(linear.columns, rounding_ == kToIntegers ? kCodes : 2 * W);
         in_.sum_stride = round_up(linear.columns / kGroup, W);
-        in_.values = values_.data();
-        in_.halves = halves_.data();
-        in_.codes = codes_.data();
-        in_.scales = scales_.data();
+        in_.values = (float*)inputs_.data();
+        in_.halves = (uint16_t*)inputs_.data();
+        in_.codes = inputs_.data();
+        in_.scales = (float*)(inputs_.data() + int64_t(tokens) * in_.stride);
         in_.sums = sums_.data();
         const auto fill = rounding_ == kNone ? fill_values : rounding_ == kToBFloat16 ? fill_halves : fill_codes;
         for (int token = 0; token < tokens; ++token) fill(in_, linear, token, read(token));
@@ -78,9 +75,9 @@ class LayerScratch {
     }
 
   private:
-    Buffer<float> values_, scales_, sums_;
-    Buffer<uint16_t> halves_, widened_;
-    Buffer<uint8_t> codes_;
+    Buffer<uint8_t> inputs_;  // values, halves, or codes and then their scales
+    Buffer<float> sums_;
+    Buffer<uint16_t> widened_;
     Input in_;
     Rounding rounding_ = kNone;
 };
