@@ -117,7 +117,9 @@ constexpr int kHalfRows = 4;
 
 inline void multiply_in_bfloat16(const Linear& linear, int64_t row, int64_t end, const Input& in, uint16_t* scratch,
                                  const Output& out) {
-    for (; row + kHalfRows <= end; row += kHalfRows) half_rows<kHalfRows>(linear, row, in, scratch, out);
+    if (in.tokens > kTile) {  // else memory is the limit, and read fastest as a single stream
+        for (; row + kHalfRows <= end; row += kHalfRows) half_rows<kHalfRows>(linear, row, in, scratch, out);
+    }
     for (; row < end; ++row) half_rows<1>(linear, row, in, scratch, out);
 }
 #else

@@ -184,9 +184,8 @@ inline __attribute__((always_inline)) void tile(const F& form, const Linear& lin
     finish<R, T>(linear, row, token, acc, out);
 }
 
-template <class F, int T>
+template <class F, int R, int T>
 inline void rows_of(const Linear& linear, int64_t row, int64_t end, const Input& in, int token, const Output& out) {
-    constexpr int R = W == 16 ? (T == 1 ? 8 : 4) : (T == 1 ? 4 : 2);
     const F form(linear);
     for (; row + R <= end; row += R) tile<F, R, T>(form, linear, row, in, token, out);
     for (; row < end; ++row) tile<F, 1, T>(form, linear, row, in, token, out);
@@ -195,15 +194,22 @@ inline void rows_of(const Linear& linear, int64_t row, int64_t end, const Input&
 template <class F>
 void multiply_form(const Linear& linear, int64_t row, int64_t end, const Input& in, const Output& out) {
     // Few enough rows at a time to find them in the cache again for the next tokens.
+    constexpr int kRows = W / 4;
     const int64_t step = in.tokens > kTile ? 8 : end - row;
     for (; row < end; row += step) {
         const int64_t stop = std::min(end, row + step);
         for (int token = 0; token < in.tokens; token += kTile) {
             switch (in.tokens - token) {
-                case 1: rows_of<F, 1>(linear, row, stop, in, token, out); break;
-                case 2: rows_of<F, 2>(linear, row, stop, in, token, out); break;
-                case 3: rows_of<F, 3>(linear, row, stop, in, token, out); break;
-                default: rows_of<F, 4>(linear, row, stop, in, token, out);
+                case 1:
+                    switch (rows_at_once(linear)) {
+                        case 1: rows_of<F, 1, 1>(linear, row, stop, in, token, out); break;
+                        case 2: rows_of<F, 2, 1>(linear, row, stop, in, token, out); break;
+                        default: rows_of<F, 4, 1>(linear, row, stop, in, token, out);
+                    }
+                    break;
+                case 2: rows_of<F, kRows, 2>(linear, row, stop, in, token, out); break;
+                case 3: rows_of<F, kRows, 3>(linear, row, stop, in, token, out); break;
+                default: rows_of<F, kRows, 4>(linear, row, stop, in, token, out);
             }
         }
     }

@@ -172,11 +172,16 @@ inline void code_rows(const Linear& linear, int64_t row, const Input& in, const 
 
 template <Form form>
 void multiply_codes_of(const Linear& linear, int64_t row, int64_t end, const Input& in, const Output& out) {
-    constexpr int kAlone = W / 2, kShared = W / 4;  // rows at a time, of one token and of several
+    constexpr int kRows = W / 4;  // at a time
     if (in.tokens == 1) {
-        for (; row + kAlone <= end; row += kAlone) code_tile<form, kAlone, 1>(linear, row, in, 0, out);
+        const int rows = rows_at_once(linear);
+        for (; rows == 4 && row + 4 <= end; row += 4) code_tile<form, 4, 1>(linear, row, in, 0, out);
+        for (; rows == 2 && row + 2 <= end; row += 2) code_tile<form, 2, 1>(linear, row, in, 0, out);
+    } else if (in.tokens <= kTile && rows_at_once(linear) < 4) {
+        for (; row + 2 <= end; row += 2) code_rows<form, 2>(linear, row, in, out);
+    } else {
+        for (; row + kRows <= end; row += kRows) code_rows<form, kRows>(linear, row, in, out);
     }
-    for (; row + kShared <= end; row += kShared) code_rows<form, kShared>(linear, row, in, out);
     for (; row < end; ++row) code_rows<form, 1>(linear, row, in, out);
 }
 

@@ -63,6 +63,13 @@ inline int64_t rows_ahead(const Linear& linear, int rows_at_once) {
     return std::max<int64_t>(rows_at_once, kBytesAhead / bytes_per_row(linear));
 }
 
+// Rows computed at a time for one token: memory is read fastest as a single stream, but adding up costs more for short
+// rows.
+inline int rows_at_once(const Linear& linear) {
+    const int64_t size = bytes_per_row(linear);
+    return size > 768 ? 1 : size > 384 ? 2 : 4;
+}
+
 // Scales and offsets of rows.
 inline void fetch_scales(const Linear& linear, int64_t row, int64_t rows) {
     const int64_t groups = linear.columns / kGroup;
