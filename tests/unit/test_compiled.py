@@ -296,6 +296,31 @@ def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape)
     assert torch.equal(layer.dense_weight().float(), dense(weight))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [1e-45, 1e-39, 1e-37, 1e30])
+def test_products_of_tiny_and_of_huge_inputs_are_finite(any_kernels, form, value):
+    """Products of quantized weights divide by the largest input of a group of columns."""
+    weight = weight_of(form, 13, 96)
+    for num_tokens in (1, 5):
+        x = torch.full((num_tokens, 96), value)
+        expected = x.double() @ dense(weight).double().t()
+        error = (any_kernels.multiply(weight, None, x, may_round=True) - expected).abs().max()
+        assert error < 0.05 * expected.abs().max() + 1e-35  # NaN is not less
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_product_is_not_finite_for_a_token_with_an_input_that_is_not(any_kernels, form, value):
+    weight = weight_of(form, 13, 96)
+    for num_tokens, column in product((1, 3, 9, 17), (0, 40, 95)):
+        x = torch.randn(num_tokens, 96)
+        clean = any_kernels.multiply(weight, None, x, may_round=True)
+        x[-1, column] = value
+        y = any_kernels.multiply(weight, None, x, may_round=True)
+        assert not y[-1].isfinite().any()
+        assert torch.equal(y[:-1], clean[:-1])
+
+
 class Float32Sums(SingleComm):
     """A group whose sums are float32, as those of SharedMemoryComm are, whatever is added up."""
 
