@@ -16,9 +16,13 @@ from llama_tp.model.cpu.attention import max_tokens
 from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.cpu.linear import KernelLinear, WidenedLinear
+from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
+from llama_tp.model.weights import STORED
 from llama_tp.model_args import ModelArgs
+from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.compiled import CompiledTransformer
 from tests.tiny_model import MODELS, UNEVEN, VARIANTS, compiled_runner_of, kernels, random_model, runner_of
 
 ALL = {**MODELS, **VARIANTS, **UNEVEN}
@@ -135,6 +139,18 @@ def test_only_steps_of_many_tokens_run_layer_by_layer(monkeypatch):
     assert not layered
     runner.execute(sequences.step(max_tokens(torch.float32) + 1))
     assert layered == [max_tokens(torch.float32) + 1]
+
+
+def test_a_model_of_more_layers_than_the_kernels_can_count_is_left_as_it_is():
+    model = random_model(ModelArgs(dim=32, n_layers=410, n_heads=1, n_kv_heads=1, vocab_size=32, multiple_of=32))
+    cache = KVCache(
+        n_layers=410, num_pages=2, page_size=4, num_kv_heads=1, head_dim=32, dtype=torch.bfloat16, device="cpu"
+    )
+    local = localize(model.bfloat16(), SingleComm(), layout=STORED)
+    layers = list(local.modules())
+    with pytest.raises(RuntimeError, match="too large"):
+        CompiledTransformer(local, cache, kernels(), max_seq_len=8, deterministic=False)
+    assert list(local.modules()) == layers
 
 
 def test_contexts_of_several_parts_are_merged():
