@@ -200,18 +200,25 @@ def test_the_number_of_threads_changes_nothing(num_threads):
         assert plan_tokens(plan) > max_tokens(torch.float32) or torch.equal(one, two)
 
 
-def test_a_sequence_with_non_finite_states_spoils_no_other():
-    model = random_model(MODELS["mha"])
+@pytest.mark.parametrize("num_tokens", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_sequence_with_non_finite_states_spoils_no_other(value, dtype, num_tokens):
+    model = random_model(VARIANTS["head norms, wide heads"])  # of 32 numbers: attention in tiles
     with torch.no_grad():
-        model.tok_embeddings.weight[7] = float("inf")
-    runner = compiled_runner_of(model, CONFIG)
-    bad = Chunk(0, 0, (7,), 1)
-    good = Chunk(1, 0, (1, 2, 3), 1)
-    (alone,) = logits_of(compiled_runner_of(model, CONFIG), [StepPlan(1, (good,), ((1, 0, 1),))])
-    (both,) = logits_of(runner, [StepPlan(1, (bad, good), ((0, 0, 0), (1, 0, 1)))])
-    assert both[0].isnan().any()
-    assert torch.equal(both[1], alone[0])
-    assert runner.cache.memory().isfinite().all()
+        model.tok_embeddings.weight[7] = value
+    runners = [compiled_runner_of(model, CONFIG, dtype=dtype) for _ in range(2)]
+    good = Chunk(1, 0, tuple(index % 7 for index in range(num_tokens)), 1)
+    updates = ((0, 0, 0), *((1, index, 1 + index) for index in range(18)))
+    (expected,), (found,) = (
+        logits_of(runner, [StepPlan(1, (Chunk(0, 0, (1, token, 2), 3), good), updates)])
+        for runner, token in zip(runners, (6, 7), strict=True)
+    )
+    assert torch.equal(found[[0, 3]], expected[[0, 3]])
+    assert not found[1].isfinite().any()
+    assert found[2, 0].isnan()  # it depends on the token before, which the first logit tells
+    assert found[2, 1:].isfinite().all()
+    assert all(runner.cache.memory().isfinite().all() for runner in runners)
 
 
 @pytest.mark.parametrize("name", ["mha", "tied"])

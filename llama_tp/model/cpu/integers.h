@@ -23,7 +23,7 @@ constexpr bool has_integer_product(Form form) {
 // The codes of two vectors of inputs, where the product reads them. `at` is their place in the block.
 template <bool is_int4>
 inline void store_codes(uint8_t* block, int at, vf a, vf b) {
-    if (is_int4) {
+    if constexpr (is_int4) {
         vf even, odd;
         split(a, b, even, odd);
         store_bytes(block + at / 2, even);
