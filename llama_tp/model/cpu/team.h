@@ -29,11 +29,8 @@ class Job {
 };
 
 class Team {
-  private:
-    static constexpr int kChunkBits = 21;
-
   public:
-    static constexpr int kMaxPhases = 2048;
+    static constexpr int kMaxPhases = 2048, kChunkBits = 21;
     static constexpr int64_t kMaxChunks = (1 << kChunkBits) - 1;  // of a phase
 
     explicit Team(int num_threads)
