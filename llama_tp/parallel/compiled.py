@@ -52,7 +52,7 @@ class CompiledTransformer(nn.Module):
     """Computes the steps that a KernelBackend has laid out with the kernels.
 
     Takes over the model, whose layers must hold their weights as stored, and the cache: the kernels read and write
-    their memory.
+    their memory. RuntimeError, which leaves the model as it is, if the kernels cannot compute it.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class CompiledTransformer(nn.Module):
     ) -> None:
         super().__init__()
         may_round = cache.dtype == torch.bfloat16 and not deterministic
-        _replace_linears(model, lambda layer: _for_many_tokens(layer, kernels, may_round))
         self.args = model.args
         self._model = model
         self._kernels = kernels
@@ -99,8 +98,9 @@ class CompiledTransformer(nn.Module):
         self._kept += [layers, kernels]
         self._context = kernels.library.create_model(struct)
         if self._context is None:
-            raise RuntimeError("there is not enough memory for the kernels' buffers")
+            raise RuntimeError("the model is too large for the kernels, or for the memory that is free")
         weakref.finalize(self, _destroy, kernels, self._context).atexit = False
+        _replace_linears(model, lambda layer: _for_many_tokens(layer, kernels, may_round))
 
     def forward(self, batch: Batch, cache: KVCache) -> Output:
         """As Transformer.forward."""

@@ -16,9 +16,13 @@ from llama_tp.model.cpu.attention import max_tokens
 from llama_tp.model.cpu.build import build_kernels
 from llama_tp.model.cpu.kernels import Kernels
 from llama_tp.model.cpu.linear import KernelLinear, WidenedLinear
+from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.quantization import QuantizedWeight, dequantize, quantize
+from llama_tp.model.weights import STORED
 from llama_tp.model_args import ModelArgs
+from llama_tp.parallel.apply import localize
 from llama_tp.parallel.comm import SingleComm
+from llama_tp.parallel.compiled import CompiledTransformer
 from tests.tiny_model import MODELS, UNEVEN, VARIANTS, compiled_runner_of, kernels, random_model, runner_of
 
 ALL = {**MODELS, **VARIANTS, **UNEVEN}
@@ -137,6 +141,18 @@ def test_only_steps_of_many_tokens_run_layer_by_layer(monkeypatch):
     assert layered == [max_tokens(torch.float32) + 1]
 
 
+def test_a_model_of_more_layers_than_the_kernels_can_count_is_left_as_it_is():
+    model = random_model(ModelArgs(dim=32, n_layers=410, n_heads=1, n_kv_heads=1, vocab_size=32, multiple_of=32))
+    cache = KVCache(
+        n_layers=410, num_pages=2, page_size=4, num_kv_heads=1, head_dim=32, dtype=torch.bfloat16, device="cpu"
+    )
+    local = localize(model.bfloat16(), SingleComm(), layout=STORED)
+    layers = list(local.modules())
+    with pytest.raises(RuntimeError, match="too large"):
+        CompiledTransformer(local, cache, kernels(), max_seq_len=8, deterministic=False)
+    assert list(local.modules()) == layers
+
+
 def test_contexts_of_several_parts_are_merged():
     """Attention is computed in parts of 512 keys."""
     config = EngineConfig(max_seq_len=2048, max_batch_size=2, max_batched_tokens=1024, page_size=16)
@@ -184,18 +200,25 @@ def test_the_number_of_threads_changes_nothing(num_threads):
         assert plan_tokens(plan) > max_tokens(torch.float32) or torch.equal(one, two)
 
 
-def test_a_sequence_with_non_finite_states_spoils_no_other():
-    model = random_model(MODELS["mha"])
+@pytest.mark.parametrize("num_tokens", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_sequence_with_non_finite_states_spoils_no_other(value, dtype, num_tokens):
+    model = random_model(VARIANTS["head norms, wide heads"])  # of 32 numbers: attention in tiles
     with torch.no_grad():
-        model.tok_embeddings.weight[7] = float("inf")
-    runner = compiled_runner_of(model, CONFIG)
-    bad = Chunk(0, 0, (7,), 1)
-    good = Chunk(1, 0, (1, 2, 3), 1)
-    (alone,) = logits_of(compiled_runner_of(model, CONFIG), [StepPlan(1, (good,), ((1, 0, 1),))])
-    (both,) = logits_of(runner, [StepPlan(1, (bad, good), ((0, 0, 0), (1, 0, 1)))])
-    assert both[0].isnan().any()
-    assert torch.equal(both[1], alone[0])
-    assert runner.cache.memory().isfinite().all()
+        model.tok_embeddings.weight[7] = value
+    runners = [compiled_runner_of(model, CONFIG, dtype=dtype) for _ in range(2)]
+    good = Chunk(1, 0, tuple(index % 7 for index in range(num_tokens)), 1)
+    updates = ((0, 0, 0), *((1, index, 1 + index) for index in range(18)))
+    (expected,), (found,) = (
+        logits_of(runner, [StepPlan(1, (Chunk(0, 0, (1, token, 2), 3), good), updates)])
+        for runner, token in zip(runners, (6, 7), strict=True)
+    )
+    assert torch.equal(found[[0, 3]], expected[[0, 3]])
+    assert not found[1].isfinite().any()
+    assert found[2, 0].isnan()  # it depends on the token before, which the first logit tells
+    assert found[2, 1:].isfinite().all()
+    assert all(runner.cache.memory().isfinite().all() for runner in runners)
 
 
 @pytest.mark.parametrize("name", ["mha", "tied"])
@@ -294,6 +317,31 @@ def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape)
         expected = x.float() @ dense(weight).bfloat16().float().t() + bias.float()
         torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.05 * shape[1] ** 0.5)
     assert torch.equal(layer.dense_weight().float(), dense(weight))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [1e-45, 1e-39, 1e-37, 1e30])
+def test_products_of_tiny_and_of_huge_inputs_are_finite(any_kernels, form, value):
+    """Products of quantized weights divide by the largest input of a group of columns."""
+    weight = weight_of(form, 13, 96)
+    for num_tokens in (1, 5):
+        x = torch.full((num_tokens, 96), value)
+        expected = x.double() @ dense(weight).double().t()
+        error = (any_kernels.multiply(weight, None, x, may_round=True) - expected).abs().max()
+        assert error < 0.05 * expected.abs().max() + 1e-35  # NaN is not less
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_product_is_not_finite_for_a_token_with_an_input_that_is_not(any_kernels, form, value):
+    weight = weight_of(form, 13, 96)
+    for num_tokens, column in product((1, 3, 9, 17), (0, 40, 95)):
+        x = torch.randn(num_tokens, 96)
+        clean = any_kernels.multiply(weight, None, x, may_round=True)
+        x[-1, column] = value
+        y = any_kernels.multiply(weight, None, x, may_round=True)
+        assert not y[-1].isfinite().any()
+        assert torch.equal(y[:-1], clean[:-1])
 
 
 class Float32Sums(SingleComm):

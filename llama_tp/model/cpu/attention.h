@@ -12,7 +12,6 @@
 namespace llama_tp {
 
 constexpr int kPart = 512;  // keys
-constexpr int kMaxHeadDim = 256;
 constexpr int kKeyBytesAhead = 4096;  // keys are fetched this far ahead
 
 struct SlotRange {
@@ -21,7 +20,7 @@ struct SlotRange {
 
 alignas(64) constexpr float kOnesThenZeros[2 * W] = {
     1, 1, 1, 1, 1, 1, 1, 1,
-#if defined(__AVX512F__)
+#if defined(LLAMA_TP_AVX512)
     1, 1, 1, 1, 1, 1, 1, 1,
 #endif
 };

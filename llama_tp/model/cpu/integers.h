@@ -14,6 +14,7 @@ namespace llama_tp {
 // Columns of a block: two vectors of weights, of int4 those with even and those with odd indices. A lane of both has
 // the same scale for its inputs.
 constexpr int kCodes = 8 * W;
+constexpr float kSmallestInput = 1e-36f;  // whose inverse, times 127, is finite
 
 constexpr bool has_integer_product(Form form) {
     return form == kInt4 || ((form == kInt8 || form == kInt8Groups) && kLargestByte == 255);
@@ -22,7 +23,7 @@ constexpr bool has_integer_product(Form form) {
 // The codes of two vectors of inputs, where the product reads them. `at` is their place in the block.
 template <bool is_int4>
 inline void store_codes(uint8_t* block, int at, vf a, vf b) {
-    if (is_int4) {
+    if constexpr (is_int4) {
         vf even, odd;
         split(a, b, even, odd);
         store_bytes(block + at / 2, even);
@@ -52,7 +53,8 @@ inline void fill_codes_of(Input& in, const Linear& linear, int token, const floa
                 for (int i = 0; i < kVectors; ++i) most = maximum(most, magnitude(load<vf>(from + i * W)));
             }
             const float largest_input = largest(most), scale = largest_input / 127.0f;
-            const float inverse = largest_input > 0.0f ? 127.0f / largest_input : 0.0f;
+            // Of tiny inputs the inverse would be infinite: they become 0.
+            const float inverse = largest_input > kSmallestInput ? 127.0f / largest_input : 0.0f;
             for (int group = first; group < kGroups; group += apart) {
                 vf total{};
                 for (int i = 0; i < kGroup; i += 2 * W) {

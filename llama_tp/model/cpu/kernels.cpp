@@ -41,7 +41,8 @@ void* llama_tp_create_team(int32_t threads) {
 
 void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
 
-// The team must outlive the model.
+// The team must outlive the model. Null if there is not enough memory, or if the model has more layers or a longer
+// context than a team can count.
 void* llama_tp_create_model(const llama_tp::Model* model) {
     return or_null([=] { return new llama_tp::Context(*model); });
 }

@@ -114,9 +114,7 @@ class Product : public Job {
 class BatchProduct : public Job {
   public:
     BatchProduct(const Linear& linear, const uint16_t* x, int tokens, uint16_t* y, int threads)
-        : linear_(linear), x_(x), tokens_(tokens), y_(y), scratch_(threads) {
-        for (BatchScratch& one : scratch_) one.resize(linear);
-    }
+        : linear_(linear), x_(x), tokens_(tokens), y_(y), scratch_(threads) {}
 
     int num_chunks(int) const override { return int((linear_.rows + kBatchRows - 1) / kBatchRows); }
 
@@ -128,7 +126,8 @@ class BatchProduct : public Job {
         fetch_scales(linear_, row, end - row);
     }
 
-    void compute(int, int chunk, int thread, bool) override {
+    void compute(int, int chunk, int thread, bool is_first) override {
+        if (is_first) scratch_[thread].resize(linear_);  // each thread its own, all at the same time
         int64_t row, end;
         rows_of(chunk, row, end);
         multiply_batch(linear_, row, end, x_, tokens_, scratch_[thread], y_);

@@ -48,6 +48,7 @@ struct Step {
 };
 
 enum Phase { kQKV, kAttention, kWO, kW13, kW2, kPhases };
+constexpr int kOutputPhases = 2;  // behind those of the layers
 
 // Whether attention of many tokens may round its weights to bfloat16, and does.
 inline bool has_tiled_attention(const Model& model) {

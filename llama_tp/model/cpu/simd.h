@@ -21,6 +21,7 @@
 namespace llama_tp {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define LLAMA_TP_AVX512
 constexpr int W = 16;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr int W = 8;
@@ -45,7 +46,7 @@ inline void store(T* to, V v) {
     std::memcpy(to, &v, sizeof(V));
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if defined(LLAMA_TP_AVX512)
 inline vf splat(float value) { return _mm512_set1_ps(value); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 // The first numbers of a vector, then zeros.
@@ -175,23 +176,23 @@ inline float largest(vf v) {
 #endif
 
 // sum + u s of four pairs of bytes for each lane; u unsigned, s signed.
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+#if defined(LLAMA_TP_AVX512) && defined(__AVX512VNNI__)
 constexpr int kLargestByte = 255;  // of u
 inline vi add_products(vi sum, vb u, vb s) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s); }
-#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-constexpr int kLargestByte = 255;
-inline vi add_products(vi sum, vb u, vb s) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)s); }
-#elif !defined(__AVX512F__)
+#elif defined(LLAMA_TP_AVX512)
 constexpr int kLargestByte = 128;  // else a sum of two products does not fit 16 bits
-inline vi add_products(vi sum, vb u, vb s) {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
-    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-#else
-constexpr int kLargestByte = 128;
 inline vi add_products(vi sum, vb u, vb s) {
     const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)s);
     return sum + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif defined(__AVXVNNI__)
+constexpr int kLargestByte = 255;
+inline vi add_products(vi sum, vb u, vb s) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)s); }
+#else
+constexpr int kLargestByte = 128;
+inline vi add_products(vi sum, vb u, vb s) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #endif
 

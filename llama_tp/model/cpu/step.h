@@ -2,6 +2,8 @@
 // phases a layer.
 #pragma once
 
+#include <stdexcept>
+
 #include "prompt.h"
 
 namespace llama_tp {
@@ -19,6 +21,9 @@ class Context : public Job {
           partial_sums_(int64_t(model.max_tokens) * model.heads * model.max_parts * 2),
           threads_(model.team->num_threads()),
           scratch_(threads_, Scratch(model)) {
+        const int64_t phases = int64_t(kPhases) * model.layers + kOutputPhases;
+        const int64_t units = int64_t(model.max_tokens) * model.kv_heads * model.max_parts;
+        if (phases > Team::kMaxPhases || units > Team::kMaxChunks) throw std::length_error("too large for a team");
         model_.layer = layers_.data();
     }
 

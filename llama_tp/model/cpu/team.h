@@ -30,6 +30,9 @@ class Job {
 
 class Team {
   public:
+    static constexpr int kMaxPhases = 2048, kChunkBits = 21;
+    static constexpr int64_t kMaxChunks = (1 << kChunkBits) - 1;  // of a phase
+
     explicit Team(int num_threads)
         : num_threads_(num_threads), ranges_(size_t(kMaxPhases) * num_threads), unfinished_(kMaxPhases) {
         try {
@@ -46,7 +49,8 @@ class Team {
 
     int num_threads() const { return num_threads_; }
 
-    // Compute phases first .. end - 1 in the calling thread and the team. Returns when they are done.
+    // Compute phases first .. end - 1 in the calling thread and the team. Returns when they are done. The job observes
+    // kMaxPhases and kMaxChunks.
     void run(Job& job, int first, int end) {
         const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
         for (int phase = first; phase < end; ++phase) {
@@ -78,23 +82,21 @@ class Team {
 
     // Chunks that nobody has claimed yet. Stored with the run's number: a late thread cannot claim a later run's.
     struct Range {
-        static constexpr int kBits = 20;  // no phase has more chunks than this can count
-        static constexpr uint64_t kMask = (1 << kBits) - 1;
         int begin, end;
 
-        explicit Range(uint64_t packed) : begin(int(packed >> kBits & kMask)), end(int(packed & kMask)) {}
+        explicit Range(uint64_t packed)
+            : begin(int(packed >> kChunkBits & kMaxChunks)), end(int(packed & kMaxChunks)) {}
         Range(int begin, int end) : begin(begin), end(end) {}
         uint64_t packed(uint32_t epoch) const {
-            return uint64_t(epoch) << 2 * kBits | uint64_t(begin) << kBits | uint64_t(end);
+            return uint64_t(epoch) << 2 * kChunkBits | uint64_t(begin) << kChunkBits | uint64_t(end);
         }
         static bool is_of(uint64_t packed, uint32_t epoch) {
-            return packed >> 2 * kBits == (epoch & (1u << (64 - 2 * kBits)) - 1);
+            return packed >> 2 * kChunkBits == (epoch & (1u << (64 - 2 * kChunkBits)) - 1);
         }
     };
 
     std::atomic<uint64_t>& range_of(int phase, int thread) { return ranges_[phase * num_threads_ + thread].value; }
 
-    static constexpr int kMaxPhases = 2048;
     static constexpr int kSpins = 200;   // some microseconds
     static constexpr int kYields = 100;  // before a thread without work sleeps
 
