@@ -11,7 +11,7 @@
 
 namespace llama_tp {
 
-constexpr int kPart = 512;  // keys
+constexpr int kPart = 512;            // keys
 constexpr int kKeyBytesAhead = 4096;  // keys are fetched this far ahead
 
 struct SlotRange {

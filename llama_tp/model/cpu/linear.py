@@ -11,6 +11,8 @@ from llama_tp.model.linear import Linear
 from llama_tp.model.quantization import QuantizedWeight, dequantize
 from llama_tp.model.weights import GROUP
 
+_FEW = 16
+"""Tokens, such as those of a prompt that are sampled, for which weights are not worth bringing into another order."""
 _PIECE = 1 << 21
 """Elements widened at a time: few enough for the last-level cache."""
 
@@ -23,7 +25,8 @@ class KernelLinear(Linear):
         super().__init__(rows, columns, bias)
         self._weight = weight
         self._kernels = kernels
-        self._struct, self._kept = linear_struct(weight, None if bias is None else bias.float())
+        self._float_bias = None if bias is None else bias.float()
+        self._struct, self._kept = linear_struct(weight, self._float_bias)
 
     @staticmethod
     def supports(weight: Tensor | QuantizedWeight, kernels: Kernels) -> bool:
@@ -35,8 +38,10 @@ class KernelLinear(Linear):
         return sum(tensor.nbytes for tensor in self._kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        self._kernels.multiply_batch(self._struct, x.view(-1, self.in_features), out)
+        if x.size(0) <= _FEW:
+            return self._kernels.multiply(self._weight, self._float_bias, x.float(), may_round=True).to(x.dtype)
+        out = x.new_empty(x.size(0), self.out_features)
+        self._kernels.multiply_batch(self._struct, x, out)
         return out
 
     def stored(self) -> Tensor | QuantizedWeight:
