@@ -89,7 +89,8 @@ inline __attribute__((always_inline)) void half_tile(const Linear& linear, const
     finish<R, T>(linear, row, token, acc, out);
 }
 
-constexpr int kCacheForInputs = 24 << 10;  // bytes, of the first level
+// Whether the inputs leave room for weights in the first-level cache.
+inline bool fits_cache(const Input& in) { return int64_t(in.tokens) * in.stride * sizeof(uint16_t) <= 24 << 10; }
 
 template <int R>
 inline void half_rows(const Linear& linear, int64_t row, const Input& in, uint16_t* scratch, const Output& out) {
@@ -97,8 +98,7 @@ inline void half_rows(const Linear& linear, int64_t row, const Input& in, uint16
     for (int r = 0; r < R; ++r) rows[r] = bfloat16_row(linear, row + r, in.stride, scratch + int64_t(r) * in.stride);
     // Rows to come are fetched in as many parts as there are tiles and steps in a tile. Few, if the inputs leave no
     // room.
-    const bool is_tight = int64_t(in.tokens) * in.stride * sizeof(uint16_t) > kCacheForInputs;
-    const int64_t row_bytes = bytes_per_row(linear), next = row + (is_tight ? R : rows_ahead(linear, R));
+    const int64_t row_bytes = bytes_per_row(linear), next = row + (fits_cache(in) ? rows_ahead(linear, R) : R);
     const char* ahead = (const char*)linear.weight + next * row_bytes;
     fetch_scales(linear, next, R);
     const int tiles = (in.tokens + kTile - 1) / kTile, steps = in.stride / (2 * W);
@@ -117,7 +117,7 @@ constexpr int kHalfRows = 4;
 
 inline void multiply_in_bfloat16(const Linear& linear, int64_t row, int64_t end, const Input& in, uint16_t* scratch,
                                  const Output& out) {
-    if (in.tokens > kTile) {  // else memory is the limit, and read fastest as a single stream
+    if (in.tokens > kTile || !fits_cache(in)) {  // else memory is the limit, and read fastest as a single stream
         for (; row + kHalfRows <= end; row += kHalfRows) half_rows<kHalfRows>(linear, row, in, scratch, out);
     }
     for (; row < end; ++row) half_rows<1>(linear, row, in, scratch, out);
