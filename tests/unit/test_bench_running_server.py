@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.prompts, self.active, self.most_after_warm_up, self.at_once = [], 0, 0, 1
-        """at_once: after the warm-up, no request is answered before so many have been open, or for PATIENCE_S."""
+        """at_once: after the warm-up, every answer waits until this many requests are open, at most PATIENCE_S."""
         self.changed = threading.Condition()
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/tiny"
 

@@ -28,11 +28,7 @@ alignas(64) constexpr float kOnesThenZeros[2 * W] = {
 // Numbers of the cache, two formats; a block is 2 * W numbers, of bfloat16 in split order.
 struct BFloat16Cache {
     using Number = uint16_t;
-    static void block(const Number* from, int count, vf& a, vf& b) {
-        const vu pairs = count == 2 * W ? load<vu>(from) : first_pairs(from, count);
-        a = even_bf16(pairs);
-        b = odd_bf16(pairs);
-    }
+    static void block(const Number* from, int count, vf& a, vf& b) { load_stored(from, count, a, b); }
     static Number number(float value) { return to_bf16(value); }
     static void in_order(vf a, vf b, vf& first, vf& second) { split(a, b, first, second); }
     static void as_stored(vf first, vf second, vf& a, vf& b) { interleave(first, second, a, b); }
@@ -40,15 +36,7 @@ struct BFloat16Cache {
 
 struct Float32Cache {
     using Number = float;
-    static void block(const Number* from, int count, vf& a, vf& b) {
-        if (count == 2 * W) {
-            a = load<vf>(from);
-            b = load<vf>(from + W);
-        } else {
-            a = first_floats(from, std::min(count, W));
-            b = first_floats(from + W, std::max(count - W, 0));
-        }
-    }
+    static void block(const Number* from, int count, vf& a, vf& b) { load_stored(from, count, a, b); }
     static Number number(float value) { return value; }
     static void in_order(vf a, vf b, vf& first, vf& second) { first = a, second = b; }
     static void as_stored(vf first, vf second, vf& a, vf& b) { a = first, b = second; }

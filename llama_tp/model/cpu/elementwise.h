@@ -58,8 +58,6 @@ inline void store_block(uint16_t* to, int count, vf a, vf b) {
     std::memcpy(to, both, count * sizeof(uint16_t));
 }
 
-inline void load_floats(const float* from, int count, vf& a, vf& b) { Float32Cache::block(from, count, a, b); }
-
 // x += y, if there is a y; then to = x / sqrt(mean(x^2) + eps) * weight.
 template <class Y, class C>
 void add_and_normalize(float* x, const typename Y::Number* y, const float* weight, int dim, float eps,
@@ -67,7 +65,7 @@ void add_and_normalize(float* x, const typename Y::Number* y, const float* weigh
     vf squares{}, more{}, a, b;
     for (int k = 0; k < dim; k += 2 * W) {
         const int count = std::min(2 * W, dim - k);
-        load_floats(x + k, count, a, b);
+        load_stored(x + k, count, a, b);
         if (y != nullptr) {
             vf ya, yb;
             load_block<Y>(y + k, count, ya, yb);
@@ -82,8 +80,8 @@ void add_and_normalize(float* x, const typename Y::Number* y, const float* weigh
     for (int k = 0; k < dim; k += 2 * W) {
         const int count = std::min(2 * W, dim - k);
         vf wa, wb;
-        load_floats(x + k, count, a, b);
-        load_floats(weight + k, count, wa, wb);
+        load_stored(x + k, count, a, b);
+        load_stored(weight + k, count, wa, wb);
         a = a * scale * wa;
         b = b * scale * wb;
         if (zero_nonfinite) {
@@ -112,12 +110,12 @@ void rotate_head(typename C::Number* head, const float* norm, const float* rope,
         load_block<C>(head + k, count, a, b);
         if (norm != nullptr) {
             vf na, nb;
-            load_floats(norm + k, count, na, nb);
+            load_stored(norm + k, count, na, nb);
             a = a * scale * na;
             b = b * scale * nb;
         }
         split(a, b, even, odd);
-        load_floats(rope + k, count, a, b);
+        load_stored(rope + k, count, a, b);
         split(a, b, cosine, sine);
         interleave(even * cosine - odd * sine, even * sine + odd * cosine, a, b);
         store_block(head + k, count, a, b);

@@ -51,14 +51,7 @@ struct Float32 {
         fetch(weight + row * columns + k + W);
     }
     void block(int64_t row, int k, int count, vf& a, vf& b) const {
-        const float* from = weight + row * columns + k;
-        if (count == 2 * W) {
-            a = load<vf>(from);
-            b = load<vf>(from + W);
-        } else {
-            a = first_floats(from, std::min(count, W));
-            b = first_floats(from + W, std::max(count - W, 0));
-        }
+        load_stored(weight + row * columns + k, count, a, b);
     }
 };
 
@@ -69,10 +62,7 @@ struct BFloat16 {
     explicit BFloat16(const Linear& one) : weight((const uint16_t*)one.weight), columns(one.columns) {}
     void fetch_block(int64_t row, int k) const { fetch(weight + row * columns + k); }
     void block(int64_t row, int k, int count, vf& a, vf& b) const {
-        const uint16_t* from = weight + row * columns + k;
-        const vu pairs = count == 2 * W ? load<vu>(from) : first_pairs(from, count);
-        a = even_bf16(pairs);
-        b = odd_bf16(pairs);
+        load_stored(weight + row * columns + k, count, a, b);
     }
 };
 

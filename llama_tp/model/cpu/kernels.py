@@ -41,7 +41,7 @@ class Kernels:
         return y
 
     def multiply_batch(self, weight: LinearStruct, x: Tensor, out: Tensor) -> None:
-        """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T is large, in a multiple of 32."""
+        """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T should be large; `in` is a multiple of 32."""
         assert x.is_contiguous()
         self.library.multiply_batch(self.team, weight, x.data_ptr(), x.size(0), out.data_ptr())
 

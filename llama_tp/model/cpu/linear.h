@@ -59,8 +59,8 @@ inline vf offsets_at(const Linear& linear, int64_t row, int groups, int group) {
 // Rows are fetched this far ahead: memory delivers them while the rows before are computed.
 constexpr int kBytesAhead = 8192;
 
-inline int64_t rows_ahead(const Linear& linear, int rows_at_once) {
-    return std::max<int64_t>(rows_at_once, kBytesAhead / bytes_per_row(linear));
+inline int64_t rows_ahead(const Linear& linear, int at_once) {
+    return std::max<int64_t>(at_once, kBytesAhead / bytes_per_row(linear));
 }
 
 // Rows computed at a time for one token: memory is read fastest as a single stream, but adding up costs more for short

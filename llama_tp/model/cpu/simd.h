@@ -207,6 +207,23 @@ inline vf finite_or_zero(vf x) { return (vf)((vi)x & ((vf)((vi)x & 0x7fffffff) <
 inline vf even_bf16(vu pairs) { return (vf)(pairs << 16); }
 inline vf odd_bf16(vu pairs) { return (vf)(pairs & 0xffff0000u); }
 
+// The first `count` of 2 * W stored numbers as floats, then zeros: in their order, bfloat16 in split order.
+inline void load_stored(const float* from, int count, vf& a, vf& b) {
+    if (count == 2 * W) {
+        a = load<vf>(from);
+        b = load<vf>(from + W);
+    } else {
+        a = first_floats(from, count < W ? count : W);
+        b = first_floats(from + W, count > W ? count - W : 0);
+    }
+}
+
+inline void load_stored(const uint16_t* from, int count, vf& a, vf& b) {
+    const vu pairs = count == 2 * W ? load<vu>(from) : first_pairs(from, count);
+    a = even_bf16(pairs);
+    b = odd_bf16(pairs);
+}
+
 inline uint16_t to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
