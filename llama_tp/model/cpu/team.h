@@ -34,7 +34,7 @@ class Team {
     static constexpr int64_t kMaxChunks = (1 << kChunkBits) - 1;  // of a phase
 
     explicit Team(int num_threads)
-        : num_threads_(num_threads), ranges_(size_t(kMaxPhases) * num_threads), unfinished_(kMaxPhases) {
+        : num_threads_(num_threads), ranges_(size_t(kMaxPhases) / kPerLine * num_threads), unfinished_(kMaxPhases) {
         try {
             for (int thread = 1; thread < num_threads; ++thread) {
                 workers_.emplace_back([this, thread] { work(thread); });
@@ -80,6 +80,12 @@ class Team {
         std::atomic<uint64_t> value{0};
     };
 
+    // A thread's ranges of successive phases share a line: run() writes all of them before each run.
+    static constexpr int kPerLine = 8;
+    struct alignas(64) Line {
+        std::atomic<uint64_t> values[kPerLine]{};
+    };
+
     // Chunks that nobody has claimed yet. Stored with the run's number: a late thread cannot claim a later run's.
     struct Range {
         int begin, end;
@@ -95,7 +101,9 @@ class Team {
         }
     };
 
-    std::atomic<uint64_t>& range_of(int phase, int thread) { return ranges_[phase * num_threads_ + thread].value; }
+    std::atomic<uint64_t>& range_of(int phase, int thread) {
+        return ranges_[phase / kPerLine * num_threads_ + thread].values[phase % kPerLine];
+    }
 
     static constexpr int kSpins = 200;   // some microseconds
     static constexpr int kYields = 100;  // before a thread without work sleeps
@@ -181,7 +189,8 @@ class Team {
     std::atomic<uint32_t> epoch_{0};
     std::atomic<uint64_t> phases_{0};
     std::atomic<Job*> job_{nullptr};
-    std::vector<Counter> ranges_, unfinished_;
+    std::vector<Line> ranges_;
+    std::vector<Counter> unfinished_;
     std::vector<std::thread> workers_;
 };
 
