@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -68,6 +70,14 @@ class Team {
         compute(job, epoch, first, end, 0);
     }
 
+    // Calls allocate(thread) once in each thread. Throws std::bad_alloc, once all are done, if one of them does.
+    template <class Allocate>
+    void in_each_thread(Allocate allocate) {
+        EachThread<Allocate> job(num_threads_, allocate);
+        run(job, 0, 1);
+        if (job.has_failed()) throw std::bad_alloc();
+    }
+
   private:
     void end() {
         job_ = nullptr;
@@ -75,6 +85,33 @@ class Team {
         epoch_.notify_all();
         for (auto& worker : workers_) worker.join();
     }
+
+    // A chunk for each thread, which does not end before every thread has one.
+    template <class Allocate>
+    class EachThread : public Job {
+      public:
+        EachThread(int num_threads, Allocate allocate) : num_threads_(num_threads), allocate_(allocate) {}
+
+        int num_chunks(int) const override { return num_threads_; }
+
+        void compute(int, int, int thread, bool) override {
+            try {
+                allocate_(thread);
+            } catch (const std::exception&) {
+                has_failed_ = true;
+            }
+            ++num_begun_;
+            while (num_begun_ < num_threads_) sched_yield();
+        }
+
+        bool has_failed() const { return has_failed_; }
+
+      private:
+        const int num_threads_;
+        const Allocate allocate_;
+        std::atomic<int> num_begun_{0};
+        std::atomic<bool> has_failed_{false};
+    };
 
     struct alignas(64) Counter {
         std::atomic<uint64_t> value{0};
