@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, parse_memory
-from llama_tp.model.cpu.buffers import buffer_bytes
+from llama_tp.model.cpu.buffers import MAX_TOKENS, buffer_bytes
 from llama_tp.model.weights import (
     DENSE,
     DENSE_FORMATS,
@@ -71,7 +71,7 @@ class MemoryModel:
         weights = _weight_bytes(args, ranks, rank, dtype, formats, device_type, layout)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
         has_kernels = device_type == "cpu" and layout != PACKED
-        buffers = _kernel_buffers(args, config, ranks, rank, dtype, num_threads) if has_kernels else 0
+        buffers = kernel_buffers(args, config, ranks, rank, dtype, num_threads) if has_kernels else 0
         return cls(config, device_type, weights, page, buffers, config.dtype == "auto" and dtype == "float32")
 
     @property
@@ -178,9 +178,10 @@ def _weight_bytes(
     return of_layers + size_of(other, {"output": formats.get("output", DENSE)})
 
 
-def _kernel_buffers(
-    args: ModelArgs, config: EngineConfig, ranks: Ranks, rank: int, dtype: str, num_threads: int
-) -> int:
+def kernel_buffers(args: ModelArgs, config: EngineConfig, ranks: Ranks, rank: int, dtype: str, num_threads: int) -> int:
+    """Bytes of the compiled kernels' buffers on a rank, if there are kernels for the dtype."""
+    if dtype not in MAX_TOKENS:
+        return 0
     layer, _ = layer_shapes(args)
 
     def rows(name: str) -> int:
