@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,7 +158,13 @@ def compiled_runner_of(
 
 
 @cache
-def kernels(num_threads: int = 2) -> Kernels:
+def library_path() -> Path:
+    """Of the compiled kernels."""
     path = build_kernels().wait()
     assert path is not None, build_kernels().error
-    return Kernels(path, num_threads)
+    return path
+
+
+@cache
+def kernels(num_threads: int = 2) -> Kernels:
+    return Kernels(library_path(), num_threads)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import NoneType
@@ -32,7 +34,7 @@ def configurable(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
     `names`: those that are taken; without names, all. The function's options are keyword-only, except its argument,
     which may be omitted. If it has an option `config`, that is the file. WrongArguments for values of other types than
-    the function's annotations allow.
+    the function's annotations allow. Errors of the function that name an option say where its value is from.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -42,11 +44,17 @@ def configurable(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         @wraps(function)
         def call(*args: Any, **given: Any) -> None:
             positional = {name: value for name, value in zip(options, args, strict=False) if value is not None}
-            settings = _checked(given | positional, options, lambda name: f"--{name.replace('_', '-')}")
-            settings = _from_environment(configured) | settings
+            typed = _checked(given | positional, options, _flag)
+            of_environment = _from_environment(configured)
+            settings = of_environment | typed
+            of_file = {}
             if path := settings.get("config"):
-                settings = _from_file(str(path), configured) | settings
-            function(**settings)
+                of_file = _from_file(str(path), configured)
+            origins = dict.fromkeys(of_file, f"set in {path}")
+            origins |= {name: f"set by {_variable(name)}" for name in of_environment}
+            origins = {name: origin for name, origin in origins.items() if name not in typed}
+            with _naming(origins):
+                function(**of_file | settings)
 
         return call
 
@@ -61,6 +69,25 @@ def warn_of_unknown_variables(options: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "; see `llama-tp serve --help`"
             print(f"the variable {name} has no effect: there is no such option{hint}", file=sys.stderr)
+
+
+@contextmanager
+def _naming(origins: Mapping[str, str]) -> Iterator[None]:
+    """Add to errors that name options, as `--port` or `port=`, where their values are from, if they were not typed."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        message = str(error)
+        for name, origin in origins.items():
+            if re.search(rf"(?<![\w-])({_flag(name)}(?![\w-])|{name}=)", message):
+                error.args = (f"{error}; {_flag(name)} is {origin}",)
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _from_environment(options: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Compilation:
         except (OSError, AttributeError) as error:
             self._build.discard(str(error))
             return self._settle(runner)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._give_up(runner, str(error))
         else:
             log.info("compiled kernels compute (%s)", path)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_tp.config import EngineConfig, parse_memory
+from llama_tp.model.cpu.buffers import MAX_TOKENS, buffer_bytes
 from llama_tp.model.weights import (
     DENSE,
     DENSE_FORMATS,
@@ -47,6 +48,8 @@ class MemoryModel:
     weights: int
     page: int
     """One page of KV cache: keys and values of all layers."""
+    buffers: int
+    """Of the compiled kernels, if they may compute."""
     is_float32_by_choice: bool
     """Whether dtype=auto chose float32: bfloat16 would then halve the weights."""
 
@@ -61,12 +64,15 @@ class MemoryModel:
         device_type: str,
         formats: WeightFormats = DENSE_FORMATS,
         layout: Layout = PACKED,
+        num_threads: int = 1,
     ) -> MemoryModel:
-        """For one of the ranks, computing in `dtype`, with layers in `layout`."""
+        """For one of the ranks, computing in `dtype` with this number of threads, with layers in `layout`."""
         itemsize = ITEMSIZE[dtype]
         weights = _weight_bytes(args, ranks, rank, dtype, formats, device_type, layout)
         page = 2 * args.n_layers * config.page_size * local_kv_heads(args, ranks, rank) * args.head_dim * itemsize
-        return cls(config, device_type, weights, page, config.dtype == "auto" and dtype == "float32")
+        has_kernels = device_type == "cpu" and layout != PACKED
+        buffers = kernel_buffers(args, config, ranks, rank, dtype, num_threads) if has_kernels else 0
+        return cls(config, device_type, weights, page, buffers, config.dtype == "auto" and dtype == "float32")
 
     @property
     def token(self) -> int:
@@ -81,15 +87,15 @@ class MemoryModel:
         remedy = "use more ranks, or reduce max_seq_len"
         if (asked := self._cache_bytes()) is not None:
             least, what, remedy = asked, f"{self._asked} requests", "reduce it, or set a share such as 0.9"
-        if self.weights + least > available:
+        if self.weights + self.buffers + least > available:
             raise ValueError(
-                f"{what} {_gib(least)} of KV cache in addition to {_gib(self.weights)} of weights on each rank, but "
-                f"only {_gib(available)} are free; {remedy}{self._or_bfloat16}"
+                f"{what} {_gib(least)} of KV cache in addition to {_gib(self.weights)} of weights{self._and_buffers} "
+                f"on each rank, but only {_gib(available)} are free; {remedy}{self._or_bfloat16}"
             )
 
     def num_pages(self, available: int | None, step: int) -> int:
         """Pages of KV cache for a rank that, with its weights loaded, has `available` bytes free and needs `step` of
-        them for computing."""
+        them for computing: what was measured, or the kernels' `buffers`."""
         config = self.config
         left = None if available is None else max(0, available - step)
         asked = self._cache_bytes()
@@ -132,6 +138,10 @@ class MemoryModel:
         return f"max_seq_len={self.config.max_seq_len}"
 
     @property
+    def _and_buffers(self) -> str:
+        return f" and {_gib(self.buffers)} of buffers" if self.buffers else ""
+
+    @property
     def _or_bfloat16(self) -> str:
         return "; or set dtype to bfloat16, which halves the weights" if self.is_float32_by_choice else ""
 
@@ -166,6 +176,27 @@ def _weight_bytes(
     )
     of_layers = sum(count * size_of(layer, dict(zip(modules, kind, strict=True))) for kind, count in kinds.items())
     return of_layers + size_of(other, {"output": formats.get("output", DENSE)})
+
+
+def kernel_buffers(args: ModelArgs, config: EngineConfig, ranks: Ranks, rank: int, dtype: str, num_threads: int) -> int:
+    """Bytes of the compiled kernels' buffers on a rank, if there are kernels for the dtype."""
+    if dtype not in MAX_TOKENS:
+        return 0
+    layer, _ = layer_shapes(args)
+
+    def rows(name: str) -> int:
+        return local_shape(args, name, layer[name], ranks, rank)[0]
+
+    return buffer_bytes(
+        dim=args.dim,
+        hidden=rows("layers.0.feed_forward.w1.weight"),
+        heads=rows("layers.0.attention.wq.weight") // args.head_dim,
+        kv_heads=local_kv_heads(args, ranks, rank),
+        head_dim=args.head_dim,
+        dtype=dtype,
+        max_seq_len=config.max_seq_len,
+        num_threads=num_threads,
+    )
 
 
 def _gib(num_bytes: int) -> str:

@@ -112,7 +112,8 @@ def make_engine(
     ranks = _ranks(args, config, group)
     compilation = agree(lambda: Compilation.start(config, device, dtype, wait=wait_for_kernels))
     layout = PACKED if compilation is None else compilation.layout
-    memory = MemoryModel.of(args, config, ranks, group.comm.rank, dtype_name, device.type, weights.formats, layout)
+    needs = (group.comm.rank, dtype_name, device.type, weights.formats, layout, torch.get_num_threads())
+    memory = MemoryModel.of(args, config, ranks, *needs)
     agree(lambda: _in_memory(memory.check, device))
     model = weights.load(args, group, dtype, ranks, layout)
 
@@ -123,7 +124,7 @@ def make_engine(
     def measure() -> int:
         return measure_step(make_runner(config_for_measuring(config)), is_leader=group.comm.is_leader)
 
-    step = agree(measure) if device.type == "cuda" else 0
+    step = agree(measure) if device.type == "cuda" else memory.buffers
     # Free memory may differ between ranks, but one scheduler plans for all.
     pages = min(gather(agree(lambda: _in_memory(lambda free: memory.num_pages(free, step), device))))
     config = replace(config, cache_pages=pages)

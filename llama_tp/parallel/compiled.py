@@ -52,7 +52,8 @@ class CompiledTransformer(nn.Module):
     """Computes the steps that a KernelBackend has laid out with the kernels.
 
     Takes over the model, whose layers must hold their weights as stored, and the cache: the kernels read and write
-    their memory. RuntimeError, which leaves the model as it is, if the kernels cannot compute it.
+    their memory. RuntimeError if the kernels cannot compute the model, MemoryError if there is no memory for their
+    buffers; both leave the model as it is. Later steps allocate no buffers.
     """
 
     def __init__(
@@ -96,9 +97,13 @@ class CompiledTransformer(nn.Module):
         self._num_logits = output.linear.out_features
         self._num_phases = PHASES_PER_LAYER * len(blocks)
         self._kept += [layers, kernels]
+        if not kernels.library.can_compute(struct):
+            raise RuntimeError(
+                f"{len(blocks)} layers with a context of {max_seq_len} tokens are too large for the compiled kernels"
+            )
         self._context = kernels.library.create_model(struct)
         if self._context is None:
-            raise RuntimeError("the model is too large for the kernels, or for the memory that is free")
+            raise MemoryError("there is not enough memory for the buffers of the compiled kernels")
         weakref.finalize(self, _destroy, kernels, self._context).atexit = False
         _replace_linears(model, lambda layer: _for_many_tokens(layer, kernels, may_round))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from llama_tp.config import EngineConfig
-from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE
+from llama_tp.engine.memory import DEFAULT_SHARE, FRAGMENTATION, HEADROOM, ITEMSIZE, kernel_buffers
 from llama_tp.engine.scheduler import MAX_SCORED
 from llama_tp.model.weights import WeightFormats
 from llama_tp.model_args import ModelArgs
@@ -113,9 +113,13 @@ class Estimate:
     @cached_property
     def step_memory(self) -> int:
         """An estimate of the largest step's activations, with the margin that the engine adds when it measures them.
-        The engine counts none on a CPU."""
+        On a CPU, as the engine counts it, the buffers of the compiled kernels."""
         if self.device.type == "cpu":
-            return 0
+            threads = max(1, self.device.per_host // self.size)
+            of_ranks = range(self.size)
+            return max(
+                kernel_buffers(self.args, self.config, self.ranks, rank, self.dtype, threads) for rank in of_ranks
+            )
         tokens, sequences, itemsize = self.config.max_batched_tokens, self.config.max_batch_size, self._itemsize
         names = ("layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight")
         queries, hidden = (self._longest_shard(name) for name in names)

@@ -207,7 +207,7 @@ def _texts_of_tools(request: GenerationRequest) -> list[str]:
 
 def _param_of(error: ChatError, names: FieldNames) -> str:
     """Where in the body the error is."""
-    if error.code == "invalid_template_variable":
+    if error.code in ("invalid_template_variable", "template_variables_not_supported"):
         return names.chat_template_kwargs
     if names.messages and error.index is not None:
         return names.messages[error.index]

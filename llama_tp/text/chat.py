@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llama_tp.text.chat_template import JinjaFormat
-from llama_tp.text.dialog import ROLES, ChatError, Json, Message, check_last_role, check_no_tools, check_roles
+from llama_tp.text.dialog import ROLES, ChatError, Json, Message, check_last_role, check_no_template, check_roles
 from llama_tp.text.tokenizer import Tokenizer
 
 _FORGED_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -116,7 +116,7 @@ class Llama2Format:
         check_last_role(
             dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
         )
-        check_no_tools(self.name, dialog, tools, documents, variables)
+        check_no_template(self.name, dialog, tools, documents, variables)
         _check_forged_tags(dialog)
         turns = [message.content for message in dialog]
         if dialog[0].role == "system":
@@ -158,7 +158,7 @@ class Llama3Format:
         check_last_role(
             dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
         )
-        check_no_tools(self.name, dialog, tools, documents, variables)
+        check_no_template(self.name, dialog, tools, documents, variables)
         parts = ["", "<|begin_of_text|>", ""]
         is_open = continue_final_message or add_generation_prompt
         for message in _with_open_answer(dialog, continue_final_message) if is_open else dialog:
@@ -193,7 +193,7 @@ class ChatMLFormat:
         check_last_role(
             dialog, continue_final_message=continue_final_message, add_generation_prompt=add_generation_prompt
         )
-        check_no_tools(self.name, dialog, tools, documents, variables)
+        check_no_template(self.name, dialog, tools, documents, variables)
         parts = [""]
         is_open = continue_final_message or add_generation_prompt
         for message in _with_open_answer(dialog, continue_final_message) if is_open else dialog:

@@ -35,8 +35,8 @@ class ChatError(ValueError):
     """A dialog rejected by its format.
 
     `code` is "invalid_role", "invalid_role_order", "special_tags_not_allowed", "empty_messages",
-    "cannot_continue_message", "tools_not_supported" or "invalid_template_variable"; `index` is the message and `field`
-    its field, or None if the whole dialog is rejected.
+    "cannot_continue_message", "tools_not_supported", "template_variables_not_supported" or "invalid_template_variable";
+    `index` is the message and `field` its field, or None if the whole dialog is rejected.
     """
 
     def __init__(self, code: str, message: str, *, index: int | None = None, field: str | None = None) -> None:
@@ -77,7 +77,7 @@ def check_last_role(
         raise ChatError("invalid_role_order", problem, index=index, field="role")
 
 
-def check_no_tools(
+def check_no_template(
     name: str,
     dialog: Sequence[Message],
     tools: Sequence[Json] | None,
@@ -85,11 +85,16 @@ def check_no_tools(
     variables: Json | None = None,
 ) -> None:
     """ChatError for tools, calls, documents and variables, which only a chat template can write."""
+    if variables:
+        problem = (
+            f"the chat format {name} has no variables: chat_template_kwargs are for models with a chat template; "
+            "remove them, or put the model's chat template next to its tokenizer"
+        )
+        raise ChatError("template_variables_not_supported", problem)
     given = {
         "tools": tools,
         "documents": documents,
         "tool_calls": any(message.tool_calls for message in dialog),
-        "chat_template_kwargs": variables,
     }
     if found := [key for key, value in given.items() if value]:
         problem = (

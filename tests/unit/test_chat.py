@@ -516,9 +516,9 @@ def test_a_template_that_fails_because_of_a_variable_is_the_request_s_fault():
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
 def test_formats_without_a_template_refuse_variables(name):
-    with pytest.raises(ChatError, match="has no place for chat_template_kwargs") as caught:
+    with pytest.raises(ChatError, match=f"^the chat format {name} has no variables: chat_template_kw") as caught:
         chat_format(name, tiny(FITTING_KINDS[name])).encode(ONE, variables={"effort": "high"})
-    assert caught.value.code == "tools_not_supported"
+    assert caught.value.code == "template_variables_not_supported"
 
 
 def test_llama2_continues_a_message_within_the_last_exchange():

@@ -1284,9 +1284,19 @@ def test_a_dialog_may_be_sent_without_a_place_for_an_answer(service, tokenizer):
     assert len(answer["prompt_logprobs"]) == len(whole)
 
 
-def test_variables_without_a_template_are_refused(service):
-    status, answer = ask(service, CHAT, messages=DIALOG, chat_template_kwargs={"enable_thinking": True})
-    assert (status, answer["error"]["code"]) == (400, "tools_not_supported")
+@pytest.mark.parametrize("path", [CHAT, "tokenize"])
+def test_variables_without_a_template_are_refused(service, path):
+    """As tools that the model cannot call, in a message that named the dialog."""
+    status, answer = ask(service, path, messages=DIALOG, chat_template_kwargs={"enable_thinking": True})
+    error = answer["error"]
+    assert (status, error["code"], error["param"]) == (
+        400,
+        "template_variables_not_supported",
+        "chat_template_kwargs",
+    )
+    assert "chat template" in error["message"]
+    assert "tools" not in error["message"]
+    assert ask(service, path, messages=DIALOG, chat_template_kwargs={})[0] == 200
 
 
 def test_bad_words_are_not_in_the_answer(service, tokenizer):

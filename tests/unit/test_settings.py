@@ -7,6 +7,7 @@ import os
 import pytest
 
 from llama_tp.cli.settings import WrongArguments, configurable, warn_of_unknown_variables
+from llama_tp.torchserve.errors import ServerError
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,38 @@ def test_a_variable_of_another_type_is_refused_by_name(monkeypatch, name, text, 
     monkeypatch.setenv(name, text)
     with pytest.raises(WrongArguments, match=words):
         run()
+
+
+@configurable()
+def failing(
+    *, port: int = 8080, tp: int | None = None, timeout_s: float = 1.0, error: str = "", config: str | None = None
+) -> None:
+    raise (FileNotFoundError(2, "No such file", "--port") if error == "disk" else ServerError(error))
+
+
+@pytest.mark.parametrize(
+    ("message", "origin"),
+    [
+        ("--port 99999: a port must be an integer", "; --port is set by LLAMA_TP_PORT"),
+        ("tp=6 does not divide n_heads=32", "; --tp is set in c.yaml"),
+        ("tp=6, but --port 99999", "; --tp is set in c.yaml; --port is set by LLAMA_TP_PORT"),
+        ("timeout_s=-1.0 must be above 0", ""),  # typed
+        ("http=6: --portable --import=--port-range", ""),
+    ],
+)
+def test_an_error_about_a_value_that_was_not_typed_says_where_it_is_from(monkeypatch, tmp_path, message, origin):
+    """LLAMA_TP_PORT=99999 was reported as --port 99999, which nobody had given."""
+    monkeypatch.setenv("LLAMA_TP_PORT", "99999")
+    monkeypatch.setenv("LLAMA_TP_TIMEOUT_S", "2")
+    (tmp_path / "c.yaml").write_text("tp: 6\nport: 1\n")
+    with pytest.raises(ServerError) as caught:
+        failing(config="c.yaml", timeout_s=-1.0, error=message)
+    assert str(caught.value) == message + origin
+    with pytest.raises(ServerError) as caught:
+        failing(port=99999, tp=6, timeout_s=-1.0, error=message)
+    assert str(caught.value) == message
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file: '--port'$"):
+        failing(error="disk")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from llama_tp.model.attention.base import SequenceTokens
+from llama_tp.model.cpu.buffers import MAX_TOKENS
 from llama_tp.model.cpu.library import Library, StepStruct
 from llama_tp.model.kv_cache import KVCache, LayerCache
 
 
 def max_tokens(dtype: torch.dtype) -> int:
-    """Tokens of a step that the kernels compute as a whole. Of a longer one they compute what is not a matrix product:
-    then PyTorch's, although they must first bring the weights into another order, are faster (measured)."""
-    return 64 if dtype == torch.bfloat16 else 32
+    """Tokens of a step that the kernels compute as a whole."""
+    return MAX_TOKENS[str(dtype).removeprefix("torch.")]
 
 
 class KernelStep:

@@ -42,9 +42,10 @@ inline void transpose(__m512i (&rows)[16]) {
 struct BatchScratch {
     Buffer<uint16_t> packed, widened;
 
-    void resize(const Linear& linear) {
-        packed.resize(kBatchRows * linear.columns);
-        if (linear.form != kBFloat16) widened.resize(W * linear.columns);
+    // For layers of up to this many columns.
+    void resize(int64_t columns) {
+        packed.resize(kBatchRows * columns);
+        widened.resize(W * columns);
     }
 };
 
@@ -130,10 +131,19 @@ constexpr bool kHasBatchProduct = false;
 constexpr int kBatchRows = 1;
 
 struct BatchScratch {
-    void resize(const Linear&) {}
+    void resize(int64_t) {}
 };
 
 inline void multiply_batch(const Linear&, int64_t, int64_t, const uint16_t*, int, BatchScratch&, uint16_t*) {}
 #endif
+
+// Whether this library multiplies many tokens in bfloat16 faster than PyTorch does, which uses AMX.
+constexpr bool multiplies_batches() {
+#if defined(__AMX_BF16__)
+    return false;
+#else
+    return kHasBatchProduct;
+#endif
+}
 
 }  // namespace llama_tp

@@ -26,6 +26,19 @@ void* or_null(Create create) {
     }
 }
 
+// Whether there is the memory.
+template <class Reserve>
+bool has(Reserve reserve) {
+    try {
+        reserve();
+        return true;
+    } catch (const std::exception&) {
+        return false;
+    }
+}
+
+llama_tp::Workers& workers_of(void* team) { return *static_cast<llama_tp::Workers*>(team); }
+
 }  // namespace
 
 extern "C" {
@@ -36,42 +49,44 @@ int32_t llama_tp_tokens_per_block() { return llama_tp::kBlock; }
 
 // Null if there are not enough threads or memory.
 void* llama_tp_create_team(int32_t threads) {
-    return or_null([=] { return new llama_tp::Team(threads); });
+    return or_null([=] { return new llama_tp::Workers(threads); });
 }
 
-void llama_tp_destroy_team(void* team) { delete static_cast<llama_tp::Team*>(team); }
+void llama_tp_destroy_team(void* team) { delete &workers_of(team); }
 
-// The team must outlive the model. Null if there is not enough memory, or if the model has more layers or a longer
-// context than a team can count.
+// False if the model has more layers or a longer context than a team can count.
+int32_t llama_tp_can_compute(const llama_tp::Model* model) { return llama_tp::fits_team(*model); }
+
+// For a model that the library can compute. The team must outlive it. Null if there is not enough memory; steps allocate
+// none.
 void* llama_tp_create_model(const llama_tp::Model* model) {
     return or_null([=] { return new llama_tp::Context(*model); });
 }
 
 void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Context*>(context); }
 
-// y (tokens, rows) = x (tokens, columns) W^T + b.
-void llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t may_round,
+// y (tokens, rows) = x (tokens, columns) W^T + b. False if there is not enough memory, which a model of the team has
+// allocated for its own layers and steps of few tokens.
+int32_t llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t may_round,
                        float* y) {
-    auto& threads = *static_cast<llama_tp::Team*>(team);
-    llama_tp::Product product(*linear, x, tokens, may_round, y, threads.num_threads());
-    threads.run(product, 0, 1);
+    auto& workers = workers_of(team);
+    if (!has([&] { workers.reserve(tokens, linear->columns); })) return false;
+    llama_tp::Product product(*linear, x, tokens, may_round, y, workers);
+    workers.team.run(product, 0, 1);
+    return true;
 }
 
-// Whether this library multiplies many tokens in bfloat16 faster than PyTorch does, which uses AMX.
-int32_t llama_tp_multiplies_batches() {
-#if defined(__AMX_BF16__)
-    return false;
-#else
-    return llama_tp::kHasBatchProduct;
-#endif
-}
+int32_t llama_tp_multiplies_batches() { return llama_tp::multiplies_batches(); }
 
-// The same for many tokens in bfloat16. The number of columns is a multiple of 32.
-void llama_tp_multiply_batch(void* team, const llama_tp::Linear* linear, const uint16_t* x, int32_t tokens,
-                             uint16_t* y) {
-    auto& threads = *static_cast<llama_tp::Team*>(team);
-    llama_tp::BatchProduct product(*linear, x, tokens, y, threads.num_threads());
-    threads.run(product, 0, 1);
+// The same for many tokens in bfloat16, for the layers of any model of the team. The number of columns is a multiple
+// of 32.
+int32_t llama_tp_multiply_batch(void* team, const llama_tp::Linear* linear, const uint16_t* x, int32_t tokens,
+                                uint16_t* y) {
+    auto& workers = workers_of(team);
+    if (!has([&] { workers.reserve_batches(linear->columns); })) return false;
+    llama_tp::BatchProduct product(*linear, x, tokens, y, workers);
+    workers.team.run(product, 0, 1);
+    return true;
 }
 
 // The following work on T tokens whose activations are bfloat16 or float32.
@@ -84,7 +99,7 @@ void llama_tp_add_and_normalize(void* team, int32_t is_bfloat16, int32_t is_y_bf
         with_format(is_y_bfloat16, [=](auto y_format) {
             using C = decltype(format);
             using Y = decltype(y_format);
-            llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+            llama_tp::for_each_token(workers_of(team).team, tokens, [=](int64_t token) {
                 const auto* added = y == nullptr ? nullptr : (const typename Y::Number*)y + token * dim;
                 llama_tp::add_and_normalize<Y, C>(x + token * dim, added, weight, dim, eps, zero_nonfinite,
                                                   (typename C::Number*)to + token * dim);
@@ -102,7 +117,7 @@ void llama_tp_attend(void* context, int32_t layer, const llama_tp::Step* step, v
 void llama_tp_gate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t hidden, const void* gate_up, void* to) {
     with_format(is_bfloat16, [=](auto format) {
         using Number = typename decltype(format)::Number;
-        llama_tp::for_each_token(*static_cast<llama_tp::Team*>(team), tokens, [=](int64_t token) {
+        llama_tp::for_each_token(workers_of(team).team, tokens, [=](int64_t token) {
             const Number* gate = (const Number*)gate_up + token * 2 * hidden;
             llama_tp::gate<decltype(format)>(gate, gate + hidden, hidden, (Number*)to + token * hidden);
         });
@@ -111,7 +126,7 @@ void llama_tp_gate(void* team, int32_t is_bfloat16, int32_t tokens, int32_t hidd
 
 void llama_tp_widen(void* team, const llama_tp::Linear* linear, int64_t begin, int64_t end, uint16_t* to) {
     llama_tp::Widening widening(*linear, begin, end, to);
-    static_cast<llama_tp::Team*>(team)->run(widening, 0, 1);
+    workers_of(team).team.run(widening, 0, 1);
 }
 
 // Phases first .. end - 1 of 5 * layers + 2.

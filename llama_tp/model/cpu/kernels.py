@@ -25,6 +25,7 @@ class Kernels:
         if team is None:
             raise RuntimeError(f"{num_threads - 1} threads cannot be started")
         self.team: int = team
+        self.num_threads = num_threads
         # Not at the interpreter's exit, when a daemon thread may still compute.
         weakref.finalize(self, self.library.destroy_team, team).atexit = False
 
@@ -32,18 +33,21 @@ class Kernels:
         """x W^T + b for x (T, in), all but W in float32.
 
         may_round: x may be rounded where that is faster, to bfloat16 or, with a scale for every few columns, to 8-bit
-        integers.
+        integers. MemoryError if the threads' memory, which is kept, cannot be allocated.
         """
         struct, _ = linear_struct(weight, bias)
         y = torch.empty(x.size(0), weight.shape[0])
         x = x.contiguous()
-        self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), may_round, y.data_ptr())
+        if not self.library.multiply(self.team, struct, x.data_ptr(), x.size(0), may_round, y.data_ptr()):
+            raise MemoryError(f"a product of {x.size(0)} tokens and {x.size(1)} columns")
         return y
 
     def multiply_batch(self, weight: LinearStruct, x: Tensor, out: Tensor) -> None:
-        """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T should be large; `in` is a multiple of 32."""
+        """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T should be large; `in` is a multiple of 32.
+        MemoryError as of `multiply`."""
         assert x.is_contiguous()
-        self.library.multiply_batch(self.team, weight, x.data_ptr(), x.size(0), out.data_ptr())
+        if not self.library.multiply_batch(self.team, weight, x.data_ptr(), x.size(0), out.data_ptr()):
+            raise MemoryError(f"a product of {x.size(1)} columns")
 
     def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:
         """x (T, D) in float32 += y, if given, which is bfloat16 or float32; then its norm, in the norm's dtype.

@@ -1,6 +1,7 @@
 // One linear layer, its rows divided among the threads of a team.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "batch.h"
@@ -82,23 +83,61 @@ class LayerScratch {
     Rounding rounding_ = kNone;
 };
 
-class Product : public Job {
+// A team, and the memory of each of its threads for products. A thread allocates its own, so that it lies near its core,
+// and before a step: a failure in a step would end the process.
+class Workers {
   public:
-    Product(const Linear& linear, const float* x, int tokens, bool may_round, float* y, int threads)
-        : linear_(linear), x_(x), tokens_(tokens), may_round_(may_round), y_(y), scratch_(threads) {
-        for (LayerScratch& one : scratch_) one.resize(tokens, linear.columns);
+    struct Scratch {
+        LayerScratch layer;
+        BatchScratch batch;
+    };
+
+    explicit Workers(int num_threads) : team(num_threads), scratch_(num_threads) {
+        team.in_each_thread([&](int thread) { scratch_[thread] = std::make_unique<Scratch>(); });
     }
 
-    int num_chunks(int) const override { return num_chunks_of(linear_.rows, int(scratch_.size())); }
+    Scratch& operator[](int thread) { return *scratch_[thread]; }
+
+    // For products of up to this many tokens and columns. Throws std::bad_alloc.
+    void reserve(int tokens, int64_t columns) {
+        if (tokens <= tokens_ && columns <= columns_) return;
+        const int most_tokens = std::max(tokens, tokens_);
+        const int64_t most_columns = std::max(columns, columns_);
+        team.in_each_thread([&](int thread) { scratch_[thread]->layer.resize(most_tokens, most_columns); });
+        tokens_ = most_tokens, columns_ = most_columns;
+    }
+
+    // For products of many tokens.
+    void reserve_batches(int64_t columns) {
+        if (columns <= batch_columns_) return;
+        team.in_each_thread([&](int thread) { scratch_[thread]->batch.resize(columns); });
+        batch_columns_ = columns;
+    }
+
+    Team team;
+
+  private:
+    std::vector<std::unique_ptr<Scratch>> scratch_;
+    int tokens_ = 0;
+    int64_t columns_ = 0, batch_columns_ = 0;
+};
+
+class Product : public Job {
+  public:
+    // `workers` have the memory for it.
+    Product(const Linear& linear, const float* x, int tokens, bool may_round, float* y, Workers& workers)
+        : linear_(linear), x_(x), tokens_(tokens), may_round_(may_round), y_(y), workers_(workers) {}
+
+    int num_chunks(int) const override { return num_chunks_of(linear_.rows, workers_.team.num_threads()); }
 
     void compute(int, int chunk, int thread, bool is_first) override {
+        LayerScratch& scratch = workers_[thread].layer;
         if (is_first) {
-            scratch_[thread].prepare(linear_, tokens_, may_round_,
-                                     [&](int token) { return x_ + token * linear_.columns; });
+            scratch.prepare(linear_, tokens_, may_round_, [&](int token) { return x_ + token * linear_.columns; });
         }
         int64_t begin, end;
-        rows_of_chunk(linear_.rows, int(scratch_.size()), chunk, begin, end);
-        scratch_[thread].multiply(linear_, begin, end, {y_, linear_.rows, false});
+        rows_of_chunk(linear_.rows, workers_.team.num_threads(), chunk, begin, end);
+        scratch.multiply(linear_, begin, end, {y_, linear_.rows, false});
     }
 
   private:
@@ -107,14 +146,15 @@ class Product : public Job {
     const int tokens_;
     const bool may_round_;
     float* const y_;
-    std::vector<LayerScratch> scratch_;
+    Workers& workers_;
 };
 
 // y = x W^T + b for many tokens; x (tokens, columns), y (tokens, rows) in bfloat16.
 class BatchProduct : public Job {
   public:
-    BatchProduct(const Linear& linear, const uint16_t* x, int tokens, uint16_t* y, int threads)
-        : linear_(linear), x_(x), tokens_(tokens), y_(y), scratch_(threads) {}
+    // `workers` have the memory for it.
+    BatchProduct(const Linear& linear, const uint16_t* x, int tokens, uint16_t* y, Workers& workers)
+        : linear_(linear), x_(x), tokens_(tokens), y_(y), workers_(workers) {}
 
     int num_chunks(int) const override { return int((linear_.rows + kBatchRows - 1) / kBatchRows); }
 
@@ -126,11 +166,10 @@ class BatchProduct : public Job {
         fetch_scales(linear_, row, end - row);
     }
 
-    void compute(int, int chunk, int thread, bool is_first) override {
-        if (is_first) scratch_[thread].resize(linear_);  // each thread its own, all at the same time
+    void compute(int, int chunk, int thread, bool) override {
         int64_t row, end;
         rows_of(chunk, row, end);
-        multiply_batch(linear_, row, end, x_, tokens_, scratch_[thread], y_);
+        multiply_batch(linear_, row, end, x_, tokens_, workers_[thread].batch, y_);
     }
 
   private:
@@ -143,7 +182,7 @@ class BatchProduct : public Job {
     const uint16_t* const x_;
     const int tokens_;
     uint16_t* const y_;
-    std::vector<BatchScratch> scratch_;
+    Workers& workers_;
 };
 
 // Rows of a quantized matrix in bfloat16.

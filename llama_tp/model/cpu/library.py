@@ -101,14 +101,15 @@ class Library:
 
         self.create_team = function("create_team", c_void_p, c_int32)
         self.destroy_team = function("destroy_team", None, c_void_p)
+        self.can_compute = function("can_compute", c_int32, POINTER(ModelStruct))
         self.create_model = function("create_model", c_void_p, POINTER(ModelStruct))
         self.destroy_model = function("destroy_model", None, c_void_p)
         self.run = function("run", None, c_void_p, POINTER(StepStruct), c_int32, c_int32)
         self.multiply = function(
-            "multiply", None, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
+            "multiply", c_int32, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
         )
         self.multiply_batch = function(
-            "multiply_batch", None, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_void_p
+            "multiply_batch", c_int32, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_void_p
         )
         self.add_and_normalize = function(
             "add_and_normalize", None, c_void_p, *[c_int32] * 4, *[c_void_p] * 3, c_float, c_int32, c_void_p

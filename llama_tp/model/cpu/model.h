@@ -21,7 +21,7 @@ struct Model {
     int32_t dim, hidden, heads, kv_heads, head_dim, layers;
     int32_t max_tokens, max_parts, is_bfloat16_cache, may_round;
     float eps;
-    Team* team;
+    Workers* team;
     const Layer* layer;
     const float* norm;
     Linear output;
@@ -55,13 +55,15 @@ inline bool has_tiled_attention(const Model& model) {
     return kHasTiledAttention && model.is_bfloat16_cache && model.may_round && model.head_dim % (2 * W) == 0;
 }
 
-// One thread's memory.
+// The most inputs of a linear layer.
+inline int widest(const Model& model) { return std::max({model.dim, model.hidden, model.heads * model.head_dim}); }
+
+// One thread's memory, with that for products.
 struct Scratch {
-    explicit Scratch(const Model& model) {
+    Scratch(const Model& model, LayerScratch& layer) : layer(layer) {
         const int head = round_up(model.head_dim, 2 * W);
-        const int widest = std::max({model.dim, model.hidden, model.heads * model.head_dim});
-        row.resize(round_up(widest, 2 * kGroup));
-        layer.resize(model.max_tokens, widest);
+        row.resize(round_up(widest(model), 2 * kGroup));
+        weights.resize(model.max_parts);
         queries.resize(int64_t(kQueries) * head);
         scores.resize(int64_t(kQueries) * kScoreStride);
         sums.resize(int64_t(2 * kQueries) * head);
@@ -69,7 +71,7 @@ struct Scratch {
     }
 
     Buffer<float> row, queries, scores, sums, weights;
-    LayerScratch layer;
+    LayerScratch& layer;
     TileScratch tiles;
 };
 

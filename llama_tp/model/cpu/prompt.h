@@ -14,8 +14,8 @@ class PromptAttention : public Job {
     using Number = typename C::Number;
 
     // qkv (T, H + 2 K, d), out (T, H, d).
-    PromptAttention(const Model& model, int layer, const Step& step, std::vector<Scratch>& scratch, void* qkv,
-                    void* out)
+    PromptAttention(const Model& model, int layer, const Step& step,
+                    const std::vector<std::unique_ptr<Scratch>>& scratch, void* qkv, void* out)
         : model_(model),
           qk_norm_(model.layer[layer].qk_norm),
           step_(step),
@@ -33,7 +33,7 @@ class PromptAttention : public Job {
 
     void compute(int phase, int chunk, int thread, bool) override {
         if (phase == 0) return store_block_of(step_.blocks + 2 * chunk);
-        attend_block(step_.blocks + 2 * (chunk / model_.kv_heads), chunk % model_.kv_heads, scratch_[thread]);
+        attend_block(step_.blocks + 2 * (chunk / model_.kv_heads), chunk % model_.kv_heads, *scratch_[thread]);
     }
 
   private:
@@ -148,7 +148,7 @@ class PromptAttention : public Job {
     const Model& model_;
     const float* const qk_norm_;
     const Step& step_;
-    std::vector<Scratch>& scratch_;
+    const std::vector<std::unique_ptr<Scratch>>& scratch_;
     Number *const qkv_, *const out_;
     const int stride_, group_;
     const int64_t size_;  // of one head's keys or values

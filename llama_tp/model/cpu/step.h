@@ -2,14 +2,20 @@
 // phases a layer.
 #pragma once
 
-#include <stdexcept>
-
 #include "prompt.h"
 
 namespace llama_tp {
 
+// Whether a team can count the work of the model's steps.
+inline bool fits_team(const Model& model) {
+    const int64_t phases = int64_t(kPhases) * model.layers + kOutputPhases;
+    const int64_t units = int64_t(model.max_tokens) * model.kv_heads * model.max_parts;
+    return phases <= Team::kMaxPhases && units <= Team::kMaxChunks;
+}
+
 class Context : public Job {
   public:
+    // Allocates all that steps need. Throws std::bad_alloc.
     explicit Context(const Model& model)
         : layers_(model.layer, model.layer + model.layers),
           model_(model),
@@ -19,24 +25,27 @@ class Context : public Job {
           gated_(int64_t(model.max_tokens) * 2 * model.hidden),
           partial_values_(int64_t(model.max_tokens) * model.heads * model.max_parts * head_stride_),
           partial_sums_(int64_t(model.max_tokens) * model.heads * model.max_parts * 2),
-          threads_(model.team->num_threads()),
-          scratch_(threads_, Scratch(model)) {
-        const int64_t phases = int64_t(kPhases) * model.layers + kOutputPhases;
-        const int64_t units = int64_t(model.max_tokens) * model.kv_heads * model.max_parts;
-        if (phases > Team::kMaxPhases || units > Team::kMaxChunks) throw std::length_error("too large for a team");
+          threads_(model.team->team.num_threads()),
+          scratch_(threads_) {
+        Workers& workers = *model.team;
+        workers.reserve(model.max_tokens, widest(model));
+        if (multiplies_batches() && model.is_bfloat16_cache && model.may_round) workers.reserve_batches(widest(model));
+        workers.team.in_each_thread([&](int thread) {
+            scratch_[thread] = std::make_unique<Scratch>(model, workers[thread].layer);
+        });
         model_.layer = layers_.data();
     }
 
     void run(const Step& step, int first, int end) {
         step_ = step;
-        model_.team->run(*this, first, end);
+        model_.team->team.run(*this, first, end);
     }
 
     // Of a step of many tokens: see PromptAttention.
     void attend_prompts(int layer, const Step& step, void* qkv, void* out) {
         const auto attend_in = [&](auto format) {
             PromptAttention<decltype(format)> job(model_, layer, step, scratch_, qkv, out);
-            model_.team->run(job, 0, 2);
+            model_.team->team.run(job, 0, 2);
         };
         if (model_.is_bfloat16_cache) {
             attend_in(BFloat16Cache());
@@ -59,7 +68,7 @@ class Context : public Job {
     }
 
     void compute(int phase, int chunk, int thread, bool is_first) override {
-        Scratch& scratch = scratch_[thread];
+        Scratch& scratch = *scratch_[thread];
         if (phase / kPhases == model_.layers) {
             if (phase % kPhases == 0) return check(chunk);
             return logits(chunk, scratch, is_first);
@@ -259,7 +268,6 @@ class Context : public Job {
     template <class C>
     void merge(int token, int position, Scratch& scratch) {
         const int parts = position / kPart + 1, d = model_.head_dim;
-        scratch.weights.resize(parts);
         float* to = scratch.row.data();
         for (int index = 0; index < model_.heads; ++index, to += d) {
             float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
@@ -367,7 +375,7 @@ class Context : public Job {
     const int head_stride_, group_;
     Buffer<float> qkv_, gated_, partial_values_, partial_sums_;
     const int threads_;
-    std::vector<Scratch> scratch_;
+    std::vector<std::unique_ptr<Scratch>> scratch_;
     Step step_{};
 };
 

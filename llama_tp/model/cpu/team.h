@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -34,7 +36,7 @@ class Team {
     static constexpr int64_t kMaxChunks = (1 << kChunkBits) - 1;  // of a phase
 
     explicit Team(int num_threads)
-        : num_threads_(num_threads), ranges_(size_t(kMaxPhases) * num_threads), unfinished_(kMaxPhases) {
+        : num_threads_(num_threads), ranges_(size_t(kMaxPhases) / kPerLine * num_threads), unfinished_(kMaxPhases) {
         try {
             for (int thread = 1; thread < num_threads; ++thread) {
                 workers_.emplace_back([this, thread] { work(thread); });
@@ -68,6 +70,14 @@ class Team {
         compute(job, epoch, first, end, 0);
     }
 
+    // Calls allocate(thread) once in each thread. Throws std::bad_alloc, once all are done, if one of them does.
+    template <class Allocate>
+    void in_each_thread(Allocate allocate) {
+        EachThread<Allocate> job(num_threads_, allocate);
+        run(job, 0, 1);
+        if (job.has_failed()) throw std::bad_alloc();
+    }
+
   private:
     void end() {
         job_ = nullptr;
@@ -76,8 +86,41 @@ class Team {
         for (auto& worker : workers_) worker.join();
     }
 
+    // A chunk for each thread, which does not end before every thread has one.
+    template <class Allocate>
+    class EachThread : public Job {
+      public:
+        EachThread(int num_threads, Allocate allocate) : num_threads_(num_threads), allocate_(allocate) {}
+
+        int num_chunks(int) const override { return num_threads_; }
+
+        void compute(int, int, int thread, bool) override {
+            try {
+                allocate_(thread);
+            } catch (const std::exception&) {
+                has_failed_ = true;
+            }
+            ++num_begun_;
+            while (num_begun_ < num_threads_) sched_yield();
+        }
+
+        bool has_failed() const { return has_failed_; }
+
+      private:
+        const int num_threads_;
+        const Allocate allocate_;
+        std::atomic<int> num_begun_{0};
+        std::atomic<bool> has_failed_{false};
+    };
+
     struct alignas(64) Counter {
         std::atomic<uint64_t> value{0};
+    };
+
+    // A thread's ranges of successive phases share a line: run() writes all of them before each run.
+    static constexpr int kPerLine = 8;
+    struct alignas(64) Line {
+        std::atomic<uint64_t> values[kPerLine]{};
     };
 
     // Chunks that nobody has claimed yet. Stored with the run's number: a late thread cannot claim a later run's.
@@ -95,7 +138,9 @@ class Team {
         }
     };
 
-    std::atomic<uint64_t>& range_of(int phase, int thread) { return ranges_[phase * num_threads_ + thread].value; }
+    std::atomic<uint64_t>& range_of(int phase, int thread) {
+        return ranges_[phase / kPerLine * num_threads_ + thread].values[phase % kPerLine];
+    }
 
     static constexpr int kSpins = 200;   // some microseconds
     static constexpr int kYields = 100;  // before a thread without work sleeps
@@ -181,7 +226,8 @@ class Team {
     std::atomic<uint32_t> epoch_{0};
     std::atomic<uint64_t> phases_{0};
     std::atomic<Job*> job_{nullptr};
-    std::vector<Counter> ranges_, unfinished_;
+    std::vector<Line> ranges_;
+    std::vector<Counter> unfinished_;
     std::vector<std::thread> workers_;
 };
 
