@@ -216,6 +216,6 @@ def _fused(block: TransformerBlock) -> tuple[FusedAttention, FusedFeedForward]:
 def _for_many_tokens(layer: Linear, kernels: Kernels, may_round: bool) -> Linear:
     weight = layer.stored()
     assert weight is not None
-    if may_round and KernelLinear.supports(weight, kernels):
+    if may_round and kernels.multiplies_batches(weight):
         return KernelLinear(weight, layer.bias, kernels)
     return WidenedLinear(weight, layer.bias, kernels) if isinstance(weight, QuantizedWeight) else layer

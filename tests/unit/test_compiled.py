@@ -270,7 +270,7 @@ def dense(weight):
 def test_a_product_is_that_of_the_dense_matrix(any_kernels, form, shape):
     weight = weight_of(form, *shape)
     bias = torch.randn(shape[0])
-    for num_tokens in (1, 2, 3, 4, 5, 8, 16):
+    for num_tokens in (1, 2, 3, 4, 5, 8, 16, 24, 64):
         x = torch.randn(num_tokens, shape[1])
         expected = x @ dense(weight).t() + bias
         exact = any_kernels.multiply(weight, bias, x, may_round=False)
@@ -308,7 +308,7 @@ def test_many_tokens_are_multiplied_with_widened_weights(any_kernels, form):
 @pytest.mark.parametrize("shape", [(300, 576), (48, 32), (7, 96), (100, 1088)])
 def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape):
     weight = weight_of(form, *shape)
-    if not KernelLinear.supports(weight, kernels()):
+    if not kernels().multiplies_batches(weight):
         pytest.skip("this CPU has no instructions for bfloat16, or better ones that PyTorch uses")
     bias = torch.randn(shape[0]).bfloat16()
     layer = KernelLinear(weight, bias, kernels())
@@ -319,12 +319,56 @@ def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape)
     assert torch.equal(layer.dense_weight().float(), dense(weight))
 
 
+def rounded_to_8_bits(matrix):
+    """With a float32 scale for every 64 columns of a row."""
+    blocks = matrix.float().split(64, dim=1)
+    rounded = []
+    for block in blocks:
+        most, largest_code = block.abs().amax(dim=1, keepdim=True), torch.tensor(127.0)
+        rounded.append((block.double() * (largest_code / most)).round() * (most / largest_code))
+    return torch.cat(rounded, dim=1)
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+@pytest.mark.parametrize("shape", [(300, 576), (48, 32), (7, 96), (100, 1088)])
+def test_quantized_weights_are_multiplied_with_many_tokens_as_8_bit_integers(form, shape):
+    """Exactly: only the result, in bfloat16, is rounded again."""
+    weight = weight_of(form, *shape)
+    if not kernels().multiplies_batches(weight):
+        pytest.skip("this CPU cannot add up products of bytes in one instruction, or has better ones that PyTorch uses")
+    as_integers = dense(weight) if form == "int8" else rounded_to_8_bits(dense(weight).bfloat16())
+    layer = KernelLinear(weight, None, kernels())
+    for num_tokens in (17, 64, 79):
+        x = torch.randn(num_tokens, shape[1]).bfloat16()
+        x[0, 5] = 100.0  # costs the rest of its block precision, and no other
+        expected = rounded_to_8_bits(x) @ as_integers.double().t()
+        torch.testing.assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_product_of_many_tokens_is_not_finite_for_one_with_an_input_that_is_not(form, value):
+    weight = weight_of(form, 13, 96)
+    if not kernels().multiplies_batches(weight):
+        pytest.skip("this CPU has no instructions for such products, or better ones that PyTorch uses")
+    layer = KernelLinear(weight, None, kernels())
+    x = torch.randn(30, 96).bfloat16()
+    clean = layer(x)
+    for column in (0, 40, 95):
+        spoilt = x.clone()
+        spoilt[7, column] = value
+        y = layer(spoilt)
+        assert not y[7].isfinite().any()
+        y[7] = clean[7]
+        assert torch.equal(y, clean)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [1e-45, 1e-39, 1e-37, 1e30])
 def test_products_of_tiny_and_of_huge_inputs_are_finite(any_kernels, form, value):
     """Products of quantized weights divide by the largest input of a group of columns."""
     weight = weight_of(form, 13, 96)
-    for num_tokens in (1, 5):
+    for num_tokens in (1, 5, 64):
         x = torch.full((num_tokens, 96), value)
         expected = x.double() @ dense(weight).double().t()
         error = (any_kernels.multiply(weight, None, x, may_round=True) - expected).abs().max()
@@ -335,7 +379,7 @@ def test_products_of_tiny_and_of_huge_inputs_are_finite(any_kernels, form, value
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_product_is_not_finite_for_a_token_with_an_input_that_is_not(any_kernels, form, value):
     weight = weight_of(form, 13, 96)
-    for num_tokens, column in product((1, 3, 9, 17), (0, 40, 95)):
+    for num_tokens, column in product((1, 3, 9, 17, 64), (0, 40, 95)):
         x = torch.randn(num_tokens, 96)
         clean = any_kernels.multiply(weight, None, x, may_round=True)
         x[-1, column] = value

@@ -8,11 +8,49 @@
 
 namespace llama_tp {
 
-#if defined(__AVX512BF16__)
 constexpr int kVectors = 3, kBatchTokens = 8;  // of a tile: its sums stay in registers
 constexpr int kBatchRows = kVectors * W;
-constexpr bool kHasBatchProduct = true;
+constexpr int kBlockColumns = 64;  // whose integers share a scale
 
+inline int num_blocks(int64_t columns) { return int((columns + kBlockColumns - 1) / kBlockColumns); }
+
+// Memory for a block of rows.
+struct BatchScratch {
+    Buffer<uint16_t> packed;   // (columns / 2, kBatchRows, 2), or as many integers
+    Buffer<uint16_t> widened;  // one row
+    Buffer<uint8_t> codes;     // W rows of integers, not packed yet
+    Buffer<float> scales;      // (blocks, kBatchRows): of the packed integers
+
+    // For layers of up to this many columns.
+    void resize(int64_t columns) {
+        packed.resize(kBatchRows * columns);
+        widened.resize(columns);
+        codes.resize(W * columns);
+        scales.resize(kBatchRows * num_blocks(columns));
+    }
+};
+
+// Calls compute(size, token) for tiles of tokens, `size` being a constant. Meanwhile fetches rows row ..
+// row + kBatchRows - 1.
+template <class Compute>
+inline void for_tiles(const Linear& linear, int64_t row, int tokens, Compute compute) {
+    const int64_t size_of_row = bytes_per_row(linear);
+    const char* weights = (const char*)linear.weight + row * size_of_row;
+    const int64_t per_token = std::max<int64_t>(kLine, kBatchRows * size_of_row / tokens);
+    fetch_scales(linear, row, kBatchRows);
+    int token = 0;
+    const auto tiles_of = [&](auto size) {
+        for (; token + size() <= tokens; token += size()) {
+            fetch(weights + token * per_token, size() * per_token);
+            compute(size, token);
+        }
+    };
+    tiles_of(std::integral_constant<int, kBatchTokens>());
+    tiles_of(std::integral_constant<int, 4>());
+    tiles_of(std::integral_constant<int, 1>());
+}
+
+#if defined(LLAMA_TP_AVX512)
 // 16 x 16 numbers of 32 bits.
 inline void transpose(__m512i (&rows)[16]) {
     __m512i t[16];
@@ -37,17 +75,29 @@ inline void transpose(__m512i (&rows)[16]) {
         rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     }
 }
+#endif
 
-// Memory for a block of rows: packed (columns / 2, kBatchRows, 2), and W rows widened to bfloat16.
-struct BatchScratch {
-    Buffer<uint16_t> packed, widened;
+// Where the sums of a batch go: store(token, row, count, sums of `count` rows).
+struct BFloat16Output {
+    uint16_t* y;  // (tokens, rows)
+    int64_t rows;
 
-    // For layers of up to this many columns.
-    void resize(int64_t columns) {
-        packed.resize(kBatchRows * columns);
-        widened.resize(W * columns);
+    void store(int64_t token, int64_t row, int count, vf sums) const {
+        store_first_bf16(y + token * rows + row, count, sums);
     }
 };
+
+struct FloatOutput {
+    Output out;
+
+    void store(int64_t token, int64_t row, int count, vf sums) const {
+        float* to = out.values + token * out.stride + row;
+        store_first(to, count, out.add ? first_floats(to, count) + sums : sums);
+    }
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBatchProduct = true;
 
 // Rows row .. row + kBatchRows - 1; zeros for those from `end` on.
 inline void pack_rows(const Linear& linear, int64_t row, int64_t end, BatchScratch& scratch) {
@@ -55,15 +105,7 @@ inline void pack_rows(const Linear& linear, int64_t row, int64_t end, BatchScrat
     for (int first = 0; first < kBatchRows; first += W) {
         const uint16_t* of[W];
         const int count = int(std::clamp<int64_t>(end - row - first, 0, W));
-        for (int r = 0; r < count; ++r) {
-            if (linear.form == kBFloat16) {
-                of[r] = (const uint16_t*)linear.weight + (row + first + r) * columns;
-            } else {
-                uint16_t* to = scratch.widened.data() + r * columns;
-                (linear.form == kInt4 ? widen_row<false> : widen_row<true>)(linear, row + first + r, to);
-                of[r] = to;
-            }
-        }
+        for (int r = 0; r < count; ++r) of[r] = (const uint16_t*)linear.weight + (row + first + r) * columns;
         for (int k = 0; k < columns; k += 2 * W) {
             __m512i block[W];
             LLAMA_TP_UNROLL for (int r = 0; r < W; ++r) block[r] = r < count ? load<__m512i>(of[r] + k) : __m512i{};
@@ -90,60 +132,45 @@ inline __attribute__((always_inline)) void pair_tile(const uint16_t* packed, int
     }
 }
 
-// A block of rows for T tokens; x (T, columns), y (T, linear.rows).
-template <int T>
+// A block of rows for T tokens; x (tokens, columns).
+template <int T, class Out>
 inline void batch_tile(const Linear& linear, int64_t row, int64_t end, const uint16_t* packed, const uint16_t* x,
-                       uint16_t* y) {
+                       int64_t token, const Out& out) {
     const int columns = int(linear.columns);
     const uint16_t* of[T];
-    LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) of[t] = x + int64_t(t) * columns;
+    LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) of[t] = x + (token + t) * columns;
     vf acc[kVectors][T];
     pair_tile<kVectors, T>(packed, kBatchRows * 2, columns / 2, of, acc);
     LLAMA_TP_UNROLL for (int v = 0; v < kVectors; ++v) {
         const int64_t first = row + v * W;
         const int count = int(std::clamp<int64_t>(end - first, 0, W));
-        const vf scales = linear.form == kInt8 ? first_floats((const float*)linear.scales + first, count) : splat(1.0f);
         const vf bias = linear.bias == nullptr ? vf{} : first_floats(linear.bias + first, count);
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
-            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(fma(acc[v][t], scales, bias));
-            _mm256_mask_storeu_epi16(y + t * linear.rows + first, uint16_t((1u << count) - 1), sums);
-        }
+        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) out.store(token + t, first, count, acc[v][t] + bias);
     }
 }
 
-// Rows row .. end - 1, at most kBatchRows.
+template <class Out>
 inline void multiply_batch(const Linear& linear, int64_t row, int64_t end, const uint16_t* x, int tokens,
-                           BatchScratch& scratch, uint16_t* y) {
-    pack_rows(linear, row, end, scratch);
-    int token = 0;
-    const auto tiles_of = [&](auto size) {
-        constexpr int T = size();
-        for (; token + T <= tokens; token += T) {
-            batch_tile<T>(linear, row, end, scratch.packed.data(), x + token * linear.columns, y + token * linear.rows);
-        }
-    };
-    tiles_of(std::integral_constant<int, kBatchTokens>());
-    tiles_of(std::integral_constant<int, 4>());
-    tiles_of(std::integral_constant<int, 1>());
+                           BatchScratch& scratch, const Out& out) {
+    for (; row < end; row += kBatchRows) {
+        pack_rows(linear, row, end, scratch);
+        for_tiles(linear, row + kBatchRows, tokens, [&](auto size, int64_t token) {
+            batch_tile<size()>(linear, row, end, scratch.packed.data(), x, token, out);
+        });
+    }
+}
+
+// A token's inputs, which are float32.
+inline void round_to_bf16(uint16_t* to, const float* x, int64_t columns) {
+    for (int64_t k = 0; k < columns; k += W) store_first_bf16(to + k, W, load<vf>(x + k));
 }
 #else
 constexpr bool kHasBatchProduct = false;
-constexpr int kBatchRows = 1;
 
-struct BatchScratch {
-    void resize(int64_t) {}
-};
+template <class Out>
+inline void multiply_batch(const Linear&, int64_t, int64_t, const uint16_t*, int, BatchScratch&, const Out&) {}
 
-inline void multiply_batch(const Linear&, int64_t, int64_t, const uint16_t*, int, BatchScratch&, uint16_t*) {}
+inline void round_to_bf16(uint16_t*, const float*, int64_t) {}
 #endif
-
-// Whether this library multiplies many tokens in bfloat16 faster than PyTorch does, which uses AMX.
-constexpr bool multiplies_batches() {
-#if defined(__AMX_BF16__)
-    return false;
-#else
-    return kHasBatchProduct;
-#endif
-}
 
 }  // namespace llama_tp

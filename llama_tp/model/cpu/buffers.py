@@ -11,8 +11,10 @@ _VECTOR = 16
 """Numbers of the widest vectors, those of AVX-512."""
 _LINE = 64
 """Bytes of a cache line."""
-_BATCH_ROWS = 64
-"""Rows in bfloat16 that a product of many tokens holds: packed ones, and widened ones to be packed."""
+_BATCH_ROWS = 48
+"""Rows that a product of many tokens packs."""
+_BATCH_BLOCK = 64
+"""Columns of them that share a scale."""
 _BLOCK = 16
 """Tokens of a prompt that attend together."""
 _QUERIES = 4
@@ -56,7 +58,8 @@ def _bytes_per_thread(widest: int, group: int, head_dim: int, tokens: int, parts
     floats += _round_up(widest, 64) + _QUERIES * (3 * head + scores) + parts
     size = 4 * floats + 8 * _MAX_PHASES
     if is_bfloat16:
-        size += 2 * _BATCH_ROWS * widest
+        size += (2 * _BATCH_ROWS + 2 + _VECTOR) * widest  # packed rows; a widened one, and integers to be packed
+        size += 4 * _BATCH_ROWS * -(-widest // _BATCH_BLOCK)
     if is_bfloat16 and head_dim % (2 * _VECTOR) == 0:  # the attention of prompts is two matrix products
         size += 4 * KEYS_PER_PART * head_dim  # keys and values
         size += 6 * _BLOCK * scores  # scores, and weights in bfloat16

@@ -57,8 +57,8 @@ void llama_tp_destroy_team(void* team) { delete &workers_of(team); }
 // False if the model has more layers or a longer context than a team can count.
 int32_t llama_tp_can_compute(const llama_tp::Model* model) { return llama_tp::fits_team(*model); }
 
-// For a model that the library can compute. The team must outlive it. Null if there is not enough memory; steps allocate
-// none.
+// For a model that the library can compute. The team must outlive it. Null if there is not enough memory; steps
+// allocate none.
 void* llama_tp_create_model(const llama_tp::Model* model) {
     return or_null([=] { return new llama_tp::Context(*model); });
 }
@@ -68,24 +68,33 @@ void llama_tp_destroy_model(void* context) { delete static_cast<llama_tp::Contex
 // y (tokens, rows) = x (tokens, columns) W^T + b. False if there is not enough memory, which a model of the team has
 // allocated for its own layers and steps of few tokens.
 int32_t llama_tp_multiply(void* team, const llama_tp::Linear* linear, const float* x, int32_t tokens, int32_t may_round,
-                       float* y) {
+                          float* y) {
     auto& workers = workers_of(team);
-    if (!has([&] { workers.reserve(tokens, linear->columns); })) return false;
+    const bool may_be_batch = may_round && llama_tp::kMultipliesBatches;
+    const auto reserve = [&] {
+        workers.reserve(tokens, linear->columns);
+        if (may_be_batch) workers.reserve_batches(linear->columns);
+    };
+    if (!has(reserve)) return false;
     llama_tp::Product product(*linear, x, tokens, may_round, y, workers);
     workers.team.run(product, 0, 1);
     return true;
 }
 
-int32_t llama_tp_multiplies_batches() { return llama_tp::multiplies_batches(); }
+int32_t llama_tp_multiplies_batches(llama_tp::Form form) { return llama_tp::multiplies_batches(form); }
+
+// Bytes that a product of many tokens needs to round them.
+int64_t llama_tp_bytes_of_codes(const llama_tp::Linear* linear, int32_t tokens) {
+    return llama_tp::Codes::num_bytes(*linear, tokens);
+}
 
 // The same for many tokens in bfloat16, for the layers of any model of the team. The number of columns is a multiple
-// of 32.
+// of 32. `codes`: bytes_of_codes of memory, aligned to 4 bytes.
 int32_t llama_tp_multiply_batch(void* team, const llama_tp::Linear* linear, const uint16_t* x, int32_t tokens,
-                                uint16_t* y) {
+                                uint8_t* codes, uint16_t* y) {
     auto& workers = workers_of(team);
     if (!has([&] { workers.reserve_batches(linear->columns); })) return false;
-    llama_tp::BatchProduct product(*linear, x, tokens, y, workers);
-    workers.team.run(product, 0, 1);
+    llama_tp::BatchProduct(*linear, x, tokens, codes, y, workers).run();
     return true;
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from llama_tp.model.cpu.library import Form, Library, LinearStruct
 from llama_tp.model.norm import Norm
 from llama_tp.model.quantization import QuantizedWeight
+from llama_tp.model.weights import GROUP
 
 _FORMS = {"int8": Form.INT8, "int8_groups": Form.INT8_GROUPS, "int4": Form.INT4}
 
@@ -44,9 +45,14 @@ class Kernels:
 
     def multiply_batch(self, weight: LinearStruct, x: Tensor, out: Tensor) -> None:
         """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T should be large; `in` is a multiple of 32.
-        MemoryError as of `multiply`."""
+        MemoryError as of `multiply`.
+
+        With quantized weights, x is rounded to 8-bit integers, with a scale for every 128 columns.
+        """
         assert x.is_contiguous()
-        if not self.library.multiply_batch(self.team, weight, x.data_ptr(), x.size(0), out.data_ptr()):
+        codes = torch.empty(self.library.bytes_of_codes(weight, x.size(0)), dtype=torch.uint8)
+        ends = x.data_ptr(), x.size(0), codes.data_ptr(), out.data_ptr()
+        if not self.library.multiply_batch(self.team, weight, *ends):
             raise MemoryError(f"a product of {x.size(1)} columns")
 
     def add_and_normalize(self, x: Tensor, y: Tensor | None, norm: Norm, *, zero_nonfinite: bool = False) -> Tensor:
@@ -76,6 +82,10 @@ class Kernels:
         self.library.gate(self.team, out.dtype == torch.bfloat16, *out.shape, gate_up.data_ptr(), out.data_ptr())
         return out
 
+    def multiplies_batches(self, weight: Tensor | QuantizedWeight) -> bool:
+        """Whether `multiply_batch` is possible, and faster than PyTorch."""
+        return bool(self.library.multiplies_batches(_form(weight))) and weight.shape[1] % GROUP == 0
+
     def widen(self, weight: LinearStruct, rows: slice, out: Tensor) -> None:
         """Write these rows of a quantized matrix to out, bfloat16 (rows, columns)."""
         self.library.widen(self.team, weight, rows.start, rows.stop, out.data_ptr())
@@ -85,13 +95,11 @@ def linear_struct(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> tupl
     """A linear layer as the library sees it, and the tensors that it points to. bias: float32."""
     tensors: dict[str, Tensor | None] = {"bias": bias}
     if isinstance(weight, QuantizedWeight):
-        form = _FORMS[weight.form]
         tensors |= {"weight": weight.weight, "scales": weight.scales, "offsets": weight.offsets}
     else:
-        form = Form.BFLOAT16 if weight.dtype == torch.bfloat16 else Form.FLOAT32
         tensors["weight"] = weight
     rows, columns = weight.shape
-    struct = LinearStruct(form=form, rows=rows, columns=columns)
+    struct = LinearStruct(form=_form(weight), rows=rows, columns=columns)
     kept = []
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -101,3 +109,9 @@ def linear_struct(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> tupl
     offsets = tensors.get("offsets")
     struct.has_float32_offsets = offsets is not None and offsets.dtype == torch.float32
     return struct, kept
+
+
+def _form(weight: Tensor | QuantizedWeight) -> Form:
+    if isinstance(weight, QuantizedWeight):
+        return _FORMS[weight.form]
+    return Form.BFLOAT16 if weight.dtype == torch.bfloat16 else Form.FLOAT32

@@ -109,14 +109,15 @@ class Library:
             "multiply", c_int32, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p
         )
         self.multiply_batch = function(
-            "multiply_batch", c_int32, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_void_p
+            "multiply_batch", c_int32, c_void_p, POINTER(LinearStruct), c_void_p, c_int32, c_void_p, c_void_p
         )
+        self.bytes_of_codes = function("bytes_of_codes", c_int64, POINTER(LinearStruct), c_int32)
         self.add_and_normalize = function(
             "add_and_normalize", None, c_void_p, *[c_int32] * 4, *[c_void_p] * 3, c_float, c_int32, c_void_p
         )
         self.attend = function("attend", None, c_void_p, c_int32, POINTER(StepStruct), c_void_p, c_void_p)
         self.gate = function("gate", None, c_void_p, *[c_int32] * 3, *[c_void_p] * 2)
         self.widen = function("widen", None, c_void_p, POINTER(LinearStruct), c_int64, c_int64, c_void_p)
-        self.multiplies_batches = bool(function("multiplies_batches", c_int32)())
+        self.multiplies_batches = function("multiplies_batches", c_int32, c_int32)
         self.keys_per_part: int = function("keys_per_part", c_int32)()
         self.tokens_per_block: int = function("tokens_per_block", c_int32)()

@@ -9,7 +9,6 @@ from torch import Tensor
 from llama_tp.model.cpu.kernels import Kernels, linear_struct
 from llama_tp.model.linear import Linear
 from llama_tp.model.quantization import QuantizedWeight, dequantize
-from llama_tp.model.weights import GROUP
 
 _FEW = 16
 """Tokens, such as those of a prompt that are sampled, for which weights are not worth bringing into another order."""
@@ -27,11 +26,6 @@ class KernelLinear(Linear):
         self._kernels = kernels
         self._float_bias = None if bias is None else bias.float()
         self._struct, self._kept = linear_struct(weight, self._float_bias)
-
-    @staticmethod
-    def supports(weight: Tensor | QuantizedWeight, kernels: Kernels) -> bool:
-        is_float32 = isinstance(weight, Tensor) and weight.dtype != torch.bfloat16
-        return kernels.library.multiplies_batches and not is_float32 and weight.shape[1] % GROUP == 0
 
     @property
     def num_bytes(self) -> int:

@@ -54,6 +54,7 @@ inline vf first_floats(const float* from, int count) { return _mm512_maskz_loadu
 inline vu first_pairs(const uint16_t* from, int count) {
     return (vu)_mm512_maskz_loadu_epi16(uint32_t((1ull << count) - 1), from);
 }
+inline void store_first(float* to, int count, vf numbers) { _mm512_mask_storeu_ps(to, (1u << count) - 1, numbers); }
 inline vf first_halves(const uint16_t* from, int count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(uint16_t((1u << count) - 1), from));
 }
@@ -117,6 +118,7 @@ inline vu first_pairs(const uint16_t* from, int count) {
     std::memcpy(&v, from, count * sizeof(uint16_t));
     return v;
 }
+inline void store_first(float* to, int count, vf numbers) { std::memcpy(to, &numbers, count * sizeof(float)); }
 inline vf first_halves(const uint16_t* from, int count) {
     if (count == W) return _mm256_cvtph_ps(load<__m128i>(from));
     uint16_t part[W] = {};
@@ -237,6 +239,15 @@ inline void store_bf16(uint16_t* to, vf a, vf b) {
 #else
     for (int i = 0; i < W; ++i) to[i] = to_bf16(a[i]);
     for (int i = 0; i < W; ++i) to[W + i] = to_bf16(b[i]);
+#endif
+}
+
+// The first numbers of a vector, in their order.
+inline void store_first_bf16(uint16_t* to, int count, vf numbers) {
+#if defined(__AVX512BF16__)
+    _mm256_mask_storeu_epi16(to, uint16_t((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh(numbers));
+#else
+    for (int i = 0; i < count; ++i) to[i] = to_bf16(numbers[i]);
 #endif
 }
 

@@ -29,10 +29,9 @@ class Context : public Job {
           scratch_(threads_) {
         Workers& workers = *model.team;
         workers.reserve(model.max_tokens, widest(model));
-        if (multiplies_batches() && model.is_bfloat16_cache && model.may_round) workers.reserve_batches(widest(model));
-        workers.team.in_each_thread([&](int thread) {
-            scratch_[thread] = std::make_unique<Scratch>(model, workers[thread].layer);
-        });
+        if (kMultipliesBatches && model.is_bfloat16_cache && model.may_round) workers.reserve_batches(widest(model));
+        workers.team.in_each_thread(
+            [&](int thread) { scratch_[thread] = std::make_unique<Scratch>(model, workers[thread]); });
         model_.layer = layers_.data();
     }
 
@@ -110,9 +109,10 @@ class Context : public Job {
     }
 
   private:
-    int chunks(int64_t rows) const { return num_chunks_of(rows, threads_); }
+    RowChunks row_chunks(int64_t rows) const { return {rows, step_.num_tokens, bool(model_.may_round), threads_}; }
+    int chunks(int64_t rows) const { return row_chunks(rows).count(); }
     void rows_of(int64_t rows, int chunk, int64_t& begin, int64_t& end) const {
-        rows_of_chunk(rows, threads_, chunk, begin, end);
+        row_chunks(rows).rows_of(chunk, begin, end);
     }
 
     // Lay out the inputs of a linear layer for this thread: read(token) returns a row of its columns.
@@ -338,7 +338,7 @@ class Context : public Job {
                 const int count = int(std::min<int64_t>(W, end - k));
                 const vf g = first_floats(gate + k, count);
                 const vf gated = g / (1.0f + exponential(-g)) * first_floats(up + k, count);
-                std::memcpy(gate + k, &gated, count * sizeof(float));
+                store_first(gate + k, count, gated);
             }
         }
     }
