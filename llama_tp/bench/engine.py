@@ -26,6 +26,7 @@ from llama_tp.bench.peers import dense_weights, transformers_model
 from llama_tp.bench.report import finish
 from llama_tp.bench.structured import endless_records
 from llama_tp.bench.subject import EngineOptions, Subject, join_group, kernels_of
+from llama_tp.bench.unparallelized import unparallelized_engine
 from llama_tp.bench.work import Work
 from llama_tp.config import EngineConfig
 from llama_tp.engine.engine import Engine
@@ -37,7 +38,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "no_speculation": {"speculative_tokens": 0},
 }
 """Contenders that are our own engine in a different configuration."""
-CONTENDERS = ("transformers", "structured", *_SETTINGS)
+CONTENDERS = ("transformers", "structured", "unparallelized", *_SETTINGS)
 _TURN_S = 600.0
 """How long the other ranks wait while another contender has its turn."""
 
@@ -135,7 +136,9 @@ def bench_engine(
     plot: str | None,
 ) -> None:
     """Implements `llama-tp bench engine`. Call it on every rank."""
-    _check_against(subject, against)
+    _check_against(subject, against, options)
+    if against == "unparallelized":
+        options = replace(options, compile=False)
     budget = max(max_batched_tokens, *plan.batches)
     config = options.config(
         max_seq_len=plan.max_seq_len(budget, options),
@@ -144,7 +147,7 @@ def bench_engine(
         collective_timeout_s=_TURN_S,
     )
     group = join_group(config)
-    if against in _SETTINGS and group.comm.size > 1:
+    if against in ("unparallelized", *_SETTINGS) and group.comm.size > 1:
         raise ValueError(f"against={against} needs a single rank; run it without torchrun")
     read = read_bandwidth(group.device)  # before there is an engine: its memory does not count in the peak
     forget_peak_memory(group.device)
@@ -177,15 +180,17 @@ def bench_engine(
     finish("engine", {**document, "rows": [asdict(row) for row in rows]}, plot)
 
 
-def _check_against(subject: Subject, against: str | None) -> None:
+def _check_against(subject: Subject, against: str | None, options: EngineOptions) -> None:
     if against is not None and against not in CONTENDERS:
         raise ValueError(f"against={against!r} must be one of {', '.join(CONTENDERS)}")
     if against == "transformers" and find_spec("transformers") is None:
         raise ValueError("against=transformers: transformers is not installed; run pip install 'llama-tp[bench]'")
     if against == "structured" and subject.checkpoint is None:
         raise ValueError("against=structured needs a tokenizer; give a converted checkpoint")
-    if against == "transformers" and subject.formats:
-        raise ValueError("against=transformers needs dense weights; leave --quantization out")
+    if against in ("transformers", "unparallelized") and subject.formats:
+        raise ValueError(f"against={against} needs dense weights; leave --quantization out")
+    if against == "unparallelized" and options.compile is True:
+        raise ValueError("against=unparallelized compares two forms of the model in PyTorch; leave --compile out")
 
 
 def _contenders(
@@ -199,6 +204,8 @@ def _contenders(
         assert subject.checkpoint is not None, "checked above"
         grammar = endless_records(subject.checkpoint, subject.args.vocab_size)
         contenders.append(OurEngine(engine, name=against, grammar=grammar))
+    elif against == "unparallelized":
+        contenders.append(OurEngine(unparallelized_engine(subject, engine), name=against))
     elif against:
         weights = dense_weights(subject.args, subject.checkpoint)
         model = transformers_model(subject.args, weights, engine.runner.dtype)

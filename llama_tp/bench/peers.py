@@ -43,7 +43,7 @@ def dense_weights(args: ModelArgs, checkpoint: str | None) -> dict[str, Tensor]:
         return {name: weights.tensor(name, shape, torch.bfloat16) for name, shape in weight_shapes(args).items()}
     files = StoredFiles(checkpoint)
     if files.formats:
-        raise ValueError(f"{checkpoint} is quantized; transformers needs dense weights")
+        raise ValueError(f"{checkpoint} is quantized; the comparison needs dense weights")
     tensors = {name: torch.empty(shape, dtype=files.dtype) for name, shape in weight_shapes(args).items()}
     load(tensors, checkpoint)
     return tensors

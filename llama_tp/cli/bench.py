@@ -94,7 +94,8 @@ def engine(
         runs: measured runs, after one warm-up; batch sizes, contexts and contenders alternate
         against: "transformers" compares with transformers on the same weights, prompts, dtype and threads;
             "deterministic", "no_prefix_cache" and "no_speculation" compare with our engine in deterministic mode, or
-            without prefix cache or speculative decoding; "structured" with answers held to a JSON schema
+            without prefix cache or speculative decoding; "structured" with answers held to a JSON schema;
+            "unparallelized" with the model before it is sharded and fused, both without compiled kernels
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether compiled kernels compute, which are waited for
         device: auto, cpu or cuda

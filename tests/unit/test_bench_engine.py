@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from llama_tp.bench.engine import CONTENDERS
 from llama_tp.bench.peers import transformers_model
 from llama_tp.bench.structured import endless_records
 from llama_tp.bench.subject import EngineOptions, choose_subject, kernels_of
+from llama_tp.bench.unparallelized import unparallelized_engine
 from llama_tp.bench.work import Work
 from llama_tp.cli.bench import engine as bench_engine
 from llama_tp.cli.bench import load
 from llama_tp.engine.prompt_lookup import PromptLookup
+from llama_tp.model.transformer import Attention
 from llama_tp.model_args import ModelArgs
 from llama_tp.parallel.comm import SingleComm
 from llama_tp.parallel.launch import Group
+from llama_tp.parallel.local_modules import FusedAttention
 from llama_tp.text import load_tokenizer
 from tests.tiny_converted import convert_beside, write_originals
 from tests.tiny_model import MODELS, engine_of, random_model, transformers_twin
@@ -221,6 +225,32 @@ def test_structured_answers_are_the_beginning_of_a_list_of_records(checkpoint):
     assert (len(timing.first_tokens), timing.decoded) == (32, 62)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_that_was_never_parallelized_has_the_same_weights_and_plain_layers(checkpoint, dtype):
+    subject = choose_subject(checkpoint)
+    group = Group(SingleComm(), torch.device("cpu"), None)
+    options = EngineOptions(dtype=dtype, compile=False)
+    engine = subject.load(options.config(max_seq_len=64, max_batch_size=2), group)
+    plain = unparallelized_engine(subject, engine)
+    assert plain.runner.dtype == engine.runner.dtype
+    assert {type(one.attention) for one in plain.runner.model.layers} == {Attention}
+    assert {type(one.attention) for one in engine.runner.model.layers} == {FusedAttention}
+    if dtype == "float32":
+        prompts = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]]
+        ours, theirs = (contenders.OurEngine(one).run(prompts, 8).first_tokens for one in (engine, plain))
+        assert ours == theirs
+
+
+def test_tied_embeddings_are_tied_in_the_model_that_was_never_parallelized(tmp_path):
+    args = ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=160, ffn_hidden_dim=96)
+    replace(args, tied_embeddings=True).save(tmp_path / "model_args.json")
+    subject = choose_subject(None, random_weights=True, model=str(tmp_path / "model_args.json"))
+    options = EngineOptions(dtype="float32", compile=False)
+    engine = subject.load(options.config(max_seq_len=64), Group(SingleComm(), torch.device("cpu"), None))
+    model = unparallelized_engine(subject, engine).runner.model
+    assert model.output.weight is model.tok_embeddings.weight
+
+
 def test_structured_answers_need_a_tokenizer():
     with pytest.raises(ValueError, match="against=structured needs a tokenizer; give a converted checkpoint"):
         bench_engine(random_weights=True, model="llama2-7b", against="structured")
@@ -229,7 +259,8 @@ def test_structured_answers_need_a_tokenizer():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"against": "vllm"}, "against='vllm' must be one of transformers, structured, deterministic"),
+        ({"against": "vllm"}, "against='vllm' must be one of transformers, structured, unparallelized, deterministic"),
+        ({"against": "unparallelized", "compile": True}, "two forms of the model in PyTorch; leave --compile out"),
         ({"batch": "a"}, "batch=a must be integers of at least 1"),
         ({"batch": (1, 0)}, "batch=1,0 must be integers of at least 1"),
         ({"runs": 0}, "runs=0 must be an integer of at least 1"),

@@ -88,7 +88,7 @@ def is_running(pid):
 
 
 def left_in(cache):
-    return sorted(path.name for path in cache.iterdir() if path.name != ".lock") if cache.exists() else []
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
 
 
 def start(files, value=1, **options):
@@ -201,7 +201,7 @@ def test_the_oldest_libraries_are_removed(cache, tmp_path):
     store = LibraryCache(cache)
     names = [library_cache.entry_name(f"{number:032x}", "c") for number in range(12)]
     for age, name in enumerate(names):
-        with store.staged() as staged:
+        with store.staged("0a") as staged:
             (staged / library_cache.LIBRARY).write_bytes(b"x")
             store.install(staged, name, {"compiler": "c", "version": "1"})
         os.utime(cache / name, (age, age))
@@ -318,6 +318,47 @@ def test_of_two_builds_at_once_one_compiles(real, cache, files, fake):
     libraries = {finished(build) for build in builds}
     assert len(libraries) == 1
     assert len(starts_of(compiler)) == 1
+
+
+def test_a_compiler_that_hangs_holds_up_no_other_library(real, cache, files, fake):
+    """One lock for the whole cache kept other CPUs and versions waiting for up to 15 minutes."""
+    hanging = start(files, value=1) if fake(f"{WAIT}exit 1") else None
+    assert wait_until(lambda: left_in(cache))
+    before = set(left_in(cache))
+    fake(f'exec {real} "$@"', name="other")
+    library = finished(start(files, value=2))
+    assert set(left_in(cache)) == before | {library.parent.name}, "what the first one uses is kept"
+    hanging.close()
+    third = finished(start(files, value=3))
+    assert left_in(cache) == sorted([library.parent.name, third.parent.name])
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next_one_of_any_library(real, cache, files, fake):
+    compiler = fake(f"{WAIT}exit 1")
+    first = start(files, value=1)
+    assert wait_until(lambda: starts_of(compiler))
+    first._process.kill()
+    assert first.wait(PATIENCE_S) is None
+    assert len(left_in(cache)) == 2  # its folder and its lock
+    fake(f'exec {real} "$@"', name="other")
+    library = finished(start(files, value=2))
+    assert left_in(cache) == [library.parent.name]
+
+
+def test_a_lock_that_another_process_has_just_removed_is_not_held(cache, monkeypatch):
+    """Whoever took it would hold a lock that nobody else sees."""
+    cache.mkdir(parents=True)
+    store, lock, ends = LibraryCache(cache), library_cache.fcntl.flock, [cache / ".lock-0a"]
+
+    def lock_late(handle, how):
+        if ends:
+            ends.pop().unlink()
+        lock(handle, how)
+
+    monkeypatch.setattr(library_cache.fcntl, "flock", lock_late)
+    with store.locked("0a", 1.0, lambda: None), pytest.raises(TimeoutError):
+        store.locked("0a", 0.0, lambda: None).__enter__()
+    assert left_in(cache) == []
 
 
 def test_if_the_process_that_compiles_is_killed_the_waiting_one_takes_over(real, cache, files, fake):
@@ -525,15 +566,15 @@ def test_a_cache_on_a_file_system_without_locks_works(real, cache, files, monkey
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(library_cache.fcntl, "flock", no_locks)
-    with LibraryCache(cache).staged() as of_another, LibraryCache(cache).locked(1.0, lambda: None):
+    with LibraryCache(cache).staged("0a") as of_another, LibraryCache(cache).locked("0a", 1.0, lambda: None):
         assert of_another.exists(), "it may be in use"
 
 
 def test_waiting_for_others_has_an_end(cache):
     cache.mkdir(parents=True)
     store, calls = LibraryCache(cache), []
-    waiting = store.locked(0.2, lambda: calls.append(1))
-    with store.locked(1.0, lambda: None), pytest.raises(TimeoutError, match=r"compiling for 0\.2 s"):
+    waiting = store.locked("0a", 0.2, lambda: calls.append(1))
+    with store.locked("0a", 1.0, lambda: None), pytest.raises(TimeoutError, match=r"compiling for 0\.2 s"):
         waiting.__enter__()
     assert calls
 

@@ -87,7 +87,7 @@ def compiled(job: Job) -> Path:
     why each of them cannot; OSError if the cache cannot be written."""
     cache = LibraryCache(Path(job.folder))
     compilers = [Compiler(tuple(command), identity) for command, identity in job.compilers]
-    with cache.locked(_LOCK_TIMEOUT_S, _exit_if_alone):
+    with cache.locked(job.key, _LOCK_TIMEOUT_S, _exit_if_alone):
         if found := cache.find(job.key, [one.identity for one in compilers]):
             return found
         errors = []
@@ -101,7 +101,7 @@ def compiled(job: Job) -> Path:
 
 def _compiled_by(compiler: Compiler, job: Job, cache: LibraryCache) -> Path:
     sources = Sources(tuple(map(Path, job.sources)), tuple(job.flags))
-    with cache.staged() as staged:
+    with cache.staged(job.key) as staged:
         temporary, library = staged / "tmp", staged / LIBRARY
         temporary.mkdir()
         _run(sources.command(compiler, library), temporary, job.timeout_s)

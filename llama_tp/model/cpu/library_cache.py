@@ -26,7 +26,7 @@ from llama_tp.user_cache import cache_folder
 LIBRARY = "kernels.so"
 _RECORD = "about.json"
 _FOLDER = "kernels"
-_LOCK = ".lock"
+_LOCK = ".lock-"
 _STAGED = ".staged-"
 _ENTRIES = "[0-9a-f]*-*"
 _MAX_ENTRIES = 8
@@ -103,9 +103,9 @@ class LibraryCache:
         return next(filter(None, map(_library, candidates)), None)
 
     @contextmanager
-    def staged(self) -> Iterator[Path]:
-        """An empty folder for `install`, which is removed in any case."""
-        path = Path(tempfile.mkdtemp(prefix=_STAGED, dir=self.folder))
+    def staged(self, key: str) -> Iterator[Path]:
+        """An empty folder for `install` of a library of this key, which is removed in any case."""
+        path = Path(tempfile.mkdtemp(prefix=f"{_STAGED}{key}-", dir=self.folder))
         try:
             yield path
         finally:
@@ -143,17 +143,29 @@ class LibraryCache:
         return found
 
     @contextmanager
-    def locked(self, timeout_s: float, check: Callable[[], None]) -> Iterator[None]:
-        """Only one process compiles at a time. Removes what killed ones have left. `check` is called while waiting, and
-        raises to stop. TimeoutError if others hold the lock for too long."""
-        handle = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            if _lock(handle, timeout_s, check):
-                for left in self.folder.glob(f"{_STAGED}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+    def locked(self, key: str, timeout_s: float, check: Callable[[], None]) -> Iterator[None]:
+        """Only one process at a time compiles the libraries of a key. Removes what killed ones have left. `check` is
+        called while waiting, and raises to stop. TimeoutError if others hold the lock for too long."""
+        with _lock(self.folder / f"{_LOCK}{key}", timeout_s, check) as is_locked:
+            if is_locked:
+                self._remove_left(key)
+                for other in {path.name.removeprefix(_STAGED).split("-")[0] for path in self._left()} - {key}:
+                    self._remove_of_killed(other)
             yield
-        finally:
-            os.close(handle)
+
+    def _left(self, key: str = "") -> Iterator[Path]:
+        """Folders that processes which compile a key use, or have left when they were killed."""
+        return self.folder.glob(f"{_STAGED}{key}*")
+
+    def _remove_of_killed(self, key: str) -> None:
+        """Remove what processes that compiled another key have left, unless one is at it."""
+        with suppress(TimeoutError), _lock(self.folder / f"{_LOCK}{key}", 0.0, lambda: None) as is_locked:
+            if is_locked:
+                self._remove_left(key)
+
+    def _remove_left(self, key: str) -> None:
+        for path in self._left(key):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def entry_name(key: str, compiler: str) -> str:
@@ -161,20 +173,47 @@ def entry_name(key: str, compiler: str) -> str:
     return f"{key}-{hashlib.sha256(os.fsencode(compiler)).hexdigest()[:8]}"
 
 
-def _lock(handle: int, timeout_s: float, check: Callable[[], None]) -> bool:
-    """False where the file system has no locks; then two processes may compile the same, which is harmless."""
+@contextmanager
+def _lock(path: Path, timeout_s: float, check: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock of a file, which is removed afterwards. The lock of a process that was killed is free.
+
+    False where the file system has no locks; then two processes may compile the same, which is harmless.
+    """
+    handle = _acquired(path, timeout_s, check)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _acquired(path: Path, timeout_s: float, check: Callable[[], None]) -> int | None:
+    """The file, open and locked; None where there are no locks."""
     deadline = time.monotonic() + timeout_s
     while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            if _is_at(handle, path):  # else whoever held the lock has removed the file
+                return handle
         except BlockingIOError:
             if time.monotonic() > deadline:
+                os.close(handle)
                 raise TimeoutError(f"another process has been compiling for {timeout_s:g} s") from None
-            check()
-            time.sleep(_POLL_S)
         except OSError:
-            return False
+            os.close(handle)
+            return None
+        os.close(handle)
+        check()
+        time.sleep(_POLL_S)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _library(entry: Path) -> Path | None:
