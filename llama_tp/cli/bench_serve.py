@@ -55,22 +55,22 @@ def serve(
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
-        api: native, openai (v1/completions), or native,openai to compare them; by default native, or openai where url
-            is the base of an API
+        api: native, openai (v1/completions), or native,openai to compare them; by default native, but openai with the
+            url of an OpenAI-compatible API
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
         handler: the handler file; by default llama-tp's own
         properties: TorchServe's config.properties; by default as for `serve`
         log_config: TorchServe's log4j2.xml; by default as for `serve`
         timeout_s: seconds to wait for the server to start
-        url: of a model on TorchServe, such as http://127.0.0.1:8080/predictions/llama, or the base of an
-            OpenAI-compatible API, such as http://127.0.0.1:8000/v1 (vLLM, llama.cpp's server, ...); only the settings
-            of the load and of the API apply then
+        url: of a model on TorchServe, such as http://127.0.0.1:8080/predictions/llama, or of an OpenAI-compatible API
+            as its clients take it, with /v1 at the end (vLLM, the server of llama.cpp, ...); only the settings of the
+            load and of the API apply then
         vocab_size: with --url, prompts are random ids below this; common words if the server takes only text
-        served_model: with the base of an API, which of several models
-        max_seq_len: with the base of an API, the longest sequence, if the server does not say
-        eos_token_id: with the base of an API, an end token to forbid by logit_bias, for servers that follow neither
-            ignore_eos nor min_tokens
+        served_model: with the url of an OpenAI-compatible API, which of several models
+        max_seq_len: with the url of an OpenAI-compatible API, the longest sequence, if the server does not say
+        eos_token_id: with the url of an OpenAI-compatible API, an end token to forbid by logit_bias, for servers that
+            follow neither ignore_eos nor min_tokens
         api_key_file: with --url, a file with the server's API key
         plot: a .png, .svg or .pdf to draw
     """
