@@ -195,11 +195,12 @@ def test_a_server_that_takes_only_text_gets_words(start: Any, capsys: pytest.Cap
         assert len(request["prompt"].split()) + request["max_tokens"] < 60
 
 
+@pytest.mark.parametrize("is_silent", [3, 999])
 @pytest.mark.parametrize("has_usage", ["last chunk", "own chunk"])
 def test_tokens_without_text_count_where_usage_is_stated(
-    has_usage: str, start: Any, capsys: pytest.CaptureFixture[str]
+    has_usage: str, is_silent: int, start: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in = start(is_silent=3, has_usage=has_usage)
+    stand_in = start(is_silent=is_silent, has_usage=has_usage)
     document = measure(stand_in, capsys)
     tokens = sum(request["max_tokens"] for request in stand_in.requests[-5:])
     assert document["runs"][0]["openai"]["total_output_tokens"] == tokens
