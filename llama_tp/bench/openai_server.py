@@ -28,7 +28,7 @@ _WORDS = (
     "were her all she there would their we him been has when who will more no if out so said what up its about into "
     "than them can only other new some could time"
 )
-"""Each is one token, with the space before it, in the vocabularies of Llama 2 and 3, Qwen, GPT-2 and SmolLM."""
+"""Common words. Each is one token, with the space before it, in the vocabulary of SmolLM2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
