@@ -1,24 +1,24 @@
 """`llama-tp bench serve --url`: the load of `bench load` against a server that is already running, wherever it is.
 
 Open loop (a rate): requests arrive whatever the server does. Closed loop (a concurrency): the next request waits until
-one has been answered.
+one has been answered. The URL says what kind of server it is: a model on our TorchServe, or an OpenAI-compatible API.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from llama_tp.bench import client
-from llama_tp.bench.api import Api
+from llama_tp.bench.api import parse_apis
+from llama_tp.bench.client import Target
 from llama_tp.bench.machine import load_average
+from llama_tp.bench.openai_server import Hints, served_by_openai
 from llama_tp.bench.report import finish
+from llama_tp.bench.served import Served, get_json
 from llama_tp.bench.workload import (
     Load,
     Slo,
@@ -33,8 +33,11 @@ from llama_tp.bench.workload import (
 from llama_tp.serving.access import read_key
 
 _WARM_UP_REQUESTS = 4
-_TIMEOUT_S = 30.0
-MODELS = "/1.0/v1/models"
+_MODELS = "/1.0/v1/models"
+_MODEL_PATH = re.compile(r"/predictions/[^/]+")
+_EXAMPLES = (
+    "http://127.0.0.1:8080/predictions/llama, or the base of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1"
+)
 
 
 def bench_running(
@@ -42,64 +45,85 @@ def bench_running(
     load: Load,
     slo: Slo,
     *,
-    apis: Sequence[Api],
+    api: str | None,
     runs: int,
-    vocab_size: int,
+    hints: Hints,
     api_key_file: str | None = None,
     plot: str | None = None,
 ) -> None:
     """Implements `llama-tp bench serve --url`. OSError, in one line, if the server refuses a request."""
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 1")
-    target = target_of(url, None if api_key_file is None else read_key(api_key_file))
-    max_seq_len = served_context(target)
-    shape = {"vocab_size": vocab_size, "max_seq_len": context_of(max_seq_len)}
-    print(f"{url}: context of {max_seq_len} tokens")
+    served = served_at(url, api, hints, None if api_key_file is None else read_key(api_key_file))
+    shape = {"vocab_size": hints.vocab_size, "max_seq_len": context_of(served.max_seq_len)}
+    print(f"{url}: {served.description}")
     print(describe(load, slo), flush=True)
-    for api in apis:
-        client.drive(warm_up(_WARM_UP_REQUESTS, **shape), target, api, concurrency=0)
+    for one in served.apis:
+        client.drive(warm_up(_WARM_UP_REQUESTS, **shape), served.target, one, concurrency=0)
     found: list[dict[str, dict[str, float]]] = []
     for run in range(runs):
-        this = replace(load, seed=load.seed + run)
-        found.append({})
-        for index, api in enumerate(apis):
-            jobs = with_other_prompts(workload(this, **shape), index, vocab_size=vocab_size)
-            recorder = client.drive(jobs, target, api, concurrency=load.concurrency)
-            found[-1][api.name] = summarize(jobs, recorder.traces, slo)
+        found.append(_one_run(served, replace(load, seed=load.seed + run), slo, **shape))
         print(f"\nRun {run + 1} of {runs}, load average of this host {load_average():.1f}")
         print(table(found[-1]), flush=True)
-    medians = {api.name: statistics.median(run[api.name]["output_throughput"] for run in found) for api in apis}
+    medians = {one.name: statistics.median(run[one.name]["output_throughput"] for run in found) for one in served.apis}
     for name, value in medians.items():
         print(f"Output tokens per second, {name}: {value:.2f} (median of {runs} runs)")
-    settings: dict[str, Any] = {"url": url, **asdict(load), **asdict(slo), "max_seq_len": max_seq_len}
-    finish("serve", {**settings, "output_throughput": medians, "runs": found}, plot)
+    settings: dict[str, Any] = {"url": url, **asdict(load), **asdict(slo), "max_seq_len": served.max_seq_len}
+    finish("serve", {**settings, **served.facts, "output_throughput": medians, "runs": found}, plot)
 
 
-def target_of(url: str, api_key: str | None = None) -> client.Target:
-    """The model behind a URL. ValueError if it is none of a model on TorchServe."""
+def _one_run(served: Served, load: Load, slo: Slo, *, vocab_size: int, max_seq_len: int) -> dict[str, dict[str, float]]:
+    """The figures of each API, one after the other."""
+    found = {}
+    for index, api in enumerate(served.apis):
+        jobs = with_other_prompts(
+            workload(load, vocab_size=vocab_size, max_seq_len=max_seq_len), index, vocab_size=vocab_size
+        )
+        recorder = client.drive(jobs, served.target, api, concurrency=load.concurrency)
+        found[api.name] = summarize(jobs, recorder.traces, slo)
+    return found
+
+
+def served_at(url: str, api: str | None, hints: Hints, api_key: str | None = None) -> Served:
+    """The model behind a URL. OSError or ValueError, with the remedy, if there is none."""
+    target = target_of(url, api_key)
+    if _MODEL_PATH.fullmatch(target.path):
+        return _served_by_torchserve(target, api or "native", hints)
+    if api not in (None, "openai"):
+        raise ValueError(
+            f"api={api!r} is of a model on TorchServe, whose url ends with /predictions/NAME; leave it out"
+        )
+    return served_by_openai(target, hints)
+
+
+def target_of(url: str, api_key: str | None = None) -> Target:
+    """Where requests go. ValueError if this is no URL of a model or of an API."""
     parts = urlsplit(url)
     path = parts.path.rstrip("/")
     try:
         port = parts.port or 80
     except ValueError:
         port = 0
-    if parts.scheme != "http" or not parts.hostname or not port or path.count("/") != 2 or parts.query:
-        raise ValueError(f"url={url!r} must be a model's, such as http://127.0.0.1:8080/predictions/llama")
-    return client.Target(host=parts.hostname, port=port, path=path, api_key=api_key)
+    is_address = parts.scheme == "http" and parts.hostname and port and not (parts.query or parts.fragment)
+    is_path = path and not path.endswith(("/completions", "/predictions"))
+    if not (is_address and is_path):
+        raise ValueError(f"url={url!r} must be a model's, such as {_EXAMPLES}")
+    return Target(host=str(parts.hostname), port=port, path=path, headers=_headers(path, api_key))
 
 
-def served_context(target: client.Target) -> int:
-    """The longest sequence that the model accepts. OSError, with the remedy, if the server does not say."""
-    url = f"http://{target.host}:{target.port}{target.path}{MODELS}"
-    headers = {} if target.api_key is None else {"X-Api-Key": target.api_key}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the load: directly
+def _headers(path: str, api_key: str | None) -> dict[str, str]:
+    """With a key as the kind of server takes it. Authorization may be TorchServe's own."""
+    if api_key is None:
+        return {}
+    return {"X-Api-Key": api_key} if _MODEL_PATH.fullmatch(path) else {"Authorization": f"Bearer {api_key}"}
+
+
+def _served_by_torchserve(target: Target, api: str, hints: Hints) -> Served:
+    for name in ("served_model", "max_seq_len", "eos_token_id"):
+        if getattr(hints, name) is not None:
+            raise ValueError(f"{name} is for the base URL of an OpenAI-compatible API; {target.url} needs none")
+    apis = parse_apis(api)
+    answer = get_json(target, _MODELS, remedy="start one with `llama-tp serve`")
     try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as answer:
-            return int(json.load(answer)["data"][0]["max_model_len"])
-    except urllib.error.HTTPError as error:
-        remedy = "; give its key by --api_key_file" if error.code == 401 else ""
-        raise OSError(f"{url} answered {error.code}{remedy}") from None
-    except urllib.error.URLError as error:
-        raise OSError(f"no server answers at {url}: {error.reason}; start one with `llama-tp serve`") from None
+        max_seq_len = int(answer["data"][0]["max_model_len"])
     except (ValueError, LookupError, TypeError):
-        raise OSError(f"{url} is not a model served by llama-tp") from None
+        raise OSError(f"{target.url}{_MODELS} is not a model served by llama-tp") from None
+    return Served(target=target, apis=apis, max_seq_len=max_seq_len, description=f"context of {max_seq_len} tokens")

@@ -158,6 +158,10 @@ class Recorder:
         trace.chunks_s.append(perf_counter() - self._begin)
         trace.num_tokens += count
 
+    def complete(self, index: int, num_tokens: int) -> None:
+        """Record how many tokens an answer has in all, which can differ from what could be counted as it came."""
+        self.traces[index].num_tokens = num_tokens
+
 
 def summarize(jobs: Sequence[Job], traces: Sequence[Trace], slo: Slo) -> dict[str, float]:
     """The metrics, named and defined as in the results of `vllm bench serve`.

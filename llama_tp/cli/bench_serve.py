@@ -20,7 +20,7 @@ def serve(
     seed: int = 0,
     dtype: str = "auto",
     compile: bool | str = "auto",
-    api: str = "native",
+    api: str | None = None,
     slo_ttft_ms: float = 1000.0,
     slo_tpot_ms: float = 100.0,
     handler: str | None = None,
@@ -29,6 +29,9 @@ def serve(
     timeout_s: float = 1200.0,
     url: str | None = None,
     vocab_size: int = 32000,
+    served_model: str | None = None,
+    max_seq_len: int | None = None,
+    eos_token_id: int | None = None,
     api_key_file: str | None = None,
     plot: str | None = None,
 ) -> None:
@@ -52,16 +55,22 @@ def serve(
         seed: seed for prompts, lengths and arrivals
         dtype: auto, bfloat16, float16 or float32
         compile: auto, true or false: whether decode steps run as compiled kernels, which are waited for
-        api: native, openai (v1/completions), or native,openai to compare them
+        api: native, openai (v1/completions), or native,openai to compare them; by default native, but openai with the
+            url of an OpenAI-compatible API
         slo_ttft_ms: maximum time to first token for goodput
         slo_tpot_ms: maximum time per output token after the first for goodput
         handler: the handler file; by default llama-tp's own
         properties: TorchServe's config.properties; by default as for `serve`
         log_config: TorchServe's log4j2.xml; by default as for `serve`
         timeout_s: seconds to wait for the server to start
-        url: of a model that is being served, such as http://127.0.0.1:8080/predictions/llama; only the settings of the
+        url: of a model on TorchServe, such as http://127.0.0.1:8080/predictions/llama, or of an OpenAI-compatible API
+            as its clients take it, with /v1 at the end (vLLM, the server of llama.cpp, ...); only the settings of the
             load and of the API apply then
-        vocab_size: with --url, prompts are random ids below this
+        vocab_size: with --url, prompts are random ids below this; common words if the server takes only text
+        served_model: with the url of an OpenAI-compatible API, which of several models
+        max_seq_len: with the url of an OpenAI-compatible API, the longest sequence, if the server does not say
+        eos_token_id: with the url of an OpenAI-compatible API, an end token to forbid by logit_bias, for servers that
+            follow neither ignore_eos nor min_tokens
         api_key_file: with --url, a file with the server's API key
         plot: a .png, .svg or .pdf to draw
     """
@@ -70,20 +79,24 @@ def serve(
     check_plot(plot)
     if not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs={runs!r} must be an integer of at least 1")
-    from llama_tp.bench.api import parse_apis
     from llama_tp.bench.workload import Load, Slo, parse_rate
 
     load = Load(requests=requests, rate=parse_rate(rate), concurrency=concurrency, seed=seed)
-    slo, apis = Slo(slo_ttft_ms, slo_tpot_ms), parse_apis(api)
+    slo = Slo(slo_ttft_ms, slo_tpot_ms)
     if url is not None:
         if checkpoint is not None:
             raise ValueError(f"url={url!r} is of a running server; leave the checkpoint {checkpoint} out")
+        from llama_tp.bench.openai_server import Hints
         from llama_tp.bench.running_server import bench_running
 
-        bench_running(url, load, slo, apis=apis, runs=runs, vocab_size=vocab_size, api_key_file=api_key_file, plot=plot)
+        hints = Hints(
+            served_model=served_model, max_seq_len=max_seq_len, vocab_size=vocab_size, eos_token_id=eos_token_id
+        )
+        bench_running(url, load, slo, api=api, runs=runs, hints=hints, api_key_file=api_key_file, plot=plot)
         return
     if checkpoint is None:
         raise ValueError("give a converted checkpoint, or the --url of a running server")
+    from llama_tp.bench.api import parse_apis
     from llama_tp.bench.serve import Setup, bench_serve
     from llama_tp.cli.ranks import AUTO, resolve_size
     from llama_tp.resources import HANDLER, LOG_CONFIG, PROPERTIES, resource
@@ -106,7 +119,7 @@ def serve(
         ),
         load,
         slo,
-        apis=apis,
+        apis=parse_apis(api or "native"),
         runs=runs,
         handler=handler or resource(HANDLER),
         properties=properties or resource(PROPERTIES),

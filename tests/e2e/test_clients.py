@@ -78,14 +78,17 @@ def test_langchain_invokes_and_streams(chat_openai: Any) -> None:
     assert chunks[0].id == chunks[-1].id
 
 
+@pytest.mark.parametrize("route", ["", "/1.0/v1"], ids=["of the model", "of the API"])
 def test_a_load_of_many_clients_is_answered_in_full(
-    demo_server: TorchServe, demo_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    route: str, demo_server: TorchServe, demo_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By `llama-tp bench serve`, which sends what `vllm bench serve` sends: three times as many as there are slots."""
-    url = f"http://127.0.0.1:{demo_server.inference_port}{PREDICT}"
+    url = f"http://127.0.0.1:{demo_server.inference_port}{PREDICT}{route}"
     bench_serve(url=url, requests=24, runs=1, vocab_size=demo_tokenizer.vocab_size, api="openai")
-    (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (run,) = document["runs"]
     assert run["openai"]["completed"] == 24
+    assert document.get("counted_by") == ("usage" if route else None)
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -123,7 +123,10 @@ def test_where_no_server_is_it_is_said_how_to_start_one():
 
 @pytest.mark.parametrize(
     "url",
-    ["https://a:1/predictions/m", "http://a:1", "http://a:1/predictions/m/1.0/v1", "http://a:b/predictions/m", "a"],
+    [
+        *("https://a:1/predictions/m", "http://a:1", "http://a:1/predictions", "http://a:b/predictions/m", "a"),
+        *("http://a:1/v1/completions", "http://a:1/v1?key=1", "http://:1/v1"),
+    ],
 )
 def test_what_is_no_url_of_a_model_is_refused(url):
     with pytest.raises(ValueError, match=r"must be a model's, such as http://127.0.0.1:8080/predictions/llama"):
@@ -136,12 +139,27 @@ def test_a_model_behind_another_name_and_port_is_found():
 
 
 @pytest.mark.parametrize(
+    ("url", "headers"),
+    [
+        ("http://[::1]:81/v1/", {"Authorization": "Bearer secret"}),
+        ("http://[::1]:81/predictions/m/1.0/v1", {"Authorization": "Bearer secret"}),
+        ("http://[::1]:81/predictions/m", {"X-Api-Key": "secret"}),
+    ],
+)
+def test_a_key_is_sent_as_the_kind_of_server_takes_it(url, headers):
+    target = target_of(url, KEY)
+    assert (target.host, target.url, target.headers) == ("::1", url.rstrip("/"), headers)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({}, "give a converted checkpoint, or the --url of a running server"),
         ({"url": "http://a:1/predictions/m", "checkpoint": "c"}, "leave the checkpoint c out"),
         ({"url": "http://a:1/predictions/m", "vocab_size": 0}, "vocab_size=0 must be an integer of at least 1"),
         ({"url": "http://a:1/predictions/m", "runs": 0}, "runs=0 must be an integer of at least 1"),
+        ({"url": "http://a:1/predictions/m", "api": "grpc"}, "api='grpc' must be one or several of native, openai"),
+        ({"url": "http://a:1/predictions/m", "max_seq_len": 99}, "max_seq_len is for the base URL of an OpenAI"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(settings, words):

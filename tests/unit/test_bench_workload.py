@@ -239,6 +239,28 @@ def test_a_response_of_a_given_length_is_read(body, size):
     assert (parser.status, parser.is_complete, got) == (503, True, body)
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_response_without_a_length_ends_with_the_connection(version, size):
+    """RFC 9112, section 6.3."""
+    response = b"HTTP/" + version + b" 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: 1\r\n\r\n"
+    parser = ResponseParser()
+    got = b"".join(parser.feed(response[at : at + size]) for at in range(0, len(response), size))
+    assert not parser.is_complete
+    parser.end()
+    assert (parser.status, parser.is_complete, got) == (200, True, b"data: 1\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "response", [b"", CHUNKED[:-2], b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n{}"]
+)
+def test_a_response_that_the_server_breaks_off_is_no_response(response):
+    parser = ResponseParser()
+    parser.feed(response)
+    with pytest.raises(ConnectionError, match="closed the connection before the response was complete"):
+        parser.end()
+
+
 @pytest.mark.parametrize(
     "response", [b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n"]
 )
@@ -273,9 +295,13 @@ def test_the_tokens_of_a_stream_are_counted_in_each_api(api):
     replies = dialect.replies(Accepted("id", request, [job.prompt]), tiny_tokenizer("sentencepiece"), 16)
     stream = replies.chunk([delta([7, 8])], None)
     stream += replies.chunk([delta([]), delta([9], FinishReason.LENGTH)], Usage(2, 3))
-    assert [api.num_tokens(line) for line in stream.splitlines() if api.num_tokens(line)] == [2, 1]
+    answer = api.answer()
+    assert [count for line in stream.splitlines() if (count := answer.read(line))] == [2, 1]
+    assert answer.complete(3) == 3
+    with pytest.raises(OSError, match="an answer has 3 of 4 tokens"):
+        answer.complete(4)
     with pytest.raises(OSError, match="nan_logits"):
-        api.num_tokens(replies.error(ApiError(500, "nan_logits", "no number")).splitlines()[0])
+        answer.read(replies.error(ApiError(500, "nan_logits", "no number")).splitlines()[0])
 
 
 def delta(ids, finish_reason=None):
