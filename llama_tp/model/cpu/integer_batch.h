@@ -1,8 +1,8 @@
-// Products of many tokens with quantized weights, as 8-bit integers: as batch.h, but with four columns in a lane instead
-// of two, at up to 1.6 times the rate.
+// Products of many tokens with quantized weights, as 8-bit integers: as batch.h, but with four columns in a lane
+// instead of two, at up to 1.6 times the rate.
 //
-// Inputs are rounded to integers ("codes") with a scale for every kBlockColumns columns. So are the weights, except 8-bit
-// integers with one scale for the row, which are used as stored.
+// Inputs are rounded to integers ("codes") with a scale for every kBlockColumns columns. So are the weights, except
+// 8-bit integers with one scale for the row, which are used as stored.
 #pragma once
 
 #include "batch.h"
@@ -29,8 +29,8 @@ struct Codes {
 #if defined(LLAMA_TP_AVX512) && defined(__AVX512VNNI__)
 constexpr bool kHasIntegerBatch = true;
 
-// Rounds a row of bfloat16 or float32 to codes, and calls store(block, scale, sum of codes) for each block. The scale of
-// a block with a number that is not finite is not finite, either.
+// Rounds a row of bfloat16 or float32 to codes, and calls store(block, scale, sum of codes) for each block. The scale
+// of a block with a number that is not finite is not finite, either.
 template <class Number, class Store>
 inline void round_row(const Number* from, int columns, uint8_t* codes, Store store) {
     for (int k = 0; k < columns; k += kBlockColumns) {
@@ -65,8 +65,8 @@ inline void round_inputs(const Codes& to, int64_t token, const Number* x, int64_
     });
 }
 
-// A row of weights as signed integers. Writes their scales to `scales`, kBatchRows apart. `index`: where in `scratch` the
-// row may be rounded.
+// A row of weights as signed integers. Writes their scales to `scales`, kBatchRows apart. `index`: where in `scratch`
+// the row may be rounded.
 inline const uint8_t* integer_row(const Linear& linear, int64_t row, int index, float* scales, BatchScratch& scratch) {
     const int columns = int(linear.columns);
     if (linear.form == kInt8) {
