@@ -305,14 +305,18 @@ def test_many_tokens_are_multiplied_with_widened_weights(any_kernels, form):
     assert torch.equal(wide, dequantize(weight, torch.bfloat16))
 
 
+def layer_for_many_tokens(weight, bias=None):
+    if not kernels().multiplies_batches(weight):
+        pytest.skip("this CPU has no instructions for such products, or better ones that PyTorch uses")
+    return KernelLinear(weight, bias, kernels())
+
+
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("shape", [(300, 576), (48, 32), (7, 96), (100, 1088)])
 def test_many_tokens_are_multiplied_with_weights_as_they_are_stored(form, shape):
     weight = weight_of(form, *shape)
-    if not kernels().multiplies_batches(weight):
-        pytest.skip("this CPU has no instructions for bfloat16, or better ones that PyTorch uses")
     bias = torch.randn(shape[0]).bfloat16()
-    layer = KernelLinear(weight, bias, kernels())
+    layer = layer_for_many_tokens(weight, bias)
     for num_tokens in (1, 5, 8, 64, 79):
         x = torch.randn(num_tokens, shape[1]).bfloat16()
         expected = x.float() @ dense(weight).bfloat16().float().t() + bias.float()
@@ -335,10 +339,8 @@ def rounded_to_8_bits(matrix):
 def test_quantized_weights_are_multiplied_with_many_tokens_as_8_bit_integers(form, shape):
     """Exactly: only the result, in bfloat16, is rounded again."""
     weight = weight_of(form, *shape)
-    if not kernels().multiplies_batches(weight):
-        pytest.skip("this CPU cannot add up products of bytes in one instruction, or has better ones that PyTorch uses")
+    layer = layer_for_many_tokens(weight)
     as_integers = dense(weight) if form == "int8" else rounded_to_8_bits(dense(weight).bfloat16())
-    layer = KernelLinear(weight, None, kernels())
     for num_tokens in (17, 64, 79):
         x = torch.randn(num_tokens, shape[1]).bfloat16()
         x[0, 5] = 100.0  # costs the rest of its block precision, and no other
@@ -349,10 +351,7 @@ def test_quantized_weights_are_multiplied_with_many_tokens_as_8_bit_integers(for
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_product_of_many_tokens_is_not_finite_for_one_with_an_input_that_is_not(form, value):
-    weight = weight_of(form, 13, 96)
-    if not kernels().multiplies_batches(weight):
-        pytest.skip("this CPU has no instructions for such products, or better ones that PyTorch uses")
-    layer = KernelLinear(weight, None, kernels())
+    layer = layer_for_many_tokens(weight_of(form, 13, 96))
     x = torch.randn(30, 96).bfloat16()
     clean = layer(x)
     for column in (0, 40, 95):

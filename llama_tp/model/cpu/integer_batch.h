@@ -90,10 +90,10 @@ inline void pack_integers(const Linear& linear, int64_t row, int64_t end, BatchS
     for (int first = 0; first < kBatchRows; first += W) {
         const uint8_t* of[W];
         const int count = int(std::clamp<int64_t>(end - row - first, 0, W));
+        if (count == 0) return;
         for (int r = 0; r < W; ++r) {
             of[r] = r < count ? integer_row(linear, row + first + r, r, scales + first + r, scratch) : of[0];
         }
-        if (count == 0) return;
         for (int k = 0; k < columns; k += 4 * W) {
             const int quads = std::min(W, (columns - k) / 4);
             __m512i block[W];

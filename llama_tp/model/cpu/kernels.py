@@ -47,7 +47,7 @@ class Kernels:
         """Write x W^T + b to out (T, out) for x (T, in), in bfloat16. T should be large; `in` is a multiple of 32.
         MemoryError as of `multiply`.
 
-        With quantized weights, x is rounded to 8-bit integers, with a scale for every 128 columns.
+        With quantized weights, x is rounded to 8-bit integers, with a scale for every 64 columns.
         """
         assert x.is_contiguous()
         codes = torch.empty(self.library.bytes_of_codes(weight, x.size(0)), dtype=torch.uint8)

@@ -12,17 +12,19 @@ namespace llama_tp {
 // Of a product. The last two are those of many tokens.
 enum Method { kExact, kInBFloat16, kInIntegers, kBatchInBFloat16, kBatchInIntegers };
 
+constexpr int kFewTokens = 16;  // up to which no product of many is faster
+
 // The fastest method, if inputs may be rounded (measured).
 inline Method fastest(const Linear& linear, int tokens) {
     if (linear.form == kFloat32) return kExact;
-    const int many = linear.form == kInt8 ? 16 : 48;
+    const int many = linear.form == kInt8 ? kFewTokens : 48;
     if (tokens > many && linear.columns % kGroup == 0) {
         if (linear.form == kBFloat16 && kHasBatchProduct) return kBatchInBFloat16;
         if (linear.form != kBFloat16 && kHasIntegerBatch) return kBatchInIntegers;
     }
     if (linear.form == kBFloat16) return kHasBFloat16 && tokens >= 2 ? kInBFloat16 : kExact;
     if (!has_integer_product(linear.form)) return kHasBFloat16 && tokens >= 6 ? kInBFloat16 : kExact;
-    const int few = linear.form == kInt8 ? 16 : 8;
+    const int few = linear.form == kInt8 ? kFewTokens : 8;
     return kHasBFloat16 && tokens > few ? kInBFloat16 : kInIntegers;
 }
 
@@ -33,7 +35,7 @@ constexpr int kChunksPerThread = 12, kMinRows = 8;
 class RowChunks {
   public:
     RowChunks(int64_t rows, int tokens, bool may_round, int threads) : rows_(rows) {
-        const int step = may_round && kMultipliesBatches && tokens > 16 ? kBatchRows : kMinRows;
+        const int step = may_round && kMultipliesBatches && tokens > kFewTokens ? kBatchRows : kMinRows;
         const int chunks = threads * kChunksPerThread;
         size_ = std::max(step, round_up((rows + chunks - 1) / chunks, step));
     }
