@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_an_answer_is_shown_while_it_is_streamed(stub: Stub, page: Page) -> None
 @pytest.mark.parametrize("by_key", [True, False], ids=["Escape", "button"])
 def test_a_stopped_answer_is_kept_and_the_connection_is_closed(stub: Stub, page: Page, by_key: bool) -> None:
     forever = threading.Event()
-    stub.answers = [Answer([delta("One, two"), *[forever] * 1, *[delta(", more")] * 1000])]
+    stub.answers = [Answer(chain([delta("One, two"), forever], repeat(delta(", more"))))]
     send(page, "Count")
     expect(answer(page).locator(".prose")).to_have_text("One, two")
     page.keyboard.press("Escape") if by_key else button(page, "Stop").click()

@@ -322,9 +322,11 @@ def test_of_two_builds_at_once_one_compiles(real, cache, files, fake):
 
 def test_a_compiler_that_hangs_holds_up_no_other_library(real, cache, files, fake):
     """One lock for the whole cache kept other CPUs and versions waiting for up to 15 minutes."""
-    hanging = start(files, value=1) if fake(f"{WAIT}exit 1") else None
-    assert wait_until(lambda: left_in(cache))
+    compiler = fake(f"{WAIT}exit 1")
+    hanging = start(files, value=1)
+    assert wait_until(lambda: starts_of(compiler))
     before = set(left_in(cache))
+    assert len(before) == 2  # its folder and its lock
     fake(f'exec {real} "$@"', name="other")
     library = finished(start(files, value=2))
     assert set(left_in(cache)) == before | {library.parent.name}, "what the first one uses is kept"
