@@ -24,6 +24,10 @@ from llama_tp.parallel.compiled import CompiledTransformer, use_pytorch
 
 log = logging.getLogger(__name__)
 
+DELAY_S = 1.0
+"""Before the compiler starts if nothing waits for it: small models are loaded by then and have made a first token,
+which would take more than twice as long beside it."""
+
 
 class Compilation:
     """One rank's build of the kernels."""
@@ -31,8 +35,7 @@ class Compilation:
     def __init__(self, build: Build, config: EngineConfig, *, wait: bool = False) -> None:
         self._build = build
         self._config = config
-        # In deterministic mode results would differ before and after.
-        self._may_wait = wait or config.compile is True or config.deterministic
+        self._may_wait = wait or _must_wait(config)
 
     @staticmethod
     def start(
@@ -49,7 +52,7 @@ class Compilation:
             if config.compile is True:
                 raise ValueError(f"compile=True: {reason}, or set compile to auto")
             return None
-        build = build_kernels()
+        build = build_kernels(delay_s=0.0 if wait or _must_wait(config) else DELAY_S)
         if wait:
             build.wait()
         if build.error is None:
@@ -104,6 +107,11 @@ class Compilation:
             raise _without_kernels(reason)
         log.warning("eager PyTorch computes: %s", reason)
         use_pytorch(cast(Transformer, runner.model))
+
+
+def _must_wait(config: EngineConfig) -> bool:
+    """Whether the first step needs the kernels. In deterministic mode results would differ before and after."""
+    return config.compile is True or config.deterministic
 
 
 def _without_kernels(error: str) -> TransientError:

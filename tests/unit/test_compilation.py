@@ -172,7 +172,7 @@ def test_if_the_kernels_are_demanded_a_failure_of_the_compiler_is_an_error():
 )
 def test_where_there_are_no_kernels_only_a_demand_is_an_error(monkeypatch, caplog, device, dtype, machine, reason):
     monkeypatch.setattr(compilation.platform, "machine", lambda: machine)
-    monkeypatch.setattr(compilation, "build_kernels", lambda: pytest.fail("nothing to compile"))
+    monkeypatch.setattr(compilation, "build_kernels", lambda **_: pytest.fail("nothing to compile"))
     place = torch.device(device)
     assert Compilation.start(EngineConfig(), place, dtype) is None
     assert Compilation.start(EngineConfig(compile=False), place, dtype) is None
@@ -183,20 +183,36 @@ def test_where_there_are_no_kernels_only_a_demand_is_an_error(monkeypatch, caplo
 
 def test_a_measurement_begins_when_the_kernels_are_compiled_or_cannot_be(monkeypatch, library):
     build = FakeBuild(library)
-    monkeypatch.setattr(compilation, "build_kernels", lambda: build)
+    monkeypatch.setattr(compilation, "build_kernels", lambda **_: build)
     settled = Compilation.start(EngineConfig(), CPU, torch.float32, wait=True)
     assert settled is not None
     assert settled.layout == "stored"
     failed = FakeBuild("kernels cannot be compiled: it is Thursday")
-    monkeypatch.setattr(compilation, "build_kernels", lambda: failed)
+    monkeypatch.setattr(compilation, "build_kernels", lambda **_: failed)
     assert Compilation.start(EngineConfig(), CPU, torch.float32, wait=True) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "wait", "delay_s"),
+    [
+        ({}, False, compilation.DELAY_S),
+        ({}, True, 0),
+        ({"compile": True}, False, 0),
+        ({"deterministic": True}, False, 0),
+    ],
+)
+def test_the_compiler_lets_a_small_model_start_unless_its_first_step_waits(monkeypatch, settings, wait, delay_s):
+    seen = []
+    monkeypatch.setattr(compilation, "build_kernels", lambda delay_s: seen.append(delay_s) or FakeBuild(None))
+    Compilation.start(EngineConfig(**settings), CPU, torch.float32, wait=wait)
+    assert seen == [delay_s]
 
 
 def test_without_a_compiler_the_log_says_so_and_pytorch_computes(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     build = FakeBuild()
     build.error = "there is no C++ compiler"
-    monkeypatch.setattr(compilation, "build_kernels", lambda: build)
+    monkeypatch.setattr(compilation, "build_kernels", lambda **_: build)
     assert Compilation.start(EngineConfig(), CPU, torch.float32) is None
     assert caplog.messages == ["eager PyTorch computes: there is no C++ compiler"]
     with pytest.raises(ValueError, match=r"^compile=True: there is no C\+\+ compiler, or set compile to auto$"):

@@ -125,9 +125,25 @@ def test_units_and_headers_become_one_library_with_openmp(real, cache, files):
 
 
 def test_it_is_compiled_at_low_priority_and_is_the_first_to_go_if_memory_runs_out(real, cache, files, fake):
-    compiler = fake(f'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; exec {real} "$@"')
+    compiler = fake(
+        'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; cut -d " " -f 6 /proc/self/stat >> "$0.seen"; '
+        f'exec {real} "$@"'
+    )
     finished(start(files))
-    assert compiler.with_name("fake.seen").read_text() == "19\n1000\n"
+    # Linux applies a priority only within a session.
+    assert compiler.with_name("fake.seen").read_text() == f"19\n1000\n{os.getsid(0)}\n"
+
+
+def test_a_delayed_compiler_starts_later_and_never_if_it_is_closed_before(real, cache, files, fake):
+    compiler = fake(f'exec {real} "$@"')
+    begin = time.monotonic()
+    finished(start(files, delay_s=0.5))
+    assert time.monotonic() - begin >= 0.5
+    never = start(files, value=2, delay_s=1000.0)
+    process = never._process
+    never.close()
+    assert process.returncode == 1, "it ended by itself"
+    assert len(starts_of(compiler)) == 1
 
 
 def test_what_the_cache_has_is_there_at_once_and_starts_no_process(real, cache, files, monkeypatch):

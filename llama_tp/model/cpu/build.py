@@ -21,28 +21,29 @@ from llama_tp.model.cpu.sources import Sources
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
-"""How long a compiler may do nothing before it is ended."""
 _CLOSE_S = 5.0
-_PROGRAM = "from llama_tp.model.cpu.build_worker import main; main()"
+_PROGRAM = "import os; os.nice(19); from llama_tp.model.cpu.build_worker import main; main()"
 
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fPIC", "-shared", "-w", "-pthread")
 
 
-def build_kernels(*flags: str) -> Build:
-    """Start to compile the kernels of this folder for this machine, unless the cache has them. flags: more of them."""
-    return start_build([_FOLDER / "kernels.cpp", *sorted(_FOLDER.glob("*.h"))], (*_FLAGS, *flags))
+def build_kernels(*flags: str, delay_s: float = 0.0) -> Build:
+    """Start to compile the kernels of this folder for this machine, as `start_build`. flags: more of them."""
+    sources = [_FOLDER / "kernels.cpp", *sorted(_FOLDER.glob("*.h"))]
+    return start_build(sources, (*_FLAGS, *flags), delay_s=delay_s)
 
 
 class Build:
     """A library that is being compiled, unless the cache has it. Its process ends with this object."""
 
-    def __init__(self, sources: Sources, timeout_s: float) -> None:
+    def __init__(self, sources: Sources, timeout_s: float, delay_s: float) -> None:
         self.error: str | None = None
         """Why there will be no library, in one line."""
         self._sources = sources
         self._timeout_s = timeout_s
+        self._delay_s = delay_s
         self._library: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -133,6 +134,7 @@ class Build:
                 self._sources.flags,
                 tuple((one.command, one.identity) for one in compilers),
                 self._timeout_s,
+                self._delay_s,
             )
             self._process = _start(job)
         except OSError as error:
@@ -157,13 +159,17 @@ class Build:
             self.error = f"kernels cannot be compiled: {result['error']}; {_remedy(result['error'])}"
 
 
-def start_build(sources: Sequence[Path], flags: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Build:
+def start_build(
+    sources: Sequence[Path], flags: Sequence[str], *, timeout_s: float = TIMEOUT_S, delay_s: float = 0.0
+) -> Build:
     """Compile C++ files to one shared library, in a process of low priority, unless the cache has it.
 
     sources: all files that it depends on; headers are only watched for changes. Several processes that start the same
     build compile once. Never raises for what may be wrong with the machine: see `Build.error`.
+
+    timeout_s: how long a compiler may do nothing before it is ended. delay_s: before it starts.
     """
-    return Build(Sources(tuple(sources), tuple(flags)), timeout_s)
+    return Build(Sources(tuple(sources), tuple(flags)), timeout_s, delay_s)
 
 
 def _remedy(error: str) -> str:

@@ -56,6 +56,8 @@ class Job:
     """Command and identity of each one to try, in order."""
     timeout_s: float
     """How long a compiler may do nothing."""
+    delay_s: float = 0.0
+    """Before it starts."""
 
     def to_line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -69,10 +71,10 @@ def main() -> None:
     """Do the job on stdin, and print its result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes stdin
     signal.signal(signal.SIGTERM, _exit)
-    os.nice(19)
     with suppress(OSError):  # not Linux
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, end this and not a server
     job = Job.of_line(sys.stdin.buffer.readline())
+    _exit_if_alone(job.delay_s)
     try:
         result = {"library": str(compiled(job))}
     except (CompileError, TimeoutError) as error:
@@ -127,8 +129,7 @@ def _run(command: Sequence[str], temporary: Path, timeout_s: float, subject: str
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
-            preexec_fn=_limit,
+            preexec_fn=_set_apart,
         )
     except OSError as error:
         raise CompileError(f"{subject} cannot be started: {error.strerror}") from None
@@ -144,8 +145,12 @@ def _run(command: Sequence[str], temporary: Path, timeout_s: float, subject: str
         raise CompileError(f"{subject} {ended(status)}{_first_error(output)}")
 
 
-def _limit() -> None:
-    """In the new process. It dies with this one, and its processes end when they have computed for too long."""
+def _set_apart() -> None:
+    """In the new process. It leads a group, dies with this one, and its processes end when they have computed for too
+    long."""
+    # A session of its own would make its priority void: Linux shares CPUs out between sessions first (sched(7), "The
+    # autogroup feature").
+    os.setpgid(0, 0)
     pr_set_pdeathsig = 1
     with suppress(AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -192,9 +197,9 @@ def _cpu_time(group: int) -> int:
     return total
 
 
-def _exit_if_alone() -> None:
-    """Exit if stdin is closed."""
-    readable, _, _ = select.select([sys.stdin], [], [], 0)
+def _exit_if_alone(within_s: float = 0.0) -> None:
+    """Exit if stdin is closed, or is closed within this time."""
+    readable, _, _ = select.select([sys.stdin], [], [], within_s)
     if readable:
         _exit()
 
