@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from llama_tp.checkpoint.load_progress import LoadProgress
 from llama_tp.checkpoint.store.load_verification import LoadVerification
 from llama_tp.checkpoint.store.reading import Slices, StoredFiles, check_model, open_on_all_ranks
 from llama_tp.model.linear import is_packed
+from llama_tp.model.memory import empty
 from llama_tp.model.transformer import Transformer, TransformerBlock
 from llama_tp.model.weights import FUSED, PACKED, Layout
 from llama_tp.model_args import ModelArgs
@@ -111,13 +112,10 @@ class _Loader:
 
     def _materialize(self, part: nn.Module, prefix: str) -> None:
         """Give a part local tensors on the device, with matrices that become one linear layer next to each other."""
-        parameters = sorted(part.named_parameters(), key=_neighbours)
-        matrices = [(name, one) for name, one in parameters if one.dim() > 1]
-        packed = {name for name, _ in matrices if self._is_packed(part, f"{prefix}.{name}")}
-        _place(part, [one for one in matrices if one[0] in packed], self._memory)
-        _place(part, [one for one in matrices if one[0] not in packed], self._fresh)
-        for vector in (one for one in parameters if one[1].dim() == 1):
-            _place(part, [vector], self._fresh)  # alone: it may be kept for longer than the matrices
+        parameters = list(part.named_parameters())
+        packed = {name for name, one in parameters if one.dim() > 1 and self._is_packed(part, f"{prefix}.{name}")}
+        place(part, [one for one in parameters if one[0] in packed], self._memory)
+        place(part, [one for one in parameters if one[0] not in packed], self._fresh)
 
     def _slices(self, part: nn.Module, prefix: str) -> dict[str, Slices]:
         """Where the weights of a part go. What is padding becomes zero."""
@@ -150,15 +148,23 @@ class _Loader:
         return memory
 
     def _fresh(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._group.device)
+        return empty((size,), torch.uint8, self._group.device)
 
 
-def _place(part: nn.Module, parameters: Sequence[tuple[str, Tensor]], allocate: Callable[[int], Tensor]) -> None:
-    """Replace parameters on the meta device by tensors that follow each other in memory."""
+def place(part: nn.Module, parameters: Iterable[tuple[str, Tensor]], allocate: Callable[[int], Tensor]) -> None:
+    """Replace parameters on the meta device by tensors in memory that is allocated for them: all matrices in one piece,
+    with those that are computed as one next to each other."""
+    ordered = sorted(parameters, key=_neighbours)
+    _place([one for one in ordered if one[1].dim() > 1], part, allocate)
+    for vector in (one for one in ordered if one[1].dim() == 1):
+        _place([vector], part, allocate)  # alone: it may be kept for longer than the matrices
+
+
+def _place(parameters: Sequence[tuple[str, Tensor]], part: nn.Module, allocate: Callable[[int], Tensor]) -> None:
     sizes = [_aligned(parameter.nbytes) for _, parameter in parameters]
     places = allocate(sum(sizes))[: sum(sizes)].split(sizes)
-    for (name, parameter), place in zip(parameters, places, strict=True):
-        tensor = place[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+    for (name, parameter), memory in zip(parameters, places, strict=True):
+        tensor = memory[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         owner, _, kind = name.rpartition(".")
         part.get_submodule(owner).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
 

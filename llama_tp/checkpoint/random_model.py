@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llama_tp.checkpoint.load import empty_model, parts_of
+from llama_tp.checkpoint.load import empty_model, parts_of, place
+from llama_tp.model.memory import empty
 from llama_tp.model.random_weights import RandomWeights
 from llama_tp.model.transformer import Transformer
 from llama_tp.model.weights import PACKED, Layout, WeightFormats
@@ -35,17 +36,16 @@ def random_model(
     weights = RandomWeights(group.device)
 
     def fill(part: nn.Module) -> None:
-        _fill(part, names[part], weights)
+        _fill(part, names[part], weights, group.device)
 
     agree(lambda: localize(model, group.comm, formats, ranks, fill, layout))
     return model
 
 
-def _fill(part: nn.Module, prefix: str, weights: RandomWeights) -> None:
+def _fill(part: nn.Module, prefix: str, weights: RandomWeights, device: torch.device) -> None:
     """Replace the parameters of a part on the meta device."""
+    place(part, list(part.named_parameters()), lambda size: empty((size,), torch.uint8, device))
     parameters = dict(part.named_parameters())
     for relative, parameter in parameters.items():
-        module, _, kind = relative.rpartition(".")
-        is_int4 = f"{module}.offsets".removeprefix(".") in parameters
-        tensor = weights.tensor(f"{prefix}.{relative}", tuple(parameter.shape), parameter.dtype, is_int4=is_int4)
-        part.get_submodule(module).register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
+        is_int4 = f"{relative.rpartition('.')[0]}.offsets".removeprefix(".") in parameters
+        weights.fill(f"{prefix}.{relative}", parameter.detach(), is_int4=is_int4)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_tp.model.memory import empty
+
 
 class PageList:
     """One sequence's pages, in token order, and which of them are contiguous."""
@@ -106,7 +108,7 @@ class KVCache:
         self.device = torch.device(device)
         # Zeroed, not empty: padded attention reads unwritten slots, and 0 * NaN is NaN.
         shape = (n_layers, 2, num_kv_heads, num_pages * page_size, head_dim)
-        self._data = torch.zeros(shape, dtype=dtype, device=device)
+        self._data = empty(shape, dtype, self.device).zero_()
         self.layers = [LayerCache(layer[0], layer[1], page_size) for layer in self._data.unbind(0)]
         self._heads = torch.arange(num_kv_heads, device=device).mul_(num_pages).view(1, -1, 1)
 

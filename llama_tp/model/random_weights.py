@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_tp.model.linear import Linear
+from llama_tp.model.memory import empty
 from llama_tp.model.weights import PACKED, Layout, WeightFormat
 
 STD = 0.02
@@ -35,24 +36,29 @@ class RandomWeights:
 
     def values(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A vector of values."""
-        out = torch.empty(count, dtype=dtype, device=self._device)
+        out = empty((count,), dtype, self._device)
         self._fill(out, start=0)
         return out
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, is_int4: bool = False) -> Tensor:
-        """A parameter by its Meta name, as `WeightFormat.parameters` calls it. Vectors that scale (norms) are ones.
+        """A parameter by its Meta name, as `WeightFormat.parameters` calls it.
 
         is_int4: whether it belongs to a layer in int4, whose levels are fewer.
         """
-        kind = name.rpartition(".")[2]
-        if kind == "weight" and len(shape) == 1:
-            return torch.ones(shape, dtype=dtype, device=self._device)
-        out = torch.empty(shape, dtype=dtype, device=self._device)
-        if kind in ("row_scales", "scales", "offsets"):
-            std = STD / _LEVEL_STD["int4" if is_int4 else kind]
-            return out.fill_(-_INT4_MIDDLE * std if kind == "offsets" else std)
-        self._fill(out.view(-1), start=zlib.crc32(name.encode()) % _BLOCK)
+        out = empty(shape, dtype, self._device)
+        self.fill(name, out, is_int4=is_int4)
         return out
+
+    def fill(self, name: str, out: Tensor, *, is_int4: bool = False) -> None:
+        """As `tensor`, in memory that is there. Vectors that scale (norms) are ones."""
+        kind = name.rpartition(".")[2]
+        if kind == "weight" and out.dim() == 1:
+            out.fill_(1)
+        elif kind in ("row_scales", "scales", "offsets"):
+            std = STD / _LEVEL_STD["int4" if is_int4 else kind]
+            out.fill_(-_INT4_MIDDLE * std if kind == "offsets" else std)
+        else:
+            self._fill(out.view(-1), start=zlib.crc32(name.encode()) % _BLOCK)
 
     def _fill(self, out: Tensor, start: int) -> None:
         block = self._block(out.dtype)

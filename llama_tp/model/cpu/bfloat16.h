@@ -113,12 +113,16 @@ inline void half_rows(const Linear& linear, int64_t row, const Input& in, uint16
     }
 }
 
-constexpr int kHalfRows = 4;
+constexpr int kHalfRows = 6;  // most at a time
 
 inline void multiply_in_bfloat16(const Linear& linear, int64_t row, int64_t end, const Input& in, uint16_t* scratch,
                                  const Output& out) {
-    if (in.tokens > kTile || !fits_cache(in)) {  // else memory is the limit, and read fastest as a single stream
-        for (; row + kHalfRows <= end; row += kHalfRows) half_rows<kHalfRows>(linear, row, in, scratch, out);
+    const bool fits = fits_cache(in);
+    if (!fits) {  // inputs from the second-level cache are the limit
+        for (; row + 6 <= end; row += 6) half_rows<6>(linear, row, in, scratch, out);
+    }
+    if (!fits || in.tokens > kTile) {  // else memory is the limit, and read fastest as a single stream
+        for (; row + 4 <= end; row += 4) half_rows<4>(linear, row, in, scratch, out);
     }
     for (; row < end; ++row) half_rows<1>(linear, row, in, scratch, out);
 }

@@ -17,8 +17,8 @@ constexpr int kFewTokens = 16;  // up to which no product of many is faster
 // The fastest method, if inputs may be rounded (measured).
 inline Method fastest(const Linear& linear, int tokens) {
     if (linear.form == kFloat32) return kExact;
-    const int many = linear.form == kInt8 ? kFewTokens : 48;
-    if (tokens > many && linear.columns % kGroup == 0) {
+    const bool is_many = linear.form == kInt8 ? tokens > kFewTokens : tokens > 40 && linear.columns > 2048;
+    if (is_many && linear.columns % kGroup == 0) {
         if (linear.form == kBFloat16 && kHasBatchProduct) return kBatchInBFloat16;
         if (linear.form != kBFloat16 && kHasIntegerBatch) return kBatchInIntegers;
     }

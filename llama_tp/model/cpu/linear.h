@@ -108,22 +108,26 @@ inline void store_few(float* to, __m128 values) {
     LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) to[i] = values[i];
 }
 
-// Store one tile's sums, after the rows' scales and biases.
+// Store the sums of N of a tile's rows, after their scales and biases.
+template <int N, int R, int T>
+inline __attribute__((always_inline)) void finish_rows(const Linear& linear, int64_t row, int token, int r,
+                                                       const vf (&acc)[R][T], const Output& out) {
+    const __m128 scale = linear.form == kInt8 ? load_few<N>((const float*)linear.scales + row + r) : _mm_set1_ps(1.0f);
+    const __m128 bias = linear.bias == nullptr ? _mm_setzero_ps() : load_few<N>(linear.bias + row + r);
+    LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
+        const __m128 sums = sum4(acc[r][t], acc[r + (N > 1)][t], acc[r + (N > 2) * 2][t], acc[r + (N > 3) * 3][t]);
+        float* to = out.values + (token + t) * out.stride + row + r;
+        const __m128 base = out.add ? _mm_add_ps(bias, load_few<N>(to)) : bias;
+        store_few<N>(to, _mm_fmadd_ps(sums, scale, base));
+    }
+}
+
 template <int R, int T>
 inline __attribute__((always_inline)) void finish(const Linear& linear, int64_t row, int token, const vf (&acc)[R][T],
                                                   const Output& out) {
-    constexpr int N = R < 4 ? R : 4;
-    LLAMA_TP_UNROLL for (int r = 0; r < R; r += N) {
-        const __m128 scale =
-            linear.form == kInt8 ? load_few<N>((const float*)linear.scales + row + r) : _mm_set1_ps(1.0f);
-        const __m128 bias = linear.bias == nullptr ? _mm_setzero_ps() : load_few<N>(linear.bias + row + r);
-        LLAMA_TP_UNROLL for (int t = 0; t < T; ++t) {
-            const __m128 sums = sum4(acc[r][t], acc[r + (N > 1)][t], acc[r + (N > 2) * 2][t], acc[r + (N > 3) * 3][t]);
-            float* to = out.values + (token + t) * out.stride + row + r;
-            const __m128 base = out.add ? _mm_add_ps(bias, load_few<N>(to)) : bias;
-            store_few<N>(to, _mm_fmadd_ps(sums, scale, base));
-        }
-    }
+    constexpr int kRest = R % 4;
+    LLAMA_TP_UNROLL for (int r = 0; r + 4 <= R; r += 4) finish_rows<4>(linear, row, token, r, acc, out);
+    if constexpr (kRest > 0) finish_rows<kRest>(linear, row, token, R - kRest, acc, out);
 }
 
 }  // namespace llama_tp
