@@ -234,7 +234,7 @@ def test_greedy_tokens_are_those_of_eager_pytorch(name):
     assert [one.token_ids for one in compiled] == [one.token_ids for one in eager]
 
 
-SHAPES = [(8, 32), (1, 64), (37, 96), (300, 576), (16, 1088)]
+SHAPES = [(8, 32), (1, 64), (37, 96), (300, 576), (16, 1088), (23, 1600), (60, 2080)]
 
 
 @pytest.fixture(scope="module", params=["native", "avx2"])
@@ -278,7 +278,7 @@ def test_a_product_is_that_of_the_dense_matrix(any_kernels, form, shape):
         torch.testing.assert_close(exact, expected, rtol=1e-4, atol=2e-4)
         rounded = any_kernels.multiply(weight, bias, x, may_round=True)
         error = (rounded - expected).abs().max() / expected.abs().mean()
-        assert error < 0.05, num_tokens  # two roundings to 8 bits in each product
+        assert error < 0.06, num_tokens  # two roundings to 8 bits in each product: the largest of thousands
 
 
 @pytest.mark.parametrize("columns", [6, 31, 33, 65, 100])
