@@ -18,6 +18,7 @@ class NonFinite:
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self._first = torch.full((num_rows,), _NONE, dtype=torch.int64, device=device)
         self._ends = [0] * num_rows  # positions computed so far
+        self._are_all_finite = not self._first.is_cuda  # a GPU would have to be waited for
 
     def begin(self, row: int) -> None:
         """The row has a new sequence."""
@@ -32,8 +33,11 @@ class NonFinite:
             first.masked_fill_(first >= start, _NONE)
         self._ends[row] = start + num_tokens
 
-    def depends(self, is_finite: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor) -> Tensor:
+    def depends(self, is_finite: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor) -> Tensor | None:
         """Note which tokens of a pass are finite (T,), given their rows and positions, both (T,). Returns (S,) whether
-        the logits of the tokens at indices `sampled` depend on a token that is not."""
+        the logits of the tokens at indices `sampled` depend on a token that is not; None if no token ever was not."""
+        if self._are_all_finite and is_finite.all():
+            return None
+        self._are_all_finite = False
         self._first.scatter_reduce_(0, rows, positions.masked_fill(is_finite, _NONE), "amin")
         return self._first[rows[sampled]] <= positions[sampled]

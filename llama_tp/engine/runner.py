@@ -110,7 +110,8 @@ class ModelRunner:
         depends = self._nonfinite.depends(is_finite, one.table_rows, one.positions, one.batch.sampled)
         if logits is None:
             return None
-        logits[:, 0].masked_fill_(depends, float("nan"))
+        if depends is not None:
+            logits[:, 0].masked_fill_(depends, float("nan"))
         return logits[: one.num_sampled]
 
     def _passes(self, plan: StepPlan) -> list[_Pass]:
@@ -165,7 +166,7 @@ class ModelRunner:
         packed = self._on_device([tokens, positions, table_rows])
         batch = Batch(
             tokens=packed[0],
-            rope=self._rope[packed[1]].unsqueeze(1),
+            rope=self._rope.index_select(0, packed[1]).unsqueeze(1),
             attention=self._attention.prepare(sequences, num_padding=num_padding),
             sampled=self._on_device(sampled),
         )

@@ -10,6 +10,7 @@ Legend: S sampled sequences, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -81,7 +82,7 @@ class Sampler:
         edited = self.edit(logits, sequences)
         ids = argmax(edited)
         # The maximum shows a NaN or +inf anywhere in the logits.
-        finite = edited.gather(-1, ids.unsqueeze(-1)).squeeze(-1).isfinite()
+        finite = edited.gather(-1, ids.unsqueeze(-1)).squeeze(-1).abs() < math.inf
         ruled_out = None
         if edited is not logits:
             were_finite = logits.amax(dim=-1).isfinite()
@@ -89,7 +90,7 @@ class Sampler:
         drawn = [index for index, sequence in enumerate(sequences) if not sequence.request.params.is_greedy]
         if drawn:
             ids[_on(logits, drawn)] = self._draw(edited, sequences, drawn)
-        ids.masked_fill_(~finite, _NOT_FINITE)
+        ids = torch.where(finite, ids, _NOT_FINITE)
         if ruled_out is not None:
             ids.masked_fill_(ruled_out, _RULED_OUT)
         asked = [index for index, sequence in enumerate(sequences) if sequence.request.params.logprobs is not None]
@@ -104,7 +105,8 @@ class Sampler:
         if ruled_out is not None:
             outputs = zip(sequences, host[0], strict=True)
             self._ruled_out = {(one.request.id, one.index) for one, token in outputs if token == _RULED_OUT}
-        self._prepare_masks(sequences, tokens)
+        if self._masks:
+            self._prepare_masks(sequences, tokens)
         if not asked:
             return tokens, {}
         _, chosen, values, tops = host
@@ -124,7 +126,10 @@ class Sampler:
 
         Reads only the logits of tokens that a sequence contains or a request names.
         """
-        params = [sequence.request.params for sequence in sequences]
+        requests = [sequence.request for sequence in sequences]
+        if not any(one.params.edits_logits or one.grammar is not None for one in requests):
+            return logits
+        params = [one.params for one in requests]
         penalized = [index for index, one in enumerate(params) if one.has_penalty]
         biased = [index for index, one in enumerate(params) if one.logit_bias]
         restricted = [index for index, one in enumerate(params) if one.allowed_ids is not None]
@@ -134,7 +139,7 @@ class Sampler:
             if one.bad_words or one.min_new_tokens
             for token in _banned(sequences[index])
         ]
-        constrained = [index for index, sequence in enumerate(sequences) if sequence.request.grammar is not None]
+        constrained = [index for index, one in enumerate(requests) if one.grammar is not None]
         if not (penalized or biased or restricted or banned or constrained):
             return logits
         edited = logits.clone()

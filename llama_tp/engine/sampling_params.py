@@ -108,6 +108,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """Report the same of each prompt token but the first. The prompt is then computed in full, even if it is in the
     prefix cache."""
+    edits_logits: bool = field(init=False, repr=False, compare=False)
+    """Whether any of these parameters changes logits before temperature and what follows it."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs"):
@@ -134,6 +136,8 @@ class SamplingParams:
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {constraint}")
+        edits = self.has_penalty or self.logit_bias or self.allowed_ids or self.bad_words or self.min_new_tokens
+        object.__setattr__(self, "edits_logits", bool(edits))
 
     def but(self, **changes: Any) -> SamplingParams:
         """The same parameters with some changed."""

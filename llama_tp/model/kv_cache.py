@@ -8,7 +8,7 @@ with the heads of a slot contiguous (measured: docs/performance.md). Scattered s
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +18,31 @@ from llama_tp.model.memory import empty
 
 
 class PageList:
-    """One sequence's pages, in token order, and which of them are contiguous."""
+    """One sequence's pages, in token order, and the ranges of contiguous slots that they are."""
 
-    __slots__ = ("_page_size", "_range_starts", "pages")
+    __slots__ = ("_page_size", "pages", "ranges")
 
     def __init__(self, page_size: int) -> None:
         self.pages: list[int] = []
+        self.ranges = array("i")
+        """First slot and length of each range."""
         self._page_size = page_size
-        self._range_starts: list[int] = []  # indices of pages that begin a new range
 
     def set(self, index: int, page: int) -> None:
         """Set the entry at `index`, and drop all later ones."""
-        pages, starts = self.pages, self._range_starts
+        pages, ranges, size = self.pages, self.ranges, self._page_size
+        dropped = (len(pages) - index) * size
         del pages[index:]
-        while starts and starts[-1] >= index:
-            starts.pop()
-        if not pages or page != pages[-1] + 1:
-            starts.append(index)
+        while dropped > 0:
+            cut = min(dropped, ranges[-1])
+            dropped -= cut
+            ranges[-1] -= cut
+            if ranges[-1] == 0:
+                del ranges[-2:]
+        if pages and page == pages[-1] + 1:
+            ranges[-1] += size
+        else:
+            ranges.extend((page * size, size))
         pages.append(page)
 
     def covers(self, position: int) -> bool:
@@ -46,15 +54,18 @@ class PageList:
         pages, size = self.pages, self._page_size
         return [pages[at // size] * size + at % size for at in range(start, end)]
 
-    def ranges(self, length: int, limit: int) -> list[SlotRange]:
+    def ranges_of(self, length: int, limit: int) -> list[SlotRange]:
         """The ranges of the first `length` tokens; empty if there are more than `limit`."""
-        pages, size = self.pages, self._page_size
-        num = bisect_left(self._range_starts, -(-length // size))
-        if num > limit:
-            return []
-        starts = self._range_starts[:num]
-        ends = [*(start * size for start in starts[1:]), length]
-        return [SlotRange(pages[start] * size, end - start * size) for start, end in zip(starts, ends, strict=True)]
+        found: list[SlotRange] = []
+        for at in range(0, len(self.ranges), 2):
+            if length <= 0:
+                break
+            if len(found) == limit:
+                return []
+            first, size = self.ranges[at : at + 2]
+            found.append(SlotRange(first, min(size, length)))
+            length -= size
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_tp.model.attention.sdpa import slot_mapping
-from llama_tp.model.kv_cache import KVCache, SlotRange
+from llama_tp.model.kv_cache import KVCache, PageList, SlotRange
 
 K, D, PAGE, PAGES = 3, 4, 5, 8
 
@@ -86,3 +90,22 @@ def test_neighbours_are_written_in_one_piece_and_all_others_one_by_one(cache):
     torch.testing.assert_close(cache.layers[0].k[indices], k, atol=0, rtol=0)
     torch.testing.assert_close(cache.layers[0].v[indices], -k, atol=0, rtol=0)
     assert cache.layers[0].k.any(-1).any(-1).sum() == 12
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=30))
+def test_ranges_are_the_pages_however_they_were_set(updates):
+    found, pages = PageList(PAGE), []
+    for index, page in updates:
+        index = min(index, len(pages))
+        pages[index:] = [page]
+        found.set(index, page)
+        slots = [slot for page in pages for slot in range(page * PAGE, page * PAGE + PAGE)]
+        pairs = list(zip(found.ranges[::2], found.ranges[1::2], strict=True))
+        assert found.pages == pages
+        assert [slot for first, length in pairs for slot in range(first, first + length)] == slots
+        assert all(one[0] + one[1] != two[0] for one, two in pairwise(pairs)), "contiguous ranges are one"
+        for length in (1, PAGE, len(slots) - 1, len(slots)):
+            whole = found.ranges_of(length, limit=99)
+            assert [slot for one in whole for slot in range(one.first, one.first + one.length)] == slots[:length]
+            assert found.ranges_of(length, limit=len(whole)) == whole
+            assert found.ranges_of(length, limit=len(whole) - 1) == []

@@ -89,7 +89,7 @@ class CallPlanner:
     def _group(self, one: SequenceTokens) -> _Group:
         length = one.start + one.num_tokens
         limit = self._costs.max_ranges if self._can_merge and one.num_tokens == 1 else 1
-        ranges = one.pages.ranges(length, limit)
+        ranges = one.pages.ranges_of(length, limit)
         if not ranges:
             return _Group([one], (), [], longest=length, used=length, is_scattered=True)
         *shared, own = ranges
@@ -155,7 +155,7 @@ class CallPlanner:
             length = position // _BUCKET * _BUCKET + _BUCKET
             count = min(end, length) - position
             keys: SlotRange | GatheredPages
-            ranges = one.pages.ranges(end, limit=1)
+            ranges = one.pages.ranges_of(end, limit=1)
             if ranges and ranges[0].first + length <= self._num_slots:
                 keys = SlotRange(ranges[0].first, length, count=count)  # all read the same slots: no stride
             else:

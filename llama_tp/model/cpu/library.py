@@ -61,7 +61,7 @@ class ModelStruct(Structure):
 
 class StepStruct(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("num_tokens", "num_sampled", "num_units", "num_blocks")),
+        *((name, c_int32) for name in ("num_tokens", "num_sampled", "num_sequences", "num_units", "num_blocks")),
         *(
             (name, c_void_p)
             for name in (
@@ -69,7 +69,6 @@ class StepStruct(Structure):
                 "rope",
                 "sequences",
                 "ranges",
-                "units",
                 "blocks",
                 "sampled",
                 "partial_sums",

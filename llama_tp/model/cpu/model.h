@@ -29,18 +29,19 @@ struct Model {
     int64_t num_slots;
 };
 
+// A unit of work of a step of few tokens: a kv head and a part of a sequence's keys. A sequence's are those of its
+// first part, then those of the next.
 struct Sequence {
-    int32_t first_token, num_tokens, start, first_range;
+    int32_t first_token, num_tokens, start, first_range, first_unit;
 };
 
 struct Step {
-    int32_t num_tokens, num_sampled, num_units, num_blocks;
+    int32_t num_tokens, num_sampled, num_sequences, num_units, num_blocks;
     float* x;           // (T, D): the residual stream
     const float* rope;  // (T, d / 2, 2): cosine and sine
     const Sequence* sequences;
     const SlotRange* ranges;
-    const int32_t* units;   // (units, 3): sequence, kv head, part; of a step of few tokens
-    const int32_t* blocks;  // (blocks, 2): sequence, and its token that a block of kBlock begins with; of other steps
+    const int32_t* blocks;  // (blocks, 2): sequence, and its token that a block of kBlock begins with; of many tokens
     const int64_t* sampled;
     float* partial_sums;  // (T, D): what wo and w2 add to x, if other ranks must add theirs; else null
     float* logits;        // (S, output.rows)

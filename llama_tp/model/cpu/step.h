@@ -185,15 +185,20 @@ class Context : public Job {
     template <class C>
     struct Unit {
         Unit(const Model& model, const Step& step, int layer, int index)
-            : sequence(step.sequences[step.units[3 * index]]),
+            : sequence(of_unit(step, index)),
               ranges(step.ranges + sequence.first_range),
-              kv_head(step.units[3 * index + 1]),
-              part(step.units[3 * index + 2]),
+              kv_head((index - sequence.first_unit) % model.kv_heads),
+              part((index - sequence.first_unit) / model.kv_heads),
               begin(part * kPart),
               end(std::min(begin + kPart, sequence.start + sequence.num_tokens)) {
             const int64_t size = model.num_slots * model.head_dim;  // of one head
             keys = (typename C::Number*)model.cache + (int64_t(layer) * 2 * model.kv_heads + kv_head) * size;
             values = keys + model.kv_heads * size;
+        }
+
+        static const Sequence& of_unit(const Step& step, int index) {
+            const auto begins_behind = [](int index, const Sequence& one) { return index < one.first_unit; };
+            return std::upper_bound(step.sequences, step.sequences + step.num_sequences, index, begins_behind)[-1];
         }
 
         const Sequence& sequence;
