@@ -11,8 +11,9 @@
 
 namespace llama_tp {
 
-constexpr int kPart = 512;            // keys
-constexpr int kKeyBytesAhead = 4096;  // keys are fetched this far ahead
+constexpr int kPart = 512;              // keys
+constexpr int kKeyBytesAhead = 4096;    // keys are fetched this far ahead
+constexpr int kKeyBytesOfNext = 16384;  // and those of the next unit while values are added up: memory would idle
 
 struct SlotRange {
     int32_t first, length;
@@ -62,7 +63,7 @@ template <class C, int G>
 inline void score_keys(const float* q, int q_stride, const typename C::Number* k, const typename C::Number* v,
                        int count, int dim, float scale, float* scores, int score_stride) {
     constexpr int N = 4;  // keys at a time
-    const int64_t bytes_at_once = N * dim * sizeof(typename C::Number);
+    const int64_t row_bytes = dim * sizeof(typename C::Number);
     const auto score = [&](int key, int of, const typename C::Number*(&rows)[N]) __attribute__((always_inline)) {
         vf acc[N][G];
         LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) acc[i][g] = vf{};
@@ -83,8 +84,9 @@ inline void score_keys(const float* q, int q_stride, const typename C::Number* k
     const typename C::Number* rows[N];
     int key = 0;
     for (; key + N <= count; key += N) {
-        fetch((const char*)(k + int64_t(key) * dim) + kKeyBytesAhead, bytes_at_once);
-        fetch(v + int64_t(key) * dim, bytes_at_once);
+        const int64_t ahead = key * row_bytes + kKeyBytesAhead;
+        if (ahead < count * row_bytes) fetch((const char*)k + ahead, N * row_bytes);
+        fetch(v + int64_t(key) * dim, N * row_bytes);
         LLAMA_TP_UNROLL for (int i = 0; i < N; ++i) rows[i] = k + int64_t(key + i) * dim;
         score(key, N, rows);
     }
@@ -93,10 +95,21 @@ inline void score_keys(const float* q, int q_stride, const typename C::Number* k
     score(key, count - key, rows);
 }
 
-// values[query][d] += weights[query][key] * v[key][d], for G queries.
+// Memory to fetch a line at a time, while something else is computed.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+
+    void fetch_line() {
+        if (at >= end) return;
+        fetch(at);
+        at += kLine;
+    }
+};
+
+// values[query][d] += weights[query][key] * v[key][d], for G queries. Fetches a line ahead for each key and block.
 template <class C, int G>
 inline void add_values(const float* weights, int weight_stride, const typename C::Number* v, int count, int dim,
-                       float* const (&values)[G]) {
+                       float* const (&values)[G], Ahead& ahead) {
     for (int d = 0; d < dim; d += 2 * W) {
         vf a[G], b[G];
         LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) {
@@ -104,6 +117,7 @@ inline void add_values(const float* weights, int weight_stride, const typename C
             b[g] = load<vf>(values[g] + d + W);
         }
         for (int key = 0; key < count; ++key) {
+            ahead.fetch_line();
             vf va, vb;
             C::block(v + int64_t(key) * dim + d, std::min(2 * W, dim - d), va, vb);
             LLAMA_TP_UNROLL for (int g = 0; g < G; ++g) {
@@ -123,11 +137,11 @@ constexpr int kScoreStride = kPart + 2 * W;
 constexpr int kQueries = 4;  // that share reading a key
 
 // G queries over one part of the keys: query g over keys begin .. min(ends[g], begin + kPart) - 1. q: (G, q_stride), in
-// the cache's order. keys, values: of this kv head. scores: G * kScoreStride numbers.
+// the cache's order. keys, values: of this kv head. scores: G * kScoreStride numbers. ahead: fetched meanwhile.
 template <class C, int G>
 void attend(const float* q, int q_stride, const typename C::Number* keys, const typename C::Number* values,
             const SlotRange* ranges, int begin, const int (&ends)[G], int dim, float scale, float* scores,
-            const Partial (&out)[G]) {
+            const Partial (&out)[G], Ahead& ahead) {
     const int end = std::min(*std::max_element(ends, ends + G), begin + kPart);
     const int whole = round_up(end - begin, W);
     visit_slots(ranges, begin, end, [&](int position, int64_t slot, int length) {
@@ -156,7 +170,7 @@ void attend(const float* q, int q_stride, const typename C::Number* keys, const 
         std::memset(sums[g], 0, round_up(dim, 2 * W) * sizeof(float));
     }
     visit_slots(ranges, begin, end, [&](int position, int64_t slot, int length) {
-        add_values<C, G>(scores + position - begin, kScoreStride, values + slot * dim, length, dim, sums);
+        add_values<C, G>(scores + position - begin, kScoreStride, values + slot * dim, length, dim, sums, ahead);
     });
 }
 

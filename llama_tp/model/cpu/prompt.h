@@ -115,9 +115,10 @@ class PromptAttention : public Job {
         }
         const Number *keys = keys_ + kv_head * size_, *values = keys + model_.kv_heads * size_;
         const int end = *std::max_element(ends, ends + G);
+        Ahead none;
         for (int begin = 0; begin < end; begin += kPart) {
             attend<C, G>(q, stride, keys, values, step_.ranges + sequence.first_range, begin, ends, d,
-                         1.0f / std::sqrt(float(d)), scratch.scores.data(), begin == 0 ? sum : part);
+                         1.0f / std::sqrt(float(d)), scratch.scores.data(), begin == 0 ? sum : part, none);
             if (begin == 0) continue;
             for (int g = 0; g < G; ++g) {
                 if (ends[g] > begin) absorb(sum[g], part[g], stride);

@@ -87,8 +87,10 @@ class Context : public Job {
     void fetch_ahead(int phase, int chunk, bool is_first) const override {
         const int layer = phase / kPhases;
         if (layer < model_.layers && phase % kPhases == kAttention) {
-            return model_.is_bfloat16_cache ? fetch_keys<BFloat16Cache>(layer, chunk)
-                                            : fetch_keys<Float32Cache>(layer, chunk);
+            if (!is_first) return;  // attention to the chunk before fetches its keys
+            Ahead keys =
+                model_.is_bfloat16_cache ? keys_of<BFloat16Cache>(layer, chunk) : keys_of<Float32Cache>(layer, chunk);
+            return fetch(keys.at, std::min<int64_t>(keys.end - keys.at, kKeyBytesAhead));
         }
         if (!is_first) return;  // a product has already fetched the rows that follow its own
         const auto fetch_chunk = [&](const Linear& linear, int64_t rows) {
@@ -207,14 +209,18 @@ class Context : public Job {
         typename C::Number *keys, *values;
     };
 
+    // The first keys of a unit, as far as they are contiguous.
     template <class C>
-    void fetch_keys(int layer, int index) const {
+    Ahead keys_of(int layer, int index) const {
         const Unit<C> unit(model_, step_, layer, index);
         const int row_bytes = model_.head_dim * sizeof(typename C::Number);
-        const int end = std::min(unit.end, unit.begin + kKeyBytesAhead / row_bytes);
-        visit_slots(unit.ranges, unit.begin, end, [&](int, int64_t slot, int count) {
-            fetch(unit.keys + slot * model_.head_dim, int64_t(count) * row_bytes);
+        Ahead ahead;
+        visit_slots(unit.ranges, unit.begin, unit.end, [&](int position, int64_t slot, int count) {
+            if (position > unit.begin) return;
+            ahead.at = (const char*)(unit.keys + slot * model_.head_dim);
+            ahead.end = ahead.at + std::min<int64_t>(int64_t(count) * row_bytes, kKeyBytesOfNext);
         });
+        return ahead;
     }
 
     template <class C>
@@ -223,6 +229,7 @@ class Context : public Job {
         const Sequence& sequence = unit.sequence;
         const int d = model_.head_dim;
         float* q = scratch.queries.data();
+        Ahead ahead = index + 1 < step_.num_units ? keys_of<C>(layer_index, index + 1) : Ahead();
         visit_slots(unit.ranges, std::max(unit.begin, int(sequence.start)), unit.end,
                     [&](int position, int64_t slot, int count) {
                         for (int i = 0; i < count; ++i) {
@@ -250,7 +257,7 @@ class Context : public Job {
                         out[query] = partial(token, first + query, unit.part);
                     }
                     attend<C, G>(q, head_stride_, unit.keys, unit.values, unit.ranges, unit.begin, ends, d,
-                                 1.0f / std::sqrt(float(d)), scratch.scores.data(), out);
+                                 1.0f / std::sqrt(float(d)), scratch.scores.data(), out, ahead);
                 };
                 up_to_queries(group_ - g, attend_with);
             }
