@@ -41,10 +41,10 @@ def test_the_filters_keep_the_same_tokens_with_the_same_weights(seed, scale, siz
         logits = logits.round()  # many equals
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ours, theirs = filtered(logits, params)
-    # Sums in float32 are rounded differently: few tokens may come or go at the edge of top_p.
+    # Sums in float32 are rounded differently: a token may come or go at the edge of top_p, or improbable ones.
     common = (ours > 0) & (theirs > 0)
     edge = (ours > 0) != (theirs > 0)
-    assert edge.sum() <= max(1, common.sum() * 1e-3)
+    assert edge.sum() <= 1 or (ours + theirs)[edge].sum() <= 1e-4
     if edge.any():
         assert top_p < 1
         assert (ours + theirs)[edge].max() <= ours[common].min() * 1.001
