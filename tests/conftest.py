@@ -25,9 +25,12 @@ LIGHT = "tests/e2e/test_chat_page.py"
 def pytest_configure() -> None:
     """Bound spinning: threads that spin while they wait would take the cores from pytest-xdist's other process. And
     compile the kernels: an engine that switches to them during a test would be another one in each run. Property tests
-    have no time limits of their own: a machine that stalls for 0.2 s is no counterexample."""
-    slow = [HealthCheck.too_slow]
-    settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=slow)
+    have no time limits of their own: a machine that stalls for 0.2 s is no counterexample. In CI they have the same
+    examples in each run, elsewhere new ones."""
+    slow, is_ci = [HealthCheck.too_slow], "CI" in os.environ
+    settings.register_profile(
+        "untimed", parent=settings(), deadline=None, suppress_health_check=slow, derandomize=is_ci
+    )
     settings.load_profile("untimed")
     if "PYTEST_XDIST_WORKER" in os.environ:
         bound_spinning(os.environ)
