@@ -27,7 +27,7 @@ def serving(
 ) -> Iterator[Hub]:
     """A hub that answers while the context is open."""
     hub = Hub(repositories, refusals or {})
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield hub
     finally:

@@ -111,8 +111,8 @@ class EngineLoop:
             try:
                 self._changed.wait_for(lambda: bool(self._events), timeout_s)
             finally:
-                self._num_polling -= 1
                 self._last_contact = time.monotonic()
+                self._num_polling -= 1  # afterwards: the loop reads both without the lock
             events, self._events = self._events, []
             return events
 

@@ -140,7 +140,7 @@ def serve_stub() -> Iterator[Stub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         stub.url = f"http://127.0.0.1:{server.server_port}{PATH}/chat"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield stub
         finally:

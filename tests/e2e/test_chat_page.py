@@ -257,7 +257,6 @@ TORCHSERVE_BUSY = {
         (refused(502, b"<html>bad gateway"), "The server cannot be reached", ""),
         (Answer([event(error("nan_logits", "not a number", "server_error"))]), "The server failed", "Not a number."),
         (Answer([delta("Half")]), "The answer broke off", "Half"),
-        (Answer([delta("Half"), 0.3], breaks_off=True), "The answer broke off", "Half"),
         (Answer([b"data: {not json}\n\n"]), "The answer broke off", ""),
     ],
 )
@@ -269,6 +268,18 @@ def test_an_error_is_shown_in_words(stub: Stub, page: Page, reply: Answer, title
     expect(page.get_by_role("status")).to_contain_text(title)
     expect(page.get_by_role("article", name="You")).to_contain_text("My precious question")
     expect(button(page, "Try again")).to_have_count(0 if "too long" in title or "cannot chat" in title else 1)
+
+
+def test_what_came_before_the_connection_broke_is_kept(stub: Stub, page: Page) -> None:
+    breaks = threading.Event()
+    stub.answers = [Answer([delta("Half"), breaks], breaks_off=True)]
+    send(page, "My precious question")
+    expect(answer(page).locator(".prose")).to_have_text("Half")
+    breaks.set()
+    expect(completed(page)).to_contain_text("The answer broke off")
+    expect(answer(page)).to_contain_text("Half")
+    expect(page.get_by_role("status")).to_contain_text("The answer broke off")
+    expect(button(page, "Try again")).to_have_count(1)
 
 
 def test_a_server_that_is_gone_is_asked_again_and_no_text_is_lost(stub: Stub, page: Page) -> None:

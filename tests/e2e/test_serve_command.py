@@ -44,6 +44,8 @@ ASKED = {"messages": [{"role": "user", "content": "What is the capital of France
 NUM_LONG = 400
 LONG = {**ASKED, "stream": True, "max_tokens": NUM_LONG, "ignore_eos": True, "stream_options": {"include_usage": True}}
 """Lasts for seconds: longer than it takes to send a signal and to be refused a few times."""
+ENDLESS = {**LONG, "max_tokens": 1900}
+"""Is ended by the test, or with the server."""
 DRAIN_S = 150
 """Longer than LONG takes on the busiest machine."""
 TEMPLATE = (
@@ -133,10 +135,10 @@ def read_stream(response: http.client.HTTPResponse, began: threading.Event, chun
                 chunks.append(line[6:].strip())
 
 
-def streaming(command: Command, **headers: str) -> tuple[threading.Thread, list[bytes]]:
+def streaming(command: Command, body: Mapping[str, Any] = LONG, **headers: str) -> tuple[threading.Thread, list[bytes]]:
     """A reader of a long stream that has begun, and what it has read."""
     began, chunks = threading.Event(), []
-    response = command.ask(LONG, **headers)
+    response = command.ask(body, **headers)
     assert response.status == 200
     reader = threading.Thread(target=read_stream, args=(response, began, chunks))
     reader.start()
@@ -149,7 +151,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "key").write_text(f"{KEY}\n")
     (folder / "template.jinja").write_text(TEMPLATE)
-    (folder / "serve.yaml").write_text(f"max_seq_len: 512\nmax-batch-size: 4\nport: 1\ndrain-timeout: {DRAIN_S}\n")
+    (folder / "serve.yaml").write_text(f"max_seq_len: 2000\nmax-batch-size: 4\nport: 1\ndrain-timeout: {DRAIN_S}\n")
     return folder
 
 
@@ -203,7 +205,7 @@ def test_only_requests_with_the_key_are_answered(served: Command) -> None:
     for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}):
         response = served.ask(route="v1/models", **headers)
         (model,) = json.loads(response.read())["data"]
-        assert (model["id"], model["max_model_len"]) == ("smol", 512)
+        assert (model["id"], model["max_model_len"]) == ("smol", 2000)
     assert served.ask(route="chat").status in (200, 404)  # not 401
     command = [sys.executable, "-m", "llama_tp", "health"]  # finds the port in LLAMA_TP_PORT, and the key
     done = subprocess.run(command, env=served.env, capture_output=True, text=True, check=False, timeout=60)
@@ -301,6 +303,7 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_others(served: Command
     """The last of this server's tests."""
     key = {"x-api-key": KEY}
     reader, chunks = streaming(served, **key)
+    endless = served.ask(ENDLESS, **key)  # until all others are refused
     served.process.send_signal(signal.SIGTERM)
     assert wait_until(lambda: served.ask({**ASKED, "max_tokens": 1}, **key).status == 503)
     for way in (served, proxied):
@@ -308,6 +311,7 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_others(served: Command
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         assert json.loads(refused.read())["error"]["code"] == "shutting_down"
     assert served.process.poll() is None
+    endless.close()
     reader.join(DRAIN_S)
     assert chunks[-1] == b"[DONE]"
     assert json.loads(chunks[-2])["usage"]["completion_tokens"] == NUM_LONG
@@ -321,7 +325,7 @@ def test_the_second_start_needs_no_conversion_and_a_second_ctrl_c_ends_at_once(d
     with started(demo_folder / "weights", folder, "--tp=1") as command:
         command.wait_until_ready()
         assert "Converting" not in "".join(command.err)
-        reader, chunks = streaming(command)
+        reader, chunks = streaming(command, ENDLESS)
         command.process.send_signal(signal.SIGINT)
         assert command.will_say("press Ctrl-C again")
         before = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from llama_tp.bench import checkpoint as bench
-from llama_tp.bench import checkpoint_steps
+from llama_tp.bench import checkpoint_steps, peak_memory
 from llama_tp.bench.peak_memory import run_measured
 from llama_tp.cli.bench import checkpoint as bench_checkpoint
 from llama_tp.model_args import ModelArgs
@@ -73,14 +73,27 @@ def test_the_memory_of_every_step_is_bounded_by_the_largest_tensor_not_by_the_mo
     assert {step: found // MB for step, found in peaks.items() if found > bound} == {}
 
 
-def test_memory_that_a_process_holds_for_a_moment_is_seen(tmp_path):
-    """Allocated and touched, not mapped from a file."""
-    program = "import mmap, pathlib, sys, time; {}; time.sleep(0.5)"
+def test_memory_that_a_process_holds_for_a_moment_is_seen(tmp_path, monkeypatch):
+    """Allocated and touched, not mapped from a file. The moment lasts until a sample has been taken."""
+    held, seen, allocated = tmp_path / "held", tmp_path / "seen", peak_memory._allocated
+
+    def sample(pid):
+        is_held = held.exists()
+        found = allocated(pid)
+        if is_held:
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(peak_memory, "_allocated", sample)
+    waiting = f"pathlib.Path({str(held)!r}).touch()\nwhile not pathlib.Path({str(seen)!r}).exists(): time.sleep(0.01)"
+    program = f"import mmap, pathlib, time; {{}}; {waiting}"
     file = tmp_path / "file"
     file.write_bytes(bytes(80 * MB))
     reading = f"f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); sum(m[::4096])"
 
     def peak(statement):
+        for path in (held, seen):
+            path.unlink(missing_ok=True)
         return run_measured([sys.executable, "-c", program.format(statement)]).peak_bytes
 
     start = peak("pass")

@@ -55,7 +55,8 @@ def test_it_does_not_outlive_a_parent_that_is_killed():
     program = (
         "import time\nfrom llama_tp.bench.neighbour import Neighbour\n"
         "with Neighbour() as neighbour:\n"
-        "    with neighbour.busy():\n        time.sleep(1)\n"
+        "    with neighbour.busy():\n"
+        "        while neighbour.cpu_s < 0.5:  # more than it takes to start\n            time.sleep(0.01)\n"
         "    print(neighbour._process.pid, flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:

@@ -23,7 +23,7 @@ from llama_tp.model.cpu.compiler import NAMES, find_compilers
 from llama_tp.model.cpu.library_cache import LibraryCache
 from llama_tp.model.cpu.sources import Sources
 from tests.e2e.programs import program
-from tests.waiting import PATIENCE_S, wait_until
+from tests.waiting import PATIENCE_S, SleepersClock, wait_until
 
 FLAGS = ("-O1", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 HEADER = "int one(int);\n"
@@ -37,6 +37,15 @@ extern "C" int sum(int n) {
     return total;
 }
 """
+
+
+PROGRAM = build_module._PROGRAM
+
+
+@pytest.fixture(autouse=True)
+def at_normal_priority(monkeypatch):
+    """At a low one, a second of compiling takes a minute beside tests that use all cores."""
+    monkeypatch.setattr(build_module, "_PROGRAM", f"import os; os.nice = lambda _: 0; {PROGRAM}")
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +124,23 @@ def key_of(files, flags=FLAGS):
 # What a build makes.
 
 
-def test_units_and_headers_become_one_library_with_openmp(real, cache, files):
+def test_units_and_headers_become_one_library_with_openmp(real, cache, files, fake):
+    compiler = fake(f'{WAIT}exec {real} "$@"')
     build = start(files)
     assert build.library() is None
+    compiler.with_name("fake.go").touch()
     library = finished(build)
     assert answer(library) == 10
     assert library.parent.parent == cache
     assert left_in(cache) == [library.parent.name]
 
 
-def test_it_is_compiled_at_low_priority_and_is_the_first_to_go_if_memory_runs_out(real, cache, files, fake):
+def test_it_is_compiled_at_low_priority_and_is_the_first_to_go_if_memory_runs_out(cache, files, fake, monkeypatch):
+    monkeypatch.setattr(build_module, "_PROGRAM", PROGRAM)
     compiler = fake(
-        'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; cut -d " " -f 6 /proc/self/stat >> "$0.seen"; '
-        f'exec {real} "$@"'
+        'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; cut -d " " -f 6 /proc/self/stat >> "$0.seen"; exit 1'
     )
-    finished(start(files))
+    assert start(files).wait(PATIENCE_S) is None
     # Linux applies a priority only within a session.
     assert compiler.with_name("fake.seen").read_text() == f"19\n1000\n{os.getsid(0)}\n"
 
@@ -424,7 +435,8 @@ def test_a_process_that_does_not_react_keeps_nobody_waiting(cache, files, fake, 
 
 
 @pytest.mark.parametrize("end", [lambda build: build.close(), lambda build: build._process.terminate()])
-def test_a_build_that_is_ended_leaves_neither_process_nor_file(cache, files, fake, end):
+def test_a_build_that_is_ended_leaves_neither_process_nor_file(cache, files, fake, monkeypatch, end):
+    monkeypatch.setattr(build_module, "_CLOSE_S", PATIENCE_S)
     compiler = fake('touch $out "$TMPDIR/a.s"; echo $TMPDIR > "$0.tmp"; sleep 1000 & wait')
     build = start(files)
     assert wait_until(lambda: compiler.with_name("fake.tmp").exists())
@@ -588,7 +600,8 @@ def test_a_cache_on_a_file_system_without_locks_works(real, cache, files, monkey
         assert of_another.exists(), "it may be in use"
 
 
-def test_waiting_for_others_has_an_end(cache):
+def test_waiting_for_others_has_an_end(cache, monkeypatch):
+    monkeypatch.setattr(library_cache, "time", SleepersClock())
     cache.mkdir(parents=True)
     store, calls = LibraryCache(cache), []
     waiting = store.locked("0a", 0.2, lambda: calls.append(1))

@@ -192,7 +192,7 @@ def test_without_a_place_for_it_there_is_no_marker_and_no_error(model_dir, monke
 
 def test_a_file_written_just_before_the_attempt_leaves_no_verdict(model_dir, monkeypatch):
     """It could be written again within the resolution of its times."""
-    monkeypatch.setattr(failure_marker, "_SETTLED_S", 2.0)
+    monkeypatch.setattr(failure_marker, "_SETTLED_S", 3600.0)
     FailureMarker(CONFIG, model_dir).remember("it is damaged")
     monkeypatch.setattr(failure_marker, "_SETTLED_S", -1.0)
     assert recalled(model_dir) is None

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from llama_tp.parallel import launch
 from llama_tp.parallel.comm import SingleComm
+from tests.waiting import SleepersClock
 
 pytestmark = pytest.mark.usefixtures("no_torchrun")
 
@@ -28,6 +29,7 @@ def test_a_world_size_without_torchrun_is_refused_with_the_remedy(monkeypatch):
 
 
 def test_ranks_that_do_not_start_are_named_while_the_others_wait_and_when_they_give_up(monkeypatch, caplog):
+    monkeypatch.setattr(launch, "time", SleepersClock())
     monkeypatch.setattr(launch, "_MEET_TIMEOUT_S", 0.5)
     monkeypatch.setattr(launch, "_REPORT_AFTER_S", 0.1)
     store = dist.HashStore()

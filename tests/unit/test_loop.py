@@ -100,7 +100,7 @@ def test_cancel_from_another_thread_ends_a_request_without_a_word_to_its_neighbo
     canceller.start()
     canceller.join()
     assert wait_until(lambda: loop.engine.num_requests == 0)
-    assert loop.engine.scheduler.blocks.num_free == loop.engine.config.num_pages
+    assert wait_until(lambda: loop.engine.scheduler.blocks.num_free == loop.engine.config.num_pages)
     loop.poll(0)
     loop.submit(request_of("stays"))
     assert collect(loop, "stays")["stays"][-1].finish_reason is FinishReason.LENGTH
@@ -148,7 +148,8 @@ def test_when_nobody_polls_any_more_all_requests_are_cancelled(clock, start, cap
     assert wait_until(lambda: loop.engine.num_requests == 2)
     clock.now += 61
     assert wait_until(lambda: "nobody has polled" in caplog.text)
-    assert wait_until(lambda: loop.engine.num_requests == 0)
+    assert wait_until(lambda: sum(event.finish_reason is not None for event in list(loop._events)) == 2)
+    assert loop.engine.num_requests == 0
     events = loop.poll(0)
     assert events[-2:] == [
         TokenEvent("running", None, FinishReason.CANCELLED),
@@ -236,6 +237,7 @@ def test_a_request_whose_time_is_up_ends_with_what_it_has(clock, start, n):
     loop = start(max_seq_len=32_000, max_batch_size=4)
     loop.submit(Request("late", (1, 2, 3), LONG.but(n=n), timeout_s=60))
     loop.submit(request_of("patient", params=LONG))
+    assert wait_until(lambda: loop.stats().running == n + 1)
     assert wait_until(lambda: sum(event.request_id == "late" for event in list(loop._events)) > n)
     clock.now += 60
     events = collect_only(loop, "late", ends=n)

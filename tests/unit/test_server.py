@@ -25,7 +25,7 @@ from llama_tp.torchserve.errors import ServerError
 from llama_tp.torchserve.processes import MARK, find_frontend, is_alive
 from llama_tp.torchserve.progress import LogTail, StartupProgress
 from llama_tp.torchserve.properties import Address, Properties, parse_properties
-from llama_tp.torchserve.server import TorchServe, stop_server, why_unhealthy
+from llama_tp.torchserve.server import TorchServe, free_port_range, stop_server, why_unhealthy
 from tests.paths import CONFIGS, ROOT
 from tests.waiting import wait_until
 
@@ -131,7 +131,7 @@ def test_what_the_properties_say_reaches_torchserve(make, started):
 
 
 def test_what_the_properties_leave_open_is_added(make, started):
-    port = free_port()
+    port = free_port_range(3)
     found = properties_of(make("cors_allowed_origin=*", port=port), started)
     assert found["inference_address"] == f"http://127.0.0.1:{port}"
     assert found["management_address"] == f"http://127.0.0.1:{port + 1}"
@@ -144,7 +144,7 @@ def test_ranks_on_other_hosts_find_the_group_by_the_port_that_is_in_its_name(mak
     """The README has them look for llama_29500, and `serve` took another port each time."""
     monkeypatch.setenv("PET_LOCAL_ADDR", "127.0.0.1")
     several = "torchrun: {nnodes: 2, nproc-per-node: 1, rdzv-endpoint: 'first-host:29400'}"
-    found = properties_of(make(port=free_port(), model_config=several), started)
+    found = properties_of(make(port=free_port_range(3), model_config=several), started)
     assert found["initial_distribution_port"] == "29500"
 
 
@@ -359,7 +359,7 @@ def running(make, bare, tmp_path):
     bare.setattr("llama_tp.torchserve.server.program", lambda _: torchserve)
     (tmp_path / "tmp").mkdir()
     bare.setattr(environment.tempfile, "tempdir", str(tmp_path / "tmp"))
-    server = make("disable_token_authorization=true", port=free_port())
+    server = make("disable_token_authorization=true", port=free_port_range(3))
     server.start()
     yield server
     server.stop()
@@ -412,7 +412,9 @@ def test_in_the_foreground_the_ranks_log_is_printed_until_the_server_ends_by_its
     assert capsys.readouterr().out == "a line of rank 0\n"
 
 
-def test_a_server_that_does_not_get_ready_says_why(running):
+def test_a_server_that_does_not_get_ready_says_why(running, monkeypatch):
+    times = iter([0.0, 0.2, 0.4])  # it is asked once, however long that takes
+    monkeypatch.setattr("llama_tp.torchserve.server.monotonic", lambda: next(times))
     with pytest.raises(ServerError, match=r"not ready after 0\.3 s: .* does not answer: Connection refused; see "):
         running.wait_until_ready(0.3)
 

@@ -390,7 +390,8 @@ def test_a_stop_string_ends_its_output_alone(service, streaming):
 def test_an_output_that_a_stop_string_has_ended_frees_its_place_while_its_siblings_go_on(make_service):
     service = make_service(max_seq_len=32_768, max_batch_size=2)
     texts = [choice["text"] for choice in ask(service, prompt=PROMPT, n=2, **SAMPLED)[1]["choices"]]
-    stop = next(texts[0][at : at + 3] for at in range(3, 50) if texts[0][at : at + 3] not in texts[1])
+    stop = texts[0][3:15]  # so long that output 1 never has it by chance, however far it gets meanwhile
+    assert "\ufffd" not in stop
     body = {"prompt": PROMPT, "n": 2, "stop": stop, **SAMPLED, "max_new_tokens": 30_000}
     open_one(service, "long", **body)
     assert wait_until(lambda: len(service._loop.engine.scheduler.running) == 2)
@@ -617,7 +618,7 @@ def test_closing_a_request_cancels_it_and_frees_its_pages(make_service):
     service.close("one")
     assert service.open_ids == set()
     assert wait_until(lambda: engine.num_requests == 0)
-    assert engine.scheduler.blocks.num_free == engine.config.num_pages
+    assert wait_until(lambda: engine.scheduler.blocks.num_free == engine.config.num_pages)
     assert service.poll(0.01) == []
     assert ask(service, prompt=PROMPT)[0] == 200
 
@@ -1186,7 +1187,7 @@ def test_one_prompt_that_fails_ends_them_all(service, streaming):
 
 def test_closing_a_request_of_several_prompts_cancels_them_all(make_service):
     service = make_service(max_seq_len=32_768, max_batch_size=2)
-    open_one(service, "left", COMPLETIONS, prompt=SEVERAL, max_tokens=30_000, stream=True)
+    open_one(service, "left", COMPLETIONS, prompt=SEVERAL, max_tokens=30_000, temperature=0, stream=True)
     assert wait_until(lambda: service.poll(0.01) and service.is_generating("left"))
     service.close("left")
     assert wait_until(lambda: service._loop.engine.num_requests == 0)

@@ -20,6 +20,7 @@ from llama_tp.text.chat import chat_format
 from tests.schemas import SCHEMAS
 from tests.tiny_model import engine_of, random_model
 from tests.unit.text_fixtures import tiny
+from tests.waiting import PATIENCE_S
 
 DEFAULTS = RequestDefaults(
     mode="text_completion", max_new_tokens=200, seed=None, sampling={knob.name: knob.default for knob in KNOBS}
@@ -279,7 +280,7 @@ def test_masks_are_computed_while_the_model_computes():
 
         def fill_mask(self, address, num_bytes):
             super().fill_mask(address, num_bytes)
-            meeting.wait(5)
+            meeting.wait(PATIENCE_S)
 
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32)
     engine = engine_of(random_model(args, seed=3), max_seq_len=64)
@@ -288,7 +289,7 @@ def test_masks_are_computed_while_the_model_computes():
 
     def meet(*args):
         nonlocal num_met
-        meeting.wait(5)
+        meeting.wait(PATIENCE_S)
         num_met += 1
         return execute(*args)
 
