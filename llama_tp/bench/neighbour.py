@@ -14,23 +14,26 @@ from llama_tp.bench.machine import cpu_seconds
 IDLE, BESIDE = "idle", "beside"
 """Conditions of a measurement: the cores to itself, or one busy process beside it."""
 _SPIN = """
-import ctypes, os, sys
+import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: also while it is stopped
-parent = os.getppid()
+parent = int(sys.argv[1])
+if os.getppid() == parent:
+    os.kill(os.getpid(), signal.SIGSTOP)
 while os.getppid() == parent:
     for _ in range(1_000_000):
         pass
 """
-"""Computes on one core until its parent ends."""
+"""Stops itself; once it is continued, computes on one core until its parent ends."""
 
 
 class Neighbour:
     """One process that computes without pause while it is let. Use as a context; it is stopped at first."""
 
     def __enter__(self) -> Neighbour:
-        self._process = subprocess.Popen([sys.executable, "-c", _SPIN], stdin=subprocess.DEVNULL)
-        os.kill(self._process.pid, signal.SIGSTOP)
+        command = [sys.executable, "-c", _SPIN, str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        os.waitpid(self._process.pid, os.WUNTRACED)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -138,7 +138,8 @@ def test_units_and_headers_become_one_library_with_openmp(real, cache, files, fa
 def test_it_is_compiled_at_low_priority_and_is_the_first_to_go_if_memory_runs_out(cache, files, fake, monkeypatch):
     monkeypatch.setattr(build_module, "_PROGRAM", PROGRAM)
     compiler = fake(
-        'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; cut -d " " -f 6 /proc/self/stat >> "$0.seen"; exit 1'
+        'nice > "$0.seen"; cat /proc/self/oom_score_adj >> "$0.seen"; cut -d " " -f 6 /proc/self/stat >> "$0.seen"\n'
+        "exit 1"
     )
     assert start(files).wait(PATIENCE_S) is None
     # Linux applies a priority only within a session.
