@@ -1,7 +1,7 @@
-"""Memory for what a step reads much of: weights, and the cache of keys and values.
+"""Memory for what steps read much of: weights, keys and values.
 
-A CPU finds the physical page of an address in a table of few entries. Pages of 2 MiB instead of 4 KiB keep it from
-looking them up in memory (measured: docs/performance.md). Many systems only use them where a program asks for them
+Reading it in pages of 4 KiB misses the TLB all the time; pages of 2 MiB make decoding 5 to 10 % faster (measured:
+docs/performance.md). Most systems use them only where a program asks for them
 (/sys/kernel/mm/transparent_hugepage/enabled: madvise).
 """
 
