@@ -47,11 +47,8 @@ class KernelStep:
 
     def fill(self, step: StepStruct) -> None:
         """Let the struct point to this layout, which must outlive it."""
-        step.num_sequences, step.num_units, step.num_blocks = (
-            self._num_sequences,
-            self._num_units,
-            len(self._blocks) // 2,
-        )
+        step.num_sequences, step.num_units = self._num_sequences, self._num_units
+        step.num_blocks = len(self._blocks) // 2
         step.sequences, step.ranges = self._sequences.buffer_info()[0], self._ranges.buffer_info()[0]
         step.blocks = self._blocks.buffer_info()[0]
 
