@@ -128,7 +128,7 @@ def test_over_grpc_what_cannot_be_served_is_refused_and_touches_nobody(server: T
 
 def test_a_grpc_client_that_leaves_touches_nobody(server: TorchServe, call: Call, protos: Any) -> None:
     messages, services = protos
-    # Not longer: nobody tells the ranks that it has left, and later tests need all places.
+    # Short, since TorchServe does not report that a gRPC client has left, and later tests need all slots.
     body = {**LONG_REQUEST, "stream": False, "max_new_tokens": 2000}
     request = messages.PredictionsRequest(model_name="llama", input={"data": json.dumps(body).encode()})
     with a_neighbour(server):

@@ -29,7 +29,7 @@ def advised():
 
 
 def flags_at(address: int) -> list[str]:
-    """Of the mapping of this process at an address. None if there is none."""
+    """Of this process's mapping at an address; empty if there is none."""
     flags: list[str] = []
     is_inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

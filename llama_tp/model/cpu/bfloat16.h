@@ -119,7 +119,7 @@ inline void multiply_in_bfloat16(const Linear& linear, int64_t row, int64_t end,
                                  const Output& out) {
     const bool fits = fits_cache(in);
     if (!fits) {  // inputs from the second-level cache are the limit
-        for (; row + 6 <= end; row += 6) half_rows<6>(linear, row, in, scratch, out);
+        for (; row + kHalfRows <= end; row += kHalfRows) half_rows<kHalfRows>(linear, row, in, scratch, out);
     }
     if (!fits || in.tokens > kTile) {  // else memory is the limit, and read fastest as a single stream
         for (; row + 4 <= end; row += 4) half_rows<4>(linear, row, in, scratch, out);
